@@ -1,0 +1,222 @@
+"""Causal softmax attention over the last `window` and the first `sinks` tokens, O(T * window) in time and memory.
+
+The softmax branch that may stand beside the linear one: sinks as in StreamingLLM, arXiv 2309.17453, blocks as in
+Longformer, arXiv 2004.05150.
+
+Dimensions: B rows, T tokens, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D features of q and k, Dv of v,
+W tokens in a block, NB blocks, N sequences, S keys given to the cached form.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .reference import no_autocast
+
+# Blocks shorter than this cost more in small matmuls than they save in hidden scores.
+_SMALLEST_BLOCK = 32
+
+
+class _Blocks(NamedTuple):
+    """Where tokens lie once every sequence, freed of its hidden tokens, starts a block of its own."""
+
+    slot: Tensor | None  # [B * T] place of each token among the NB * W + 1 slots, the last one for hidden tokens;
+    #                      None if the blocks are the padded rows themselves
+    number: Tensor  # [NB] number of the block within its sequence
+    first: Tensor  # [NB] first block of the same sequence
+
+
+def local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    sinks: int,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Causal softmax attention over the last `window` and the first `sinks` tokens of each sequence.
+
+    Args:
+        q: queries `[B, T, Hq, D]`, before any feature map.
+        k: keys `[B, T, Hkv, D]`; query head h reads key/value head h // (Hq // Hkv).
+        v: values `[B, T, Hkv, Dv]`.
+        window: number of tokens seen, the current one included, at least 1.
+        sinks: number of tokens at the start of a sequence seen by all later ones, at least 0; a sink within the
+            window counts once.
+        scale: factor of the scores, None for D ** -0.5.
+        cu_seqlens: `[N + 1]` integer boundaries of sequences packed in one row (B = 1); empty ones are allowed.
+        mask: `[B, T]` bool; a False token is not attended, its output is 0, and it counts neither for the window
+            nor for the sinks: a padded row gives what its real tokens give alone.
+
+    Returns:
+        `[B, T, Hq, Dv]` in the dtype of v. Scores and softmax are float32 (float64 for float64 inputs). Nothing is
+        read on the host.
+
+    Raises:
+        ValueError: if shapes, `window` or `sinks` do not fit.
+    """
+    _check(q, k, v, window, sinks)
+    if mask is not None and mask.shape != q.shape[:2]:
+        raise ValueError(f"mask: expected shape {list(q.shape[:2])}, found {list(mask.shape)}")
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ValueError(f"q: expected one row beside cu_seqlens, found {q.shape[0]}")
+    if q.shape[1] == 0:
+        return v.new_zeros(*q.shape[:3], v.shape[-1])
+    rows, length = q.shape[:2]
+    width = min(max(window, _SMALLEST_BLOCK), length)
+    blocks = _padded_rows(q, width) if cu_seqlens is None and mask is None else _place(q, width, cu_seqlens, mask)
+    queries = _split(q, blocks, width)
+    keys, values = (_reach(_split(x, blocks, width), blocks, min(sinks, length)) for x in (k, v))
+    hidden = _hidden(blocks.number, width, window, min(sinks, length))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = _attend(queries, keys, values, hidden, scale).flatten(0, 1)
+    if blocks.slot is None:
+        return torch.unflatten(out, 0, (rows, -1))[:, :length]
+    # The slot of hidden tokens lies behind the blocks and reads 0.
+    return torch.unflatten(F.pad(out, (0, 0, 0, 0, 0, 1)).index_select(0, blocks.slot), 0, (rows, length))
+
+
+def local_attention_cached(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    k_positions: Tensor,
+    q_positions: Tensor,
+    window: int,
+    sinks: int,
+    scale: float | None = None,
+) -> Tensor:
+    """`local_attention` of a few new tokens on keys in any order, such as a ring of the last ones and the sinks.
+
+    Args:
+        q: queries of the new tokens `[B, T, Hq, D]`.
+        k: keys `[B, S, Hkv, D]`: what the cache holds and the new tokens.
+        v: values `[B, S, Hkv, Dv]`.
+        k_positions: `[B, S]` integer number of each key among the real tokens of its row, -1 for an empty slot, whose
+            content is ignored. A position must not occur twice.
+        q_positions: `[B, T]` the same for the queries, -1 for padding, whose output is 0.
+        window: as in `local_attention`: keys at a distance 0 <= q - k < window are seen.
+        sinks: as in `local_attention`: keys with k < sinks and k <= q are seen.
+        scale: factor of the scores, None for D ** -0.5.
+
+    Returns:
+        `[B, T, Hq, Dv]` in the dtype of v. The T x S scores are dense: meant for decoding and short pieces.
+
+    Raises:
+        ValueError: if shapes, `window` or `sinks` do not fit.
+    """
+    _check(q, k, v, window, sinks)
+    for name, positions, tokens in (("k_positions", k_positions, k), ("q_positions", q_positions, q)):
+        if positions.shape != tokens.shape[:2]:
+            raise ValueError(f"{name}: expected shape {list(tokens.shape[:2])}, found {list(positions.shape)}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    held, real = k_positions >= 0, q_positions >= 0
+    # Filling, not weighting by 0: an empty slot may hold NaN.
+    k, v = (x.masked_fill(~held[..., None, None], 0) for x in (k, v))
+    q = q.masked_fill(~real[..., None, None], 0)
+    distance = q_positions[:, :, None] - k_positions[:, None]
+    seen = (distance >= 0) & ((distance < window) | (k_positions < sinks)[:, None]) & held[:, None]
+    # A row that sees nothing would be 0 / 0; its output is replaced below.
+    blind = ~seen.any(-1, keepdim=True)
+    hidden = ~(seen | blind)
+    out = _attend(q, k, v, hidden, scale)
+    return out.masked_fill((blind.squeeze(-1) | ~real)[..., None, None], 0)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions [B, T, H, D], found shape {list(x.shape)}")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"k: expected [B, T, Hkv, D] with Hkv dividing Hq of q {list(q.shape)}, found {list(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v: expected [B, T, Hkv] as k {list(k.shape)}, found shape {list(v.shape)}")
+    if window < 1:
+        raise ValueError(f"window: expected at least 1, found {window}")
+    if sinks < 0:
+        raise ValueError(f"sinks: expected at least 0, found {sinks}")
+
+
+def _padded_rows(q: Tensor, width: int) -> _Blocks:
+    count = -(-q.shape[1] // width)
+    index = torch.arange(count, device=q.device).repeat(q.shape[0])
+    return _Blocks(None, index, torch.arange(q.shape[0] * count, device=q.device) - index)
+
+
+def _place(q: Tensor, width: int, cu_seqlens: Tensor | None, mask: Tensor | None) -> _Blocks:
+    """Rows become sequences of one stream; (tokens + N (W - 1)) // W blocks hold them, however they are cut."""
+    rows, length, device = q.shape[0], q.shape[1], q.device
+    tokens = rows * length
+    if cu_seqlens is None:
+        bounds = torch.arange(rows + 1, device=device) * length
+    else:
+        bounds = cu_seqlens.long()
+    real = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask.flatten()
+    # Real tokens before each place of the stream: differences are the numbers of tokens within a sequence.
+    before = F.pad(real.cumsum(0), (1, 0))
+    starts = before[bounds[:-1]]
+    chunks = (before[bounds[1:]] - starts + width - 1) // width
+    last = chunks.cumsum(0)
+    first = last - chunks
+    sequences = bounds.shape[0] - 1
+    count = (tokens + sequences * (width - 1)) // width
+    owner = torch.searchsorted(bounds[1:].contiguous(), torch.arange(tokens, device=device), right=True)
+    slot = first[owner] * width + before[:-1] - starts[owner]
+    index = torch.arange(count, device=device)
+    holder = torch.searchsorted(last, index, right=True).clamp(max=sequences - 1)
+    return _Blocks(slot.where(real, count * width), index - first[holder], first[holder])
+
+
+def _split(x: Tensor, blocks: _Blocks, width: int) -> Tensor:
+    """`[B, T, H, D]` to `[NB, W, H, D]`, empty slots 0."""
+    if blocks.slot is None:
+        x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % width))
+        return torch.unflatten(x, 1, (-1, width)).flatten(0, 1)
+    slots = x.new_zeros(blocks.number.shape[0] * width + 1, *x.shape[2:])
+    return torch.unflatten(slots.index_copy(0, blocks.slot, x.flatten(0, 1))[:-1], 0, (-1, width))
+
+
+def _reach(x: Tensor, blocks: _Blocks, sinks: int) -> Tensor:
+    """What the queries of a block may see `[NB, 2 W + sinks, H, D]`: the block before, their own, the sinks."""
+    before = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:-1]
+    slots = x.flatten(0, 1)
+    places = blocks.first[:, None] * x.shape[1] + torch.arange(sinks, device=x.device)
+    # A sequence may have fewer tokens than sinks: what is read beyond it is hidden.
+    far = slots.index_select(0, places.clamp(max=slots.shape[0] - 1).flatten())
+    return torch.cat([before, x, torch.unflatten(far, 0, places.shape)], 1)
+
+
+def _hidden(index: Tensor, width: int, window: int, sinks: int) -> Tensor:
+    """`[NB, W, 2 W + sinks]`, True where a query must not look. Every query sees itself, so no row is empty."""
+    query = torch.arange(width, device=index.device)
+    key = torch.arange(-width, width, device=index.device)
+    distance = query[:, None] - key
+    near = (distance < 0) | (distance >= window) | ((key < 0) & (index == 0)[:, None])[:, None]
+    position = index[:, None] * width + query
+    # A sink within the window is among the near keys already.
+    far = position[..., None] - torch.arange(sinks, device=index.device) < window
+    return torch.cat([near, far], 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    """Masked softmax attention of `[R, T, Hq, D]` on `[R, S, Hkv, D]`, hidden `[R, T, S]`; dtype of v."""
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    shared, length = k.shape[2], q.shape[1]
+    groups = q.shape[2] // shared
+    # The query heads of a group are further rows of one matmul: keys and values are not repeated.
+    rows = torch.unflatten(q, 2, (shared, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3).to(dtype)
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=q.device).masked_fill(hidden, -torch.inf)
+    bias = bias.repeat(1, groups, 1)[:, None]
+    with no_autocast(q):
+        out = F.scaled_dot_product_attention(
+            rows, k.transpose(1, 2).to(dtype), v.transpose(1, 2).to(dtype), attn_mask=bias, scale=scale
+        )
+    return torch.unflatten(out, 2, (groups, length)).permute(0, 3, 1, 2, 4).flatten(2, 3).to(v.dtype)

@@ -1,0 +1,244 @@
+"""The softmax window with sinks against a dense softmax that walks over queries one by one."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning_attention import local_attention, local_attention_cached
+
+EXACT = 1e-10
+
+
+def make(length, *, rows=2, heads=4, shared=2, dim=5, value_dim=3, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((heads, dim), (shared, dim), (shared, value_dim))
+    return [torch.randn(rows, length, *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def dense(q, k, v, window, sinks, scale=None):
+    """One sequence without padding: for every query the set of keys it sees, each once."""
+    groups = q.shape[2] // k.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    rows = []
+    for t in range(q.shape[1]):
+        seen = sorted(set(range(max(0, t - window + 1), t + 1)) | set(range(min(sinks, t + 1))))
+        keys, values = (x[:, seen].repeat_interleave(groups, 2) for x in (k, v))
+        weights = (torch.einsum("bhd,bshd->bhs", q[:, t], keys) * scale).softmax(-1)
+        rows.append(torch.einsum("bhs,bshe->bhe", weights, values))
+    return torch.stack(rows, 1)
+
+
+def gradients(out, leaves):
+    generator = torch.Generator().manual_seed(1)
+    return torch.autograd.grad((out * torch.randn(out.shape, generator=generator, dtype=out.dtype)).sum(), leaves)
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 33, 64, 65, 130])
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (1, 3), (4, 4), (33, 0), (40, 2), (64, 4), (200, 5), (3, 70)])
+def test_equals_dense_softmax_with_gradients(length, window, sinks):
+    leaves = [x.requires_grad_() for x in make(length, rows=1)]
+    found = local_attention(*leaves, window=window, sinks=sinks)
+    wanted = dense(*leaves, window, sinks)
+    torch.testing.assert_close(found, wanted, atol=EXACT, rtol=0)
+    torch.testing.assert_close(gradients(found, leaves), gradients(wanted, leaves), atol=EXACT, rtol=0)
+
+
+def test_wide_window_is_plain_causal_attention():
+    q, k, v = make(70)
+    full = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True, scale=0.7
+    )
+    found = local_attention(q, k, v, window=70, sinks=2, scale=0.7)
+    torch.testing.assert_close(found, full.transpose(1, 2), atol=EXACT, rtol=0)
+
+
+def test_heads_are_shared_in_groups():
+    q, k, v = make(70, heads=6, shared=2)
+    found = local_attention(q, k, v, window=8, sinks=2)
+    repeated = local_attention(q, k.repeat_interleave(3, 2), v.repeat_interleave(3, 2), window=8, sinks=2)
+    torch.testing.assert_close(found, repeated, atol=EXACT, rtol=0)
+    tiled = local_attention(q, k.repeat(1, 1, 3, 1), v.repeat(1, 1, 3, 1), window=8, sinks=2)
+    assert (found - tiled).abs().max() > 1e-2
+
+
+def test_window_and_sinks_see_nothing_else():
+    """Keys and values outside the window that are no sinks change no bit of the output, nor do later ones."""
+    q, k, v = make(200, rows=1)
+    out = local_attention(q, k, v, window=32, sinks=2)
+    k[:, 2:64] = 1e3
+    v[:, 2:64] = -1e3
+    assert torch.equal(local_attention(q, k, v, window=32, sinks=2)[:, 128:], out[:, 128:])
+    k[:, 150:] = 7
+    assert torch.equal(local_attention(q, k, v, window=32, sinks=2)[:, 128:150], out[:, 128:150])
+
+
+def masks():
+    left, right, middle, none = (torch.ones(2, 90, dtype=torch.bool) for _ in range(4))
+    left[0, :70] = False
+    right[1, 3:] = False
+    middle[0, 10:75] = False
+    middle[1, ::3] = False
+    none[0] = False
+    return {"left": left, "right": right, "middle": middle, "whole row": none}
+
+
+@pytest.mark.parametrize("where", masks())
+@pytest.mark.parametrize(("window", "sinks"), [(8, 3), (40, 4), (100, 0)])
+def test_masked_tokens_are_as_absent(where, window, sinks):
+    mask = masks()[where]
+    clean = make(90)
+    leaves = [x.masked_fill(~mask[..., None, None], torch.nan).requires_grad_() for x in clean]
+    out = local_attention(*leaves, window=window, sinks=sinks, mask=mask)
+    assert not out[~mask].any()
+    for grad in gradients(out, leaves):
+        assert grad.isfinite().all()
+        assert not grad[~mask].any()
+    for row in range(2):
+        if mask[row].any():
+            alone = dense(*(x[row : row + 1, mask[row]] for x in clean), window, sinks)
+            torch.testing.assert_close(out[row : row + 1, mask[row]], alone, atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("bounds", [[0, 130], [0, 0, 1, 2, 66, 66, 130], [0, 0, 0, 65, 130, 130, 130]])
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize(("window", "sinks"), [(8, 3), (40, 4)])
+def test_packed_sequences_equal_each_alone(bounds, holes, window, sinks):
+    leaves = [x.requires_grad_() for x in make(130, rows=1)]
+    mask = torch.arange(130)[None] % 4 != 0 if holes else None
+    out = local_attention(*leaves, window=window, sinks=sinks, cu_seqlens=torch.tensor(bounds), mask=mask)
+    real = torch.ones(1, 130, dtype=torch.bool) if mask is None else mask
+    wanted = torch.zeros_like(out)
+    for start, stop in pairwise(bounds):
+        places = torch.arange(start, stop)[real[0, start:stop]]
+        if len(places):
+            wanted = wanted.index_copy(1, places, dense(*(x[:, places] for x in leaves), window, sinks))
+    torch.testing.assert_close(out, wanted, atol=EXACT, rtol=0)
+    torch.testing.assert_close(gradients(out, leaves), gradients(wanted, leaves), atol=EXACT, rtol=0)
+
+
+def test_cached_form_equals_full_form():
+    """Decode token by token from a ring of `window` tokens and the sinks; row 0 is left-padded by two tokens."""
+    window, sinks, length = 5, 3, 20
+    q, k, v = make(length)
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[0, :2] = False
+    wanted = local_attention(q, k, v, window=window, sinks=sinks, mask=mask)
+    positions = mask.cumsum(1) - 1
+    positions[~mask] = -1
+    held_k, held_v = (torch.full((2, sinks + window, *x.shape[2:]), torch.nan, dtype=x.dtype) for x in (k, v))
+    held = torch.full((2, sinks + window), -1)
+    for t in range(length):
+        now = positions[:, t : t + 1]
+        found = local_attention_cached(
+            q[:, t : t + 1],
+            torch.cat([held_k, k[:, t : t + 1]], 1),
+            torch.cat([held_v, v[:, t : t + 1]], 1),
+            k_positions=torch.cat([held, now], 1),
+            q_positions=now,
+            window=window,
+            sinks=sinks,
+        )
+        torch.testing.assert_close(found, wanted[:, t : t + 1], atol=EXACT, rtol=0)
+        for row in range(2):
+            p = int(now[row])
+            if p >= 0:
+                place = p if p < sinks else sinks + p % window
+                held_k[row, place], held_v[row, place], held[row, place] = k[row, t], v[row, t], p
+
+
+def test_cached_form_with_all_tokens_at_once():
+    q, k, v = leaves = [x.requires_grad_() for x in make(50)]
+    mask = masks()["middle"][:, :50]
+    positions = (mask.cumsum(1) - 1).masked_fill(~mask, -1)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    found = local_attention_cached(
+        q,
+        k[:, order],
+        v[:, order],
+        k_positions=positions[:, order],
+        q_positions=positions,
+        window=9,
+        sinks=2,
+    )
+    wanted = local_attention(q, k, v, window=9, sinks=2, mask=mask)
+    torch.testing.assert_close(found, wanted, atol=EXACT, rtol=0)
+    torch.testing.assert_close(gradients(found, leaves), gradients(wanted, leaves), atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype):
+    q, k, v = make(130, dim=16, value_dim=16, dtype=dtype)
+    out = local_attention(q, k, v, window=40, sinks=4)
+    assert out.dtype == dtype
+    wanted = dense(q.double(), k.double(), v.double(), 40, 4)
+    plain = dense(q, k, v, 40, 4)
+    assert (out - wanted).norm() <= 2 * (plain - wanted).norm()
+
+
+def test_autocast_leaves_float32_alone():
+    q, k, v = make(70, dtype=torch.float32)
+    plain = local_attention(q, k, v, window=8, sinks=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(local_attention(q, k, v, window=8, sinks=2), plain)
+
+
+def test_no_tokens():
+    assert local_attention(*make(0), window=4, sinks=1).shape == (2, 0, 4, 3)
+
+
+def test_memory_grows_with_the_length_not_its_square():
+    """16384 tokens: dense scores of one head alone would take 1 GiB."""
+    q, k, v = make(16384, rows=1, heads=1, shared=1, dtype=torch.float32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        local_attention(q, k, v, window=64, sinks=4)
+    assert sum(max(0, event.self_cpu_memory_usage) for event in profile.events()) < 100 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 0}, "window: expected at least 1, found 0"),
+        ({"sinks": -1}, "sinks: expected at least 0, found -1"),
+        ({"q": torch.zeros(2, 6, 4)}, r"q: expected 4 dimensions .* \[2, 6, 4\]"),
+        ({"k": torch.zeros(2, 6, 3, 5)}, r"k: expected .* found \[2, 6, 3, 5\]"),
+        ({"v": torch.zeros(2, 7, 2, 3)}, r"v: expected .* found shape \[2, 7, 2, 3\]"),
+        ({"mask": torch.ones(2, 5, dtype=torch.bool)}, r"mask: expected shape \[2, 6\], found \[2, 5\]"),
+        ({"cu_seqlens": torch.tensor([0, 6])}, "q: expected one row"),
+    ],
+)
+def test_argument_errors(change, message):
+    q, k, v = make(6, dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        local_attention(**({"q": q, "k": k, "v": v, "window": 4, "sinks": 1} | change))
+
+
+def test_cached_argument_errors():
+    q, k, v = make(6)
+    positions = torch.zeros(2, 6, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"k_positions: expected shape \[2, 6\], found \[2, 5\]"):
+        local_attention_cached(q, k, v, k_positions=positions[:, 1:], q_positions=positions, window=4, sinks=1)
+    with pytest.raises(ValueError, match=r"q_positions: expected shape \[2, 6\], found \[1, 6\]"):
+        local_attention_cached(q, k, v, k_positions=positions, q_positions=positions[:1], window=4, sinks=1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    length=st.integers(1, 80),
+    window=st.integers(1, 90),
+    sinks=st.integers(0, 10),
+    groups=st.integers(1, 3),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_and_mask(length, window, sinks, groups, share, seed):
+    q, k, v = make(length, heads=2 * groups, seed=seed)
+    mask = torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) <= share
+    found = local_attention(q, k, v, window=window, sinks=sinks, mask=mask)
+    for row in range(2):
+        real = mask[row]
+        assert not found[row, ~real].any()
+        if real.any():
+            alone = dense(*(x[row : row + 1, real] for x in (q, k, v)), window, sinks)
+            torch.testing.assert_close(found[row : row + 1, real], alone, atol=EXACT, rtol=0)
