@@ -1,0 +1,301 @@
+"""The typed recipe: everything that changes a model, in one strict, frozen, saveable value.
+
+A recipe has three sections: `convert` (the swapped layer), `distill` (stages and their text) and `eval`.
+Unknown keys, wrong types and contradictory values are `RecipeError`s that name the path of the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import RecipeError
+
+SCHEMA_VERSION = 1
+
+FeatureMapName = Literal["identity", "silu", "elu1", "softmax", "hedgehog"]
+NormalizerName = Literal["none", "sum", "rms"]
+ScheduleName = Literal["alibi", "transnormer", "minimax", "retnet", "none"]
+POSITIVE_MAPS: frozenset[str] = frozenset({"elu1", "softmax", "hedgehog"})
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: strict about keys, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DecaySpec(Section):
+    """The exponential decay of each head; `calibrate` may replace the schedule's numbers by measured ones."""
+
+    schedule: ScheduleName = "alibi"
+    per: Literal["kv_head", "query_head"] = "kv_head"
+    learnable: bool = False
+
+
+class LocalSpec(Section):
+    """The softmax branch beside the linear one: the last `window` and the first `sinks` tokens.
+
+    `share` is the share of the local branch in each head's output before calibration.
+    """
+
+    window: int = Field(64, ge=1)
+    sinks: int = Field(4, ge=0)
+    share: float = Field(0.5, gt=0, lt=1)
+
+
+class ConvertSpec(Section):
+    """What a swapped layer is made of, and which layers stay softmax (negative indices count from the end)."""
+
+    keep_softmax: tuple[int, ...] = ()
+    decay: DecaySpec = DecaySpec()
+    feature_map: FeatureMapName = "hedgehog"
+    normalizer: NormalizerName = "sum"
+    local: LocalSpec | None = LocalSpec()
+
+    @model_validator(mode="after")
+    def _normalizer_needs_positive_weights(self) -> Self:
+        if self.normalizer == "sum" and self.feature_map not in POSITIVE_MAPS:
+            raise ValueError(
+                f"normalizer 'sum' divides by the sum of the weights, which the feature map {self.feature_map!r} "
+                f"may make zero or negative; use one of {', '.join(sorted(POSITIVE_MAPS))} or normalizer 'rms'"
+            )
+        return self
+
+
+class TextSpec(Section):
+    """Where training text comes from: exactly one of the embedded text, a hub dataset or local files.
+
+    Written short, `embedded` means the text inside the package and any other string a file or glob pattern
+    (.txt, .jsonl, .parquet; plain or .zst).
+    """
+
+    embedded: bool = False
+    hub: str | None = None
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    files: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"embedded": True} if value == "embedded" else {"files": (value,)}
+        return value
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if sum((self.embedded, self.hub is not None, bool(self.files))) != 1:
+            raise ValueError("say exactly one of: embedded, hub, files")
+        return self
+
+    def describe(self) -> str:
+        """One line that names the text, for tables and provenance."""
+        if self.embedded:
+            return "embedded"
+        return f"hub:{self.hub}" + (f"/{self.config}" if self.config else "") if self.hub else " ".join(self.files)
+
+
+class CalibrateStage(Section):
+    """Closed-form start values from the teacher: decay from its attention distance, output scale by least squares."""
+
+    stage: Literal["calibrate"]
+    tokens: int = Field(4096, gt=0)
+    length: int = Field(512, gt=1)
+    decay: bool = True
+    output: bool = True
+
+
+class TrainStage(Section):
+    """What every trained stage says about data, optimiser and precision.
+
+    `tokens` is the budget, `batch` the number of sequences of `length` tokens per optimiser step, `micro_batch`
+    per forward pass. `learning_rate` is that of the new parameters, `backbone_learning_rate` that of the
+    teacher's own weights among the trainable ones.
+    """
+
+    tokens: int = Field(gt=0)
+    length: int = Field(512, gt=1)
+    batch: int = Field(32, gt=0)
+    micro_batch: int | None = Field(None, gt=0)
+    learning_rate: float = Field(gt=0)
+    backbone_learning_rate: float = Field(0.0, ge=0)
+    train: Literal["new", "attention", "all"] = "new"
+    warmup: float = Field(0.05, ge=0, lt=1)
+    final_learning_rate: float = Field(0.1, ge=0, le=1, description="last learning rate as a share of the first")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: bool = False
+    text: TextSpec | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch % (self.micro_batch or self.batch):
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+        if self.train != "new" and self.backbone_learning_rate == 0:
+            raise ValueError(f"train: {self.train} needs a backbone_learning_rate above 0")
+        if self.tokens < self.batch * self.length:
+            raise ValueError(f"tokens {self.tokens} is less than one step of {self.batch} x {self.length}")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that the token budget pays for."""
+        return self.tokens // (self.batch * self.length)
+
+
+class AlignStage(TrainStage):
+    """Each swapped layer learns its teacher layer's attention output on the teacher's own inputs."""
+
+    stage: Literal["align"]
+
+
+class DistillStage(TrainStage):
+    """The whole model learns the teacher's next-token distribution: forward KL over the full vocabulary."""
+
+    stage: Literal["distill"]
+    temperature: float = Field(1.0, gt=0)
+    chunk: int = Field(1024, gt=0, description="tokens whose logits exist at a time")
+
+
+Stage = Annotated[CalibrateStage | AlignStage | DistillStage, Field(discriminator="stage")]
+
+
+class DistillSpec(Section):
+    """The stages in their order, and the text they share unless a stage names its own."""
+
+    text: TextSpec = TextSpec(embedded=True)
+    seed: int = 0
+    stages: tuple[Stage, ...] = ()
+
+
+class EvalSpec(Section):
+    """What `swapattn eval` runs when the command line names nothing."""
+
+    tasks: tuple[str, ...] = ("hellaswag", "piqa")
+    limit: int | None = Field(None, gt=0)
+    num_fewshot: int = Field(0, ge=0)
+    batch_size: int = Field(16, gt=0)
+
+
+class Recipe(Section):
+    """convert + distill + eval, named for what it is."""
+
+    name: str
+    summary: str = ""
+    convert: ConvertSpec = ConvertSpec()
+    distill: DistillSpec = DistillSpec()
+    eval: EvalSpec = EvalSpec()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain JSON-able values, every default spelled out."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML that `load_recipe` reads back to the same value."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def recipe_folder() -> Path:
+    """The folder of the named recipes: inside an installed wheel, or `recipes/` of a checkout."""
+    packaged = Path(str(files("swapattn"))) / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parent.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of all recipes that come with swapattn, sorted."""
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """Source text of a named recipe or of a recipe file.
+
+    Raises:
+        RecipeError: nothing of that name; the message offers near matches.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else recipe_folder() / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(recipe_names())}"
+        raise RecipeError(f"no recipe {name!r}: {hint}")
+    return path.read_text(encoding="utf-8")
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a named recipe or a YAML file, apply `KEY=VALUE` overrides, check everything.
+
+    Args:
+        name: a name from `recipe_names()` or a path ending in .yaml.
+        overrides: dotted keys with YAML values, e.g. `distill.stages.align.tokens=100000`; a list is indexed by
+            number, the stages also by their kind.
+
+    Raises:
+        RecipeError: unknown recipe, unknown key, wrong type, contradiction; each names its path.
+    """
+    try:
+        data = yaml.safe_load(recipe_text(name))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {name}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {name}: expected keys and values at the top level")
+    data.setdefault("name", Path(name).stem)
+    for override in overrides:
+        _override(data, override)
+    return parse_recipe(data, label=name)
+
+
+def parse_recipe(data: Mapping[str, Any], label: str = "recipe") -> Recipe:
+    """Check plain values (as YAML or JSON give them) and return the typed recipe; RecipeError names bad keys."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {label}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {where}"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override!r}: expected KEY=VALUE")
+    *parents, last = key.split(".")
+    node: Any = data
+    for part in parents:
+        node = _child(node, part, key)
+    if isinstance(node, list):
+        node[_position(node, last, key)] = yaml.safe_load(text)
+    elif isinstance(node, dict):
+        node[last] = yaml.safe_load(text)
+    else:
+        raise RecipeError(f"--set {key}: there is nothing below {'.'.join(parents)}")
+
+
+def _child(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_position(node, part, key)]
+    if isinstance(node, dict):
+        if not isinstance(node.get(part), dict | list):
+            node[part] = {}  # a default section that the file leaves out; the check that follows knows its keys
+        return node[part]
+    raise RecipeError(f"--set {key}: there is nothing below the key before {part!r}")
+
+
+def _position(items: list[Any], part: str, key: str) -> int:
+    if part.isdecimal() and int(part) < len(items):
+        return int(part)
+    for index, item in enumerate(items):
+        if isinstance(item, dict) and item.get("stage") == part:
+            return index
+    raise RecipeError(f"--set {key}: no element {part!r} in a list of {len(items)}")

@@ -1,0 +1,206 @@
+"""Recipes are strict: what they say is checked, and what is wrong is named by its path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from swapattn.errors import RecipeError
+from swapattn.recipe import (
+    AlignStage,
+    LocalSpec,
+    Recipe,
+    TextSpec,
+    load_recipe,
+    parse_recipe,
+    recipe_folder,
+    recipe_names,
+)
+
+ALIGN = {"stage": "align", "tokens": 4096, "length": 64, "batch": 4, "learning_rate": 1e-3}
+
+
+def recipe(**sections):
+    return parse_recipe({"name": "mine", **sections})
+
+
+def with_stage(**changes):
+    return recipe(distill={"stages": [{**ALIGN, **changes}]})
+
+
+def test_every_shipped_recipe_is_valid_and_named_after_its_file():
+    names = recipe_names()
+    assert {"short", "smoke"} <= set(names)
+    assert sorted(path.stem for path in recipe_folder().rglob("*.yaml")) == names
+    for name in names:
+        loaded = load_recipe(name)
+        assert loaded.name == name
+        assert loaded.summary
+
+
+def test_the_folder_of_a_checkout_is_the_top_level_one():
+    assert recipe_folder() == Path(__file__).resolve().parent.parent / "recipes"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_resolved_recipe_reads_back_to_the_same_value(name, tmp_path):
+    file = tmp_path / "resolved.yaml"
+    original = load_recipe(name)
+    file.write_text(original.to_yaml(), encoding="utf-8")
+    assert load_recipe(str(file)) == original
+    assert parse_recipe(original.to_dict()) == original
+
+
+@pytest.mark.parametrize(
+    ("sections", "path"),
+    [
+        ({"convrt": {}}, "unknown key convrt"),
+        ({"convert": {"feature_mpa": "silu"}}, "unknown key convert.feature_mpa"),
+        ({"convert": {"local": {"window": 8, "sink": 1}}}, "unknown key convert.local.sink"),
+        ({"convert": {"decay": {"speed": 1}}}, "unknown key convert.decay.speed"),
+        ({"distill": {"text": {"embedded": True, "colum": "x"}}}, "unknown key distill.text.colum"),
+        ({"distill": {"stages": [{**ALIGN, "lr": 1}]}}, "unknown key distill.stages.0.align.lr"),
+        ({"eval": {"task": ["piqa"]}}, "unknown key eval.task"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_path(sections, path):
+    with pytest.raises(RecipeError, match=path.replace(".", r"\.")):
+        recipe(**sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"convert": {"normalizer": "sum", "feature_map": "identity"}}, "normalizer 'sum'"),
+        ({"convert": {"normalizer": "sum", "feature_map": "silu"}}, "normalizer 'rms'"),
+        ({"convert": {"feature_map": "cosine"}}, "convert.feature_map"),
+        ({"convert": {"local": {"window": 0}}}, "convert.local.window"),
+        ({"convert": {"local": {"share": 1.0}}}, "convert.local.share"),
+        ({"distill": {"text": {"embedded": True, "hub": "a/b"}}}, "exactly one"),
+        ({"distill": {"text": {}}}, "exactly one"),
+        ({"distill": {"stages": [{"stage": "wander"}]}}, "distill.stages.0"),
+        ({"distill": {"stages": [{"stage": "align"}]}}, "distill.stages.0.align.tokens"),
+        ({"eval": {"limit": 0}}, "eval.limit"),
+    ],
+)
+def test_a_bad_or_contradictory_value_is_named(sections, words):
+    with pytest.raises(RecipeError) as caught:
+        recipe(**sections)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"micro_batch": 3}, "micro_batch 3 does not divide batch 4"),
+        ({"train": "all"}, "backbone_learning_rate"),
+        ({"tokens": 100}, "less than one step"),
+        ({"learning_rate": 0}, "learning_rate"),
+        ({"warmup": 1.0}, "warmup"),
+    ],
+)
+def test_stages_that_cannot_run_are_refused(changes, words):
+    with pytest.raises(RecipeError) as caught:
+        with_stage(**changes)
+    assert words in str(caught.value)
+
+
+def test_steps_are_what_the_tokens_pay_for():
+    stage = with_stage(tokens=4096 + 255).distill.stages[0]
+    assert isinstance(stage, AlignStage)
+    assert stage.steps == 16
+
+
+def test_a_recipe_cannot_be_changed():
+    loaded = load_recipe("short")
+    with pytest.raises(ValidationError, match="frozen"):
+        loaded.name = "other"
+
+
+@pytest.mark.parametrize(
+    ("written", "spec"),
+    [
+        ("embedded", TextSpec(embedded=True)),
+        ("notes/*.txt", TextSpec(files=("notes/*.txt",))),
+        ({"hub": "a/b", "config": "c"}, TextSpec(hub="a/b", config="c")),
+    ],
+)
+def test_text_can_be_written_short(written, spec):
+    assert recipe(distill={"text": written}).distill.text == spec
+
+
+def test_text_describes_itself():
+    assert TextSpec(embedded=True).describe() == "embedded"
+    assert TextSpec(hub="a/b", config="c").describe() == "hub:a/b/c"
+    assert TextSpec(files=("x.txt", "y.jsonl")).describe() == "x.txt y.jsonl"
+
+
+def override(*settings: str) -> Recipe:
+    return load_recipe("smoke", settings)
+
+
+def test_overrides_reach_every_level():
+    changed = override(
+        "convert.feature_map=softmax",
+        "convert.local={window: 7, sinks: 0}",
+        "convert.keep_softmax=[0, -1]",
+        "distill.stages.align.learning_rate=0.5",
+        "distill.stages.2.temperature=2",
+        "distill.text=my.txt",
+        "convert.decay.schedule=retnet",
+    )
+    assert changed.convert.feature_map == "softmax"
+    assert changed.convert.local == LocalSpec(window=7, sinks=0)
+    assert changed.convert.keep_softmax == (0, -1)
+    assert changed.distill.stages[1].learning_rate == 0.5
+    assert changed.distill.stages[2].temperature == 2
+    assert changed.distill.text == TextSpec(files=("my.txt",))
+    assert changed.convert.decay.schedule == "retnet"
+
+
+def test_an_override_may_switch_the_local_branch_off():
+    assert override("convert.local=null").convert.local is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("convert.feature_mpa=silu", "unknown key convert.feature_mpa"),
+        ("nothing=1", "unknown key nothing"),
+        ("convert.feature_map", "expected KEY=VALUE"),
+        ("=1", "expected KEY=VALUE"),
+        ("distill.stages.extend.tokens=1", "no element 'extend'"),
+        ("distill.stages.9.tokens=1", "no element '9'"),
+        ("distill.seed=often", "distill.seed"),
+    ],
+)
+def test_a_bad_override_is_named(setting, words):
+    with pytest.raises(RecipeError) as caught:
+        override(setting)
+    assert words in str(caught.value)
+
+
+def test_a_recipe_that_does_not_exist_offers_near_matches():
+    with pytest.raises(RecipeError, match="did you mean short"):
+        load_recipe("shrt")
+    with pytest.raises(RecipeError, match="there are: "):
+        load_recipe("qqqqqqqq")
+
+
+@pytest.mark.parametrize(("content", "words"), [("a: [1", "not valid YAML"), ("- 1", "keys and values"), ("", "keys")])
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(content, words, tmp_path):
+    file = tmp_path / "broken.yaml"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(RecipeError, match=words) as caught:
+        load_recipe(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_a_name_is_named_after_itself(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"convert": {"feature_map": "elu1"}}), encoding="utf-8")
+    assert load_recipe(str(file)).name == "mine"
