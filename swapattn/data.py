@@ -1,0 +1,321 @@
+"""Text for training and perplexity: documents from anywhere, packed into windows of tokens.
+
+Nothing here ever comes from an evaluation set: the embedded text is speeches and novels (see `assets/README.md`),
+everything else is what the recipe names.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .errors import SourceError, SwapattnError, UsageError
+from .recipe import TextSpec
+from .sources import hub_reachable
+
+SHUFFLE_BUFFER = 2000  # documents
+OPEN_FILES = 16
+_TOKENIZE_BATCH = 64  # documents a call: enough for the tokenizer's threads, few enough for a quick first window
+_EPOCH_STRIDE = 1_000_003  # keeps the epochs of neighbouring seeds apart
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def documents(text: TextSpec, *, seed: int = 0, piece: int = 8000) -> Iterator[str]:
+    """One pass over the documents of `text`, in an order that depends only on `seed` and the text itself.
+
+    The order is random within a buffer of 2,000 documents; up to 16 files are read at a time, each picked in
+    proportion to its size, so that sources mix. A hub dataset is streamed with its shards in seeded order.
+
+    A .txt file is UTF-8 in which an empty line ends a paragraph and two empty lines end a document. Paragraphs are
+    gathered into pieces of at least `piece` characters (unless the document ends before), because a shuffle of
+    single paragraphs would leave no context longer than one. Rows of .jsonl, .parquet and hub datasets are
+    documents as they are; empty ones are left out.
+
+    No document is from an evaluation set as long as the named files or dataset are not one.
+
+    Raises:
+        UsageError: no file matches, an unknown kind of file, a column that does not exist.
+        SourceError: a line that is not JSON, a damaged file, a hub dataset out of reach. Those that show only while
+            reading are raised by the iterator.
+    """
+    if text.hub is not None:
+        return _hub_documents(text, text.hub, seed)
+    paths = [_embedded("train")] if text.embedded else _expand(text.files)
+    for path in paths:
+        _kind(path)
+    rng = random.Random(seed)
+    return _shuffled(_interleaved(paths, text.column, piece, rng), rng)
+
+
+class PackedTokens(IterableDataset[dict[str, Tensor]]):
+    """Endless windows of tokens: documents tokenised, each followed by the end-of-text token, and cut.
+
+    Every element is `{"input_ids": LongTensor[length]}`, full and without padding; documents run on from one window
+    to the next. When the text ends it begins again in another order. The sequence depends only on the arguments.
+
+    DataLoader workers share the windows in turn. Processes of a distributed run all see the same sequence:
+    accelerate, which the Trainer uses, splits an iterable dataset among them itself.
+
+    Args:
+        text: where the documents come from, see `documents`.
+        tokenizer: a transformers tokenizer; without an end-of-text token documents follow each other directly.
+        length: tokens a window. Text files are cut into pieces of about twice that.
+        seed: of the order of the documents.
+        skip: windows to leave out at the start, to resume; they are tokenised but not built.
+    """
+
+    def __init__(self, text: TextSpec, tokenizer: Any, length: int, seed: int = 0, skip: int = 0) -> None:
+        self.text = text
+        self.tokenizer = tokenizer
+        self.length = length
+        self.seed = seed
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for window in islice(self._windows(), self.skip + first, None, step):
+            yield {"input_ids": torch.tensor(window, dtype=torch.long)}
+
+    def _windows(self) -> Iterator[list[int]]:
+        pending: list[int] = []
+        for tokens in self._tokens():
+            pending += tokens
+            end = len(pending) - len(pending) % self.length
+            for start in range(0, end, self.length):
+                yield pending[start : start + self.length]
+            del pending[:end]
+
+    def _tokens(self) -> Iterator[list[int]]:
+        """Token ids of batch after batch of documents, epoch after epoch."""
+        ending = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        epoch = 0
+        while True:
+            stream = documents(self.text, seed=self.seed * _EPOCH_STRIDE + epoch, piece=8 * self.length)
+            empty = True
+            while batch := list(islice(stream, _TOKENIZE_BATCH)):
+                rows = self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+                tokens = [token for row in rows if row for token in (*row, *ending)]
+                empty = empty and not tokens
+                yield tokens
+            if empty:
+                raise SourceError(f"the text {self.text.describe()} has no words: nothing to train on")
+            epoch += 1
+
+
+def heldout_windows(tokenizer: Any, *, length: int = 512, count: int | None = None, text: str | None = None) -> Tensor:
+    """Windows for perplexity: `LongTensor[N, length]`, not overlapping, without special tokens.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        length: tokens a window.
+        count: at most this many, evenly spread over the text so that each of its sources is among them; None = all.
+        text: what to tokenise (as one stream); by default the embedded held-out part, which is never trained on.
+
+    Raises:
+        UsageError: the text is shorter than one window.
+    """
+    source = _read_embedded("heldout") if text is None else text
+    tokens = tokenizer(source, add_special_tokens=False, verbose=False)["input_ids"]
+    available = len(tokens) // length
+    if available == 0:
+        raise UsageError(f"the held-out text has {len(tokens)} tokens, less than one window of {length}")
+    windows = torch.tensor(tokens[: available * length], dtype=torch.long).view(available, length)
+    if count is None or count >= available:
+        return windows
+    return windows[torch.arange(count) * available // count]
+
+
+def _embedded(part: str) -> Path:
+    return Path(str(files("swapattn"))) / "assets" / f"{part}.txt.zst"
+
+
+def _read_embedded(part: str) -> str:
+    with ExitStack() as stack:
+        return io.TextIOWrapper(_open(_embedded(part), stack), encoding="utf-8").read()
+
+
+def _expand(patterns: Sequence[str]) -> list[Path]:
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        paths = [path for path in map(Path, matches) if path.is_file()]
+        if not paths:
+            raise UsageError(f"no file matches {pattern}")
+        found.update(dict.fromkeys(paths))
+    return list(found)
+
+
+def _kind(path: Path) -> str:
+    kind = path.with_suffix("").suffix if path.suffix == ".zst" else path.suffix
+    if kind not in _SUFFIXES:
+        raise UsageError(f"{path}: cannot read this kind of file; there are: {', '.join(_SUFFIXES)}, plain or .zst")
+    return kind
+
+
+def _shuffled(stream: Iterable[str], rng: random.Random) -> Iterator[str]:
+    buffer: list[str] = []
+    for document in stream:
+        if len(buffer) < SHUFFLE_BUFFER:
+            buffer.append(document)
+            continue
+        index = rng.randrange(SHUFFLE_BUFFER)
+        yield buffer[index]
+        buffer[index] = document
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def _interleaved(paths: Sequence[Path], column: str, piece: int, rng: random.Random) -> Iterator[str]:
+    waiting = list(paths)
+    rng.shuffle(waiting)
+    streams: list[Iterator[str]] = []
+    weights: list[int] = []
+    while waiting or streams:
+        while waiting and len(streams) < OPEN_FILES:
+            path = waiting.pop()
+            streams.append(_file_documents(path, column, piece))
+            weights.append(max(path.stat().st_size, 1))
+        index = rng.choices(range(len(streams)), weights)[0]
+        document = next(streams[index], None)
+        if document is None:
+            del streams[index], weights[index]
+        else:
+            yield document
+
+
+def _file_documents(path: Path, column: str, piece: int) -> Iterator[str]:
+    import pyarrow
+    import zstandard
+
+    readers = {".txt": _text_documents, ".jsonl": _json_documents, ".parquet": _parquet_documents}
+    with ExitStack() as stack:
+        try:
+            yield from readers[_kind(path)](path, stack, column, piece)
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{path} is not UTF-8 text: {error.reason}") from error
+        except (OSError, zstandard.ZstdError, pyarrow.ArrowException) as error:
+            raise SourceError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _open(path: Path, stack: ExitStack) -> BinaryIO:
+    import zstandard
+
+    plain = stack.enter_context(path.open("rb"))
+    if path.suffix != ".zst":
+        return plain
+    reader: BinaryIO = stack.enter_context(zstandard.ZstdDecompressor().stream_reader(plain, read_across_frames=True))
+    return reader
+
+
+def _text_documents(path: Path, stack: ExitStack, column: str, piece: int) -> Iterator[str]:
+    lines: list[str] = []
+    characters = blank = 0
+    for raw in io.TextIOWrapper(_open(path, stack), encoding="utf-8"):
+        line = raw.rstrip()
+        if not line:
+            blank += 1
+            continue
+        # A file without empty lines must not become one document: four pieces long is long enough.
+        ended = blank > 1 or (blank == 1 and characters >= piece) or characters >= 4 * piece
+        if lines and ended:
+            yield "\n".join(lines)
+            lines, characters = [], 0
+        elif lines and blank:
+            lines.append("")
+        lines.append(line)
+        characters += len(line) + 1
+        blank = 0
+    if lines:
+        yield "\n".join(lines)
+
+
+def _json_documents(path: Path, stack: ExitStack, column: str, piece: int) -> Iterator[str]:
+    for number, line in enumerate(io.TextIOWrapper(_open(path, stack), encoding="utf-8"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SourceError(f"{path}: line {number} is not JSON: {error.msg}") from None
+        if not isinstance(row, dict):
+            raise SourceError(f"{path}: line {number} is not a JSON object")
+        yield from _cell(row, column, f"{path}: line {number}")
+
+
+def _parquet_documents(path: Path, stack: ExitStack, column: str, piece: int) -> Iterator[str]:
+    from pyarrow import parquet
+
+    source: Any = _open(path, stack)
+    if path.suffix == ".zst":  # Parquet is read from its end, a zstd stream only from its beginning
+        unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the stack)
+        shutil.copyfileobj(source, stack.enter_context(unpacked))
+        source = unpacked
+    table = parquet.ParquetFile(source)
+    if column not in table.schema_arrow.names:
+        raise _no_column(str(path), column, table.schema_arrow.names)
+    for batch in table.iter_batches(batch_size=256, columns=[column]):
+        for row in batch.to_pylist():
+            yield from _cell(row, column, str(path))
+
+
+def _hub_documents(text: TextSpec, name: str, seed: int) -> Iterator[str]:
+    def unreachable(error: Exception) -> SourceError:
+        return _no_dataset(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+    def read() -> Iterator[str]:
+        try:
+            for row in rows:
+                yield from _cell(row, text.column, f"hub dataset {name}")
+        except SwapattnError:
+            raise
+        except Exception as error:
+            raise unreachable(error) from error
+
+    if not Path(name).exists() and not hub_reachable():  # without the question datasets retries for 24 s, measured
+        raise _no_dataset(name, "the hub cannot be reached")
+    # What datasets raises on a failing network is not one family: OSError, httpx, fsspec, aiohttp, its own.
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(name, text.config, split=text.split, streaming=True)
+        rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    except Exception as error:
+        raise unreachable(error) from error
+    return read()
+
+
+def _no_dataset(name: str, why: str) -> SourceError:
+    return SourceError(
+        f"hub dataset {name} could not be read ({why}); use a local copy: --set distill.text=FILE, "
+        "or the embedded text: --set distill.text=embedded"
+    )
+
+
+def _cell(row: dict[str, Any], column: str, where: str) -> Iterator[str]:
+    """The document in a row, nothing when it is empty."""
+    if column not in row:
+        raise _no_column(where, column, list(row))
+    value = row[column]
+    if value is not None and not isinstance(value, str):
+        raise UsageError(f"{where}: column {column!r} holds {type(value).__name__}, not text")
+    if value and value.strip():
+        yield value
+
+
+def _no_column(where: str, column: str, columns: Sequence[str]) -> UsageError:
+    return UsageError(f"{where}: no column {column!r}, there are: {', '.join(columns)}")

@@ -1,0 +1,72 @@
+"""Models and tokenizers small enough to build in a test: no download, milliseconds on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY_VOCABULARY = 320
+_TRAINING_TEXT = [
+    "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse,",
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want.",
+    "Fellow-Citizens of the Senate and House of Representatives: I embrace with great satisfaction the opportunity",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer of 320 tokens that can encode any text; `<eos>` is 0, `<pad>` is 1."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCABULARY,
+        special_tokens=["<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TRAINING_TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., Any]:
+    """A factory of random Llamas (2 layers, 4 query heads on 2 KV heads of 8); keywords override the config."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build(*, seed: int = 0, **overrides: Any) -> Any:
+        settings: dict[str, Any] = {
+            "vocab_size": TINY_VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.2,  # far enough from zero that attention is not uniform
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            "pad_token_id": 1,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Path:
+    """A folder with a saved tiny Llama and its tokenizer, as a user's own model would be; do not write into it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
