@@ -1,0 +1,301 @@
+"""The swapped attention layer and its place in transformers' attention interface.
+
+A file of the checkpoint runtime: it imports torch, transformers and its neighbours only.
+
+One dispatcher function is registered with `AttentionInterface`. A layer that has a `swap` submodule is computed
+by it; every other layer goes to the implementation that the model would have used. Projections, q/k norms and
+RoPE stay the model's own: they happen before the dispatch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from .cache import LightningCacheLayer, adopt
+from .feature_map import FEATURE_MAPS
+
+try:
+    from lightning_attention import (
+        lightning_attention,
+        lightning_attention_step,
+        local_attention,
+        local_attention_cached,
+    )
+except ImportError:  # inside a saved checkpoint, where the plain PyTorch forms lie beside this file
+    from .local import local_attention, local_attention_cached  # type: ignore[no-redef, import-untyped]
+    from .op import lightning_attention, lightning_attention_step  # type: ignore[no-redef, import-untyped]
+
+PREFIX = "swapattn_"
+BASES = ("sdpa", "eager")
+RMS_EPS = 1e-6
+
+Observer = Callable[["LightningSwap", "AttentionCall", torch.Tensor], None]
+
+
+class AttentionCall:
+    """What the model hands to its attention function, in the layout `[B, T, H, D]`.
+
+    Attributes:
+        q, k, v: `[B, T, Hq, D]`, `[B, T, Hkv, D]`, `[B, T, Hkv, Dv]`, rotary embedding applied.
+        scaling: softmax scale.
+        tokens: bool `[B, T]`, False for padding, or None when every token is real.
+        cu_seqlens: int64 `[N + 1]` when sequences are packed in the batch (then the batch is one row), else None.
+    """
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, mask: Any, seen: int
+    ) -> None:
+        self.q, self.k, self.v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        self.scaling = scaling if scaling is not None else q.shape[-1] ** -0.5
+        self.tokens, starts = _read_mask(mask, q.shape[-2], seen)
+        self.cu_seqlens: torch.Tensor | None = None
+        if starts is not None:
+            self._pack(starts)
+
+    def _pack(self, starts: torch.Tensor) -> None:
+        """Lay the rows end to end, one packed sequence per start."""
+        ends = starts.new_tensor([starts.numel()], dtype=torch.long)
+        self.cu_seqlens = torch.cat((starts.flatten().nonzero().flatten(), ends))
+        self.q, self.k, self.v = (x.flatten(0, 1)[None] for x in (self.q, self.k, self.v))
+        self.tokens = self.tokens.flatten()[None] if self.tokens is not None else None
+
+
+def _read_mask(mask: Any, length: int, seen: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Real tokens `[B, T]` and sequence starts `[B, T]` (None when nothing is packed) from a 2D or 4D mask.
+
+    The diagonal of transformers' 4D mask is the padding mask of the new tokens, for full, sliding and chunked
+    masks alike; a gap right below the diagonal between two real tokens is a boundary of packed sequences.
+    """
+    if mask is None:
+        return None, None
+    if mask.dtype == torch.bool:
+        allowed = mask
+    else:  # eager's additive mask holds 0 where attending is allowed, a 2D mask holds 1
+        allowed = mask == 0 if mask.dim() == 4 else mask > 0
+    offset = min(seen, allowed.shape[-1] - length)
+    index = torch.arange(length, device=mask.device)
+    if allowed.dim() == 2:
+        return allowed[:, offset + index], None
+    rows = allowed[:, 0]
+    tokens = rows[:, index, offset + index]
+    if seen or length == 1:
+        return tokens, None
+    starts = torch.ones_like(tokens)
+    starts[:, 1:] = ~rows[:, index[1:], index[1:] - 1] & tokens[:, 1:] & tokens[:, :-1]
+    return tokens, starts if bool(starts[:, 1:].any()) else None
+
+
+class LightningSwap(nn.Module):
+    """Lightning attention, optionally beside a softmax window, in the place of one softmax layer.
+
+    o_t = (1 − σ(m)) · g ⊙ norm(Σ_{s≤t} λ^{t−s} (φ(q_t)·φ(k_s)) v_s) + σ(m) · local_t
+
+    with one decay λ per state, one mix m per head and a per-channel scale g (Lightning Attention-2,
+    arXiv 2401.04658; the window as in Liger, arXiv 2503.01496, and LoLCATs, arXiv 2410.10254).
+
+    Parameters, all fp32:
+        log_slope `[Hs]`: ln of the slope s, λ = exp(−s); −inf means no decay.
+        out_scale `[Hq, Dv]`: g.
+        mix `[Hq]`: m, only with a local branch.
+        q_map, k_map: feature maps.
+
+    Attributes:
+        branch: "both", or one branch at full weight ("linear", "local") for baselines and ablations.
+        observer: when set, the layer computes the teacher's softmax and shows each call to the observer.
+    """
+
+    def __init__(self, shape: Mapping[str, int], spec: Mapping[str, Any], slopes: torch.Tensor | None = None) -> None:
+        """Build from the shape {layer_idx, heads, kv_heads, head_dim, value_dim} and a recipe's convert section."""
+        super().__init__()
+        self.layer_idx = shape["layer_idx"]
+        heads, kv_heads = shape["heads"], shape["kv_heads"]
+        states = kv_heads if spec["decay"]["per"] == "kv_head" else heads
+        self.normalizer: str = spec["normalizer"]
+        feature_map = FEATURE_MAPS[spec["feature_map"]]
+        self.q_map = feature_map(heads, shape["head_dim"])
+        self.k_map = feature_map(kv_heads, shape["head_dim"])
+        slopes = torch.ones(states) if slopes is None else slopes
+        self.log_slope = nn.Parameter(slopes.log(), requires_grad=bool(spec["decay"]["learnable"]))
+        self.out_scale = nn.Parameter(torch.ones(heads, shape["value_dim"]))
+        local = spec["local"]
+        self.window: int = local["window"] if local else 0
+        self.sinks: int = local["sinks"] if local else 0
+        share = torch.tensor(float(local["share"] if local else 0.5))
+        self.mix = nn.Parameter(torch.logit(share).repeat(heads)) if local else None
+        self.branch: Literal["both", "linear", "local"] = "both"
+        self.observer: Observer | None = None
+        self.cache_layer: LightningCacheLayer | None = None
+
+    @property
+    def log_decay(self) -> torch.Tensor:
+        """ln λ = −slope, fp32 `[Hs]`."""
+        return -self.log_slope.float().exp()
+
+    def linear(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
+        """The linear branch before its scale, `[B, T, Hq, Dv]`; reads and advances the cache's state."""
+        root = call.scaling**0.5  # the softmax scale goes into the features, half to each side
+        q, k = self.q_map(call.q * root), self.k_map(call.k * root)
+        normalize = self.normalizer == "sum"
+        past = cache.past() if cache is not None else None
+        if past is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
+            o = lightning_attention_step(
+                q, k, call.v, self.log_decay, past, scale=1.0, mask=call.tokens, normalize=normalize
+            )
+        else:
+            o, final = lightning_attention(
+                q,
+                k,
+                call.v,
+                self.log_decay,
+                scale=1.0,
+                initial_state=past,
+                output_final_state=cache is not None,
+                cu_seqlens=call.cu_seqlens,
+                mask=call.tokens,
+                normalize=normalize,
+            )
+            if cache is not None:
+                cache.keep(final)
+        if self.normalizer == "rms":
+            wide = o.float()
+            o = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + RMS_EPS)).to(o.dtype)
+        return o
+
+    def local(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
+        """Softmax over the window and the sinks, `[B, T, Hq, Dv]`; reads and advances the cache's ring."""
+        q, k, v = call.q, call.k, call.v
+        sizes: dict[str, Any] = {"window": self.window, "sinks": self.sinks, "scale": call.scaling}
+        if cache is None:
+            return local_attention(q, k, v, cu_seqlens=call.cu_seqlens, mask=call.tokens, **sizes)
+        batch, length = q.shape[:2]
+        positions = cache.positions(call.tokens, batch, length, q.device)
+        if cache.ring_k is None or cache.ring_v is None or cache.ring_position is None:
+            o = local_attention(q, k, v, mask=call.tokens, **sizes)
+        elif length <= self.window:
+            keys, values = torch.cat((cache.ring_k, k), 1), torch.cat((cache.ring_v, v), 1)
+            key_positions = torch.cat((cache.ring_position, positions), 1)
+            o = local_attention_cached(q, keys, values, k_positions=key_positions, q_positions=positions, **sizes)
+        else:
+            o = self._continue(call, cache, positions >= 0, sizes)
+        cache.remember(k, v, positions, self.window, self.sinks)
+        return o
+
+    def _continue(
+        self, call: AttentionCall, cache: LightningCacheLayer, tokens: torch.Tensor, sizes: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """A long continuation: the ring in the order of positions goes before the new tokens, O(T·window)."""
+        past_k, past_v, position = cache.in_order()
+        keys, values = torch.cat((past_k, call.k), 1), torch.cat((past_v, call.v), 1)
+        past = position.shape[1]
+        q = torch.cat((call.q.new_zeros(call.q.shape[0], past, *call.q.shape[2:]), call.q), 1)
+        return local_attention(q, keys, values, mask=torch.cat((position >= 0, tokens), 1), **sizes)[:, past:]
+
+    def forward(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
+        """Both branches mixed, `[B, T, Hq, Dv]` in the dtype of v."""
+        scale = self.out_scale
+        if self.mix is None:
+            return (self.linear(call, cache) * scale).to(call.v.dtype)
+        if self.branch == "local":
+            return self.local(call, cache)
+        if self.branch == "linear":
+            return (self.linear(call, cache) * scale).to(call.v.dtype)
+        share = torch.sigmoid(self.mix)[:, None]
+        o = self.linear(call, cache) * ((1 - share) * scale) + self.local(call, cache) * share
+        return o.to(call.v.dtype)
+
+
+def _softmax_function(base: str, module: nn.Module) -> Callable[..., Any]:
+    """The stock implementation; `eager` is a function of the model's own file."""
+    if base == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS[base]  # type: ignore[no-any-return]
+
+
+def _dispatcher(base: str) -> Callable[..., Any]:
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        swap: LightningSwap | None = getattr(module, "swap", None)
+        if swap is None or swap.observer is not None:
+            output, weights = _softmax_function(base, module)(module, query, key, value, attention_mask, **kwargs)
+            if swap is not None and swap.observer is not None:
+                swap.observer(swap, AttentionCall(query, key, value, kwargs.get("scaling"), attention_mask, 0), output)
+            return output, weights
+        cache, swap.cache_layer = swap.cache_layer, None
+        seen = cache.seen - query.shape[-2] if cache is not None else 0
+        call = AttentionCall(query, key, value, kwargs.get("scaling"), attention_mask, seen)
+        output = swap(call, cache)
+        batch, _, length, _ = query.shape
+        return output.reshape(batch, length, *output.shape[2:]), None
+
+    return attention
+
+
+def _mask_function(base: str) -> Callable[..., Any]:
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+
+    return mask
+
+
+def register() -> None:
+    """Register the dispatcher and its mask for each stock implementation that kept layers may use; idempotent."""
+    for base in BASES:
+        AttentionInterface.register(PREFIX + base, _dispatcher(base))
+        AttentionMaskInterface.register(PREFIX + base, _mask_function(base))
+
+
+def find_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a swapped attention module: find the `Cache` by type, whatever its argument is called."""
+    swap = module.swap
+    assert isinstance(swap, LightningSwap)
+    if swap.observer is None:
+        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+        swap.cache_layer = adopt(cache, swap.layer_idx) if cache is not None else None
+
+
+def swaps(model: nn.Module) -> dict[str, LightningSwap]:
+    """All swapped layers of a model by the path of their attention module, in the order of the layers."""
+    named = model.named_modules()
+    found = {name.removesuffix(".swap"): module for name, module in named if isinstance(module, LightningSwap)}
+    return dict(sorted(found.items(), key=lambda item: item[1].layer_idx))
+
+
+@contextmanager
+def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Let the model compute its own softmax attention, and show each call of a swapped layer to the observer."""
+    layers = list(swaps(model).values())
+    for swap in layers:
+        swap.observer = observer
+    try:
+        yield
+    finally:
+        for swap in layers:
+            swap.observer = None
+
+
+@contextmanager
+def only_branch(model: nn.Module, branch: Literal["linear", "local"]) -> Iterator[None]:
+    """Let every swapped layer compute one branch at full weight: the window-only baseline, or the linear part alone."""
+    layers = list(swaps(model).values())
+    for swap in layers:
+        swap.branch = branch
+    try:
+        yield
+    finally:
+        for swap in layers:
+            swap.branch = "both"

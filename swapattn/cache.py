@@ -1,0 +1,195 @@
+"""The recurrent cache layer that takes a softmax layer's place in any transformers `Cache`.
+
+A file of the checkpoint runtime: it imports torch, transformers and its neighbours only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
+
+
+class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignore[misc]
+    """State of one swapped layer; its size does not depend on the number of tokens.
+
+    It inherits both mixins: the linear one makes transformers size the masks on a real softmax layer where there
+    is one, the other keeps the sequence length known where there is none.
+
+    Tensors, all with the batch first, allocated by the first forward pass:
+        state: fp32 `[B, Hs, D, Dv]`, the sum of decayed φ(k)vᵀ.
+        norm: fp32 `[B, Hs, D]` or None, the sum of decayed φ(k).
+        ring_k, ring_v: `[B, sinks + window + 1, Hkv, D or Dv]` or None: the first `sinks` and the last `window`
+            tokens of the local branch; the last slot takes what need not be kept.
+        ring_position: int64 `[B, sinks + window + 1]`, position among the row's real tokens, −1 = empty.
+        count: int64 `[B]`, real tokens seen by each row.
+    """
+
+    is_compileable = True
+    is_sliding = False
+    TENSORS = ("state", "norm", "ring_k", "ring_v", "ring_position", "count")
+
+    def __init__(self) -> None:
+        CacheLayerMixin.__init__(self)
+        LinearAttentionCacheLayerMixin.__init__(self)
+        self.seen = 0
+        for name in self.TENSORS:
+            setattr(self, name, None)
+
+    state: torch.Tensor | None
+    norm: torch.Tensor | None
+    ring_k: torch.Tensor | None
+    ring_v: torch.Tensor | None
+    ring_position: torch.Tensor | None
+    count: torch.Tensor | None
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the attention layer knows the shapes and allocates."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """Count the new tokens and hand keys and values `[B, Hkv, T, D]` back; nothing is appended."""
+        self.seen += key_states.shape[-2]
+        self.is_initialized = True
+        return key_states, value_states
+
+    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **_: Any) -> torch.Tensor:
+        """Refuse: a swapped layer has no convolution."""
+        raise TypeError("a swapped attention layer has no convolution state")
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **_: Any) -> torch.Tensor:
+        """Refuse: the layer's own recurrence lives elsewhere (a model that mixes both in one layer)."""
+        raise TypeError("a swapped attention layer keeps its own state; this model type mixes both in one layer")
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the key axis that a mask for `query_length` new tokens covers."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """−1: there is no maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name up to transformers 5.12
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: a state cannot forget its last tokens."""
+        return False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to roll back, except by nothing.
+
+        Raises:
+            RuntimeError: assisted decoding asked for a rollback.
+        """
+        if tokens_to_remove:
+            raise RuntimeError("a lightning attention state cannot be rolled back; generate without an assistant")
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.seen = 0
+        self.is_initialized = False
+        for name in self.TENSORS:
+            setattr(self, name, None)
+
+    def _map(self, function: Any) -> None:
+        for name in self.TENSORS:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, function(tensor))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Take row `beam_idx[i]` as row i (beam search)."""
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        """Keep the state where it is: it is small."""
+
+    def prefetch(self) -> None:
+        """Nothing was offloaded."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        tensors = (getattr(self, name) for name in self.TENSORS)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def past(self) -> Any:
+        """Initial state for `lightning_attention`: the state, the pair with the norm, or None at the start."""
+        return (self.state, self.norm) if self.norm is not None else self.state
+
+    def keep(self, final: Any) -> None:
+        """Take over a final state; cloned, for it may be a view of the states of all chunks."""
+        if isinstance(final, tuple):
+            self.state, self.norm = (tensor.clone() for tensor in final)
+        else:
+            self.state = final.clone()
+
+    def positions(self, tokens: torch.Tensor | None, batch: int, length: int, device: torch.device) -> torch.Tensor:
+        """Positions `[B, T]` of new tokens among their row's real tokens, −1 for padding; advances `count`."""
+        if self.count is None:
+            self.count = torch.zeros(batch, dtype=torch.long, device=device)
+        if tokens is None:
+            positions = self.count[:, None] + torch.arange(length, device=device)
+            self.count = self.count + length
+            return positions
+        running = self.count[:, None] + tokens.long().cumsum(1)
+        self.count = running[:, -1]
+        return torch.where(tokens, running - 1, -1)
+
+    def in_order(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ring_k, ring_v and ring_position in the order of positions, empty slots first."""
+        assert self.ring_k is not None
+        assert self.ring_v is not None
+        assert self.ring_position is not None
+        position, order = self.ring_position.sort(dim=1)
+        rows = torch.arange(order.shape[0], device=order.device)[:, None]
+        return self.ring_k[rows, order], self.ring_v[rows, order], position
+
+    def remember(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, window: int, sinks: int) -> None:
+        """Keep of new tokens k, v `[B, T, Hkv, D]` at `positions` `[B, T]` what later tokens attend to locally."""
+        batch = k.shape[0]
+        slots = sinks + window
+        if self.ring_k is None or self.ring_v is None or self.ring_position is None:
+            self.ring_k = k.new_zeros(batch, slots + 1, *k.shape[2:])
+            self.ring_v = v.new_zeros(batch, slots + 1, *v.shape[2:])
+            self.ring_position = positions.new_full((batch, slots + 1), -1)
+        assert self.count is not None
+        sink = (positions >= 0) & (positions < sinks)
+        recent = (positions >= sinks) & (positions >= self.count[:, None] - window)
+        slot = torch.where(sink, positions, torch.where(recent, sinks + (positions - sinks) % window, slots))
+        rows = torch.arange(batch, device=k.device)[:, None]
+        self.ring_k[rows, slot] = k
+        self.ring_v[rows, slot] = v
+        self.ring_position[rows, slot] = positions
+        self.ring_position[:, slots] = -1
+
+
+def adopt(cache: Any, layer_idx: int) -> LightningCacheLayer:
+    """Put a `LightningCacheLayer` at `layer_idx` of a transformers `Cache`, unless it is there, and return it.
+
+    Raises:
+        TypeError: a cache of an encoder-decoder, or one that already holds keys of a softmax layer there.
+    """
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise TypeError(f"a swapped layer cannot use a cache of type {type(cache).__name__}")
+    while len(cache.layers) <= layer_idx:
+        cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, LightningCacheLayer):
+        return layer
+    if isinstance(layer, CacheLayerMixin) and layer.is_initialized and int(layer.get_seq_length()) > 0:
+        raise TypeError(f"the cache already holds softmax keys for layer {layer_idx}, which is swapped")
+    recurrent = LightningCacheLayer()
+    cache.layers[layer_idx] = recurrent
+    return recurrent

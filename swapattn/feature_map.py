@@ -1,0 +1,74 @@
+"""Feature maps φ of the linear branch, applied to queries and keys before `lightning_attention`.
+
+A file of the checkpoint runtime: it imports torch only, so that a saved checkpoint can carry a copy of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Identity(nn.Module):
+    """φ(x) = x (HALO, arXiv 2601.22156; Lightning Attention-2 without activation). `[B, T, H, D] -> [B, T, H, D]`."""
+
+    def __init__(self, heads: int, dim: int) -> None:
+        super().__init__()
+        self.out_dim = dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x unchanged."""
+        return x
+
+
+class SiLU(Identity):
+    """φ(x) = x·σ(x), elementwise (TransNormerLLM, arXiv 2405.17381, section 3; MiniMax-01, arXiv 2501.08313)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `[B, T, H, D]` elementwise."""
+        return F.silu(x)
+
+
+class EluPlusOne(Identity):
+    """φ(x) = elu(x) + 1 > 0, elementwise (Katharopoulos et al., arXiv 2006.16236, section 3.2.1)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `[B, T, H, D]` elementwise."""
+        return F.elu(x) + 1
+
+
+class SoftmaxFeatures(Identity):
+    """φ(x) = softmax(x) over the feature dimension (Liger, arXiv 2503.01496; Efficient Attention, arXiv 1812.01243)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `[B, T, H, D]`; the features of a head sum to one."""
+        return x.softmax(dim=-1, dtype=torch.float32).to(x.dtype)
+
+
+class Hedgehog(nn.Module):
+    """φ(x) = softmax([xW, −xW]) with one learned D×D matrix per head (arXiv 2402.04347; LoLCATs, arXiv 2410.10254).
+
+    `[B, T, H, D] -> [B, T, H, 2D]`. W starts as `gain` times the identity; the gain sharpens the features.
+    """
+
+    gain = 2.0
+
+    def __init__(self, heads: int, dim: int) -> None:
+        super().__init__()
+        self.out_dim = 2 * dim
+        self.weight = nn.Parameter(torch.eye(dim).mul(self.gain).repeat(heads, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `[B, T, H, D]`; the features of a head sum to one."""
+        y = torch.einsum("bthd,hdf->bthf", x, self.weight.to(x.dtype))
+        return torch.cat((y, -y), dim=-1).softmax(dim=-1, dtype=torch.float32).to(x.dtype)
+
+
+FEATURE_MAPS: dict[str, type[Identity] | type[Hedgehog]] = {
+    "identity": Identity,
+    "silu": SiLU,
+    "elu1": EluPlusOne,
+    "softmax": SoftmaxFeatures,
+    "hedgehog": Hedgehog,
+}

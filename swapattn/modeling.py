@@ -1,0 +1,182 @@
+"""Model classes `swapattn_<base>`: a transformers model whose attention modules carry a `swap` submodule.
+
+A file of the checkpoint runtime: it imports torch, transformers and its neighbours only. The classes are made
+by `type()` from the base type's own, so there is no modelling code per family.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.logging import disable_progress_bar
+
+from .attention import BASES, PREFIX, LightningSwap, find_cache, register, swaps
+from .cache import adopt
+from .errors import CheckpointError
+
+MODEL_TYPE_PREFIX = "swapattn_"
+SCHEMA_VERSION = 1
+
+
+def attach(
+    model: nn.Module,
+    layers: Mapping[str, Mapping[str, int]],
+    spec: Mapping[str, Any],
+    slopes: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Give the named attention modules a `swap` and route the model's attention through the dispatcher, in place.
+
+    Args:
+        model: a transformers model whose attention goes through `AttentionInterface`.
+        layers: path of each attention module to swap -> its shape (see `LightningSwap`).
+        spec: the convert section of a recipe as plain values.
+        slopes: path -> fp32 `[Hs]` start slopes, each 1 where left out.
+    """
+    register()
+    for path, shape in layers.items():
+        module = model.get_submodule(path)
+        module.swap = LightningSwap(shape, spec, slopes[path] if slopes else None)
+        module.register_forward_pre_hook(find_cache, with_kwargs=True)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            base = str(config._attn_implementation).removeprefix(PREFIX)
+            config._attn_implementation_internal = PREFIX + (base if base in BASES else BASES[0])
+
+
+class SwapMixin:
+    """What the model classes of swapattn add to their base class."""
+
+    # Slopes, scales and mixes lose too much in 16 bits; a few thousand numbers cost nothing.
+    _keep_in_fp32_modules_strict = ("swap",)
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        block = config.swapattn
+        if block["version"] > SCHEMA_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has schema version {block['version']}, this swapattn reads up to {SCHEMA_VERSION}: "
+                "update swapattn"
+            )
+        assert isinstance(self, nn.Module)
+        attach(self, block["layers"], block["spec"])
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+        """Put the recurrent layers in before `generate` asks the cache anything."""
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            assert isinstance(self, nn.Module)
+            for swap in swaps(self).values():
+                adopt(cache, swap.layer_idx)
+        return result
+
+
+@functools.cache
+def swap_classes(base_model_type: str) -> tuple[type, type]:
+    """Config and causal-LM class for a base model type, registered with the Auto classes.
+
+    Raises:
+        CheckpointError: this transformers does not know the base type.
+    """
+    if base_model_type not in CONFIG_MAPPING:
+        raise CheckpointError(f"transformers does not know the model type {base_model_type!r}: update transformers")
+    base_config = CONFIG_MAPPING[base_model_type]
+    base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+    model_type = MODEL_TYPE_PREFIX + base_model_type
+    config_name, model_name = class_names(base_model_type)
+    config = type(config_name, (base_config,), {"model_type": model_type, "__module__": __name__})
+    model = type(model_name, (SwapMixin, base_model), {"config_class": config, "__module__": __name__})
+    AutoConfig.register(model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+    # Mappings such as that of fused experts are keyed by model type; without this the experts would load as missing.
+    mapping = get_checkpoint_conversion_mapping(base_model_type)
+    if mapping is not None and get_checkpoint_conversion_mapping(model_type) is None:
+        register_checkpoint_conversion_mapping(model_type, mapping)
+    return config, model
+
+
+def class_names(base_model_type: str) -> tuple[str, str]:
+    """Names of the config and the model class for a base model type."""
+    stem = "SwapAttn" + CONFIG_MAPPING[base_model_type].__name__.removesuffix("Config")
+    return stem + "Config", stem + "ForCausalLM"
+
+
+def load(
+    path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """Load a converted or distilled checkpoint.
+
+    Args:
+        path: folder written by `swapattn convert` or `swapattn distill`.
+        device: where to put the model, default CPU.
+        dtype: of the model, default as stored; the parameters of the swapped layers stay fp32.
+
+    Returns:
+        (model in eval mode, tokenizer or None when the folder has none).
+
+    Raises:
+        CheckpointError: no swapattn checkpoint, or a tensor is missing, unexpected or of another shape.
+    """
+    path = Path(path)
+    try:
+        block = json.loads((path / "config.json").read_text(encoding="utf-8")).get("swapattn")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no readable config.json ({error.__class__.__name__})") from error
+    if block is None:
+        raise CheckpointError(f"{path} is not a swapattn checkpoint: convert it first with `swapattn convert {path}`")
+    _, model_class = swap_classes(block["base_model_type"])
+    model = from_folder(model_class, path, dtype)
+    model = model.to(device) if device is not None else model
+    has_tokenizer = (path / "tokenizer_config.json").is_file()
+    return model.eval(), AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+
+
+def load_teacher(
+    checkpoint: Any, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """Load the original model of a checkpoint: (model in eval mode, tokenizer or None).
+
+    Args:
+        checkpoint: a `swapattn.checkpoint.Checkpoint`, or the teacher's own folder.
+        device: where to put the model, default CPU.
+        dtype: default as stored.
+
+    Raises:
+        CheckpointError: the teacher is not where it was, or is damaged.
+    """
+    path = Path(getattr(checkpoint, "teacher_path", checkpoint))
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"the teacher is no longer at {path}: convert again, or pass --teacher FOLDER")
+    model = from_folder(AutoModelForCausalLM, path, dtype)
+    model = model.to(device) if device is not None else model
+    has_tokenizer = (path / "tokenizer_config.json").is_file()
+    return model.eval(), AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+
+
+def from_folder(model_class: Any, path: Path, dtype: torch.dtype | None) -> Any:
+    """`from_pretrained` that treats every missing, unexpected or mismatched tensor as an error."""
+    disable_progress_bar()  # a bar per load, on loads of a second
+    try:
+        model, info = model_class.from_pretrained(
+            path, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True, local_files_only=True
+        )
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not load: {' '.join(str(error).split())[:300]}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(map(str, info.get(kind) or ()))
+        if found:
+            raise CheckpointError(f"{path}: {len(found)} {kind.replace('_', ' ')}, first {found[0]}")
+    return model

@@ -1,0 +1,224 @@
+"""Decide which layers of a model are swapped, check everything, then change it.
+
+`plan` runs a model of the right shapes on the meta device with a probe in the place of the attention function:
+whoever calls it is an attention layer, whatever its module is called. Nothing depends on names of modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from .attention import swaps
+from .audit import quadratic_sites
+from .decay import decay_slopes
+from .errors import RecipeError, UnsupportedModelError
+from .modeling import SCHEMA_VERSION, attach
+from .recipe import ConvertSpec
+
+PROBE = "swapattn_probe"
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One module that calls the attention interface, with the shapes it calls it with."""
+
+    path: str
+    layer_idx: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scaling: float | None
+    sliding_window: int | None
+    softcap: float | None
+    sinks: bool
+
+    def shape(self) -> dict[str, int]:
+        """What `LightningSwap` needs to know."""
+        return {name: getattr(self, name) for name in ("layer_idx", "heads", "kv_heads", "head_dim", "value_dim")}
+
+
+@dataclass(frozen=True)
+class SwapPlan:
+    """The layers to swap and to keep; made by `plan`, carried out by `apply_`."""
+
+    base_model_type: str
+    swap: tuple[AttentionSite, ...]
+    keep: tuple[AttentionSite, ...]
+    spec: ConvertSpec
+    layers: int
+
+    def config_block(self) -> dict[str, Any]:
+        """The `swapattn` block of a checkpoint's config.json."""
+        return {
+            "version": SCHEMA_VERSION,
+            "base_model_type": self.base_model_type,
+            "spec": self.spec.model_dump(mode="json"),
+            "layers": {site.path: site.shape() for site in self.swap},
+        }
+
+    def slopes(self) -> dict[str, torch.Tensor]:
+        """Start slopes of every swapped layer by the recipe's schedule, fp32 `[Hs]`."""
+        per_kv = self.spec.decay.per == "kv_head"
+        return {
+            site.path: decay_slopes(
+                self.spec.decay.schedule, site.kv_heads if per_kv else site.heads, site.layer_idx, self.layers
+            )
+            for site in self.swap
+        }
+
+    def state_bytes(self) -> int:
+        """Bytes of state and window that one sequence needs in the swapped layers (fp32 state, bf16 window)."""
+        total = 0
+        for site in self.swap:
+            states = site.kv_heads if self.spec.decay.per == "kv_head" else site.heads
+            features = site.head_dim * (2 if self.spec.feature_map == "hedgehog" else 1)
+            total += 4 * states * features * (site.value_dim + (self.spec.normalizer == "sum"))
+            if self.spec.local:
+                slots = self.spec.local.window + self.spec.local.sinks + 1
+                total += 2 * slots * site.kv_heads * (site.head_dim + site.value_dim)
+        return total
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of bf16 KV cache per token in the layers that the plan swaps."""
+        return sum(2 * site.kv_heads * (site.head_dim + site.value_dim) for site in self.swap)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {
+            "base_model_type": self.base_model_type,
+            "swap": [asdict(site) for site in self.swap],
+            "keep": [asdict(site) for site in self.keep],
+            "state_bytes": self.state_bytes(),
+            "kv_bytes_per_token": self.kv_bytes_per_token(),
+        }
+
+
+def attention_sites(config: Any) -> list[AttentionSite]:
+    """Every module that calls the attention interface, found on the meta device from a config alone.
+
+    Raises:
+        UnsupportedModelError: the type is no causal LM, has no softmax attention, computes it out of reach of the
+            interface, or uses it in a way that one swap per layer cannot stand for.
+    """
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"model type {kind!r} is an encoder-decoder; swapattn converts decoder-only models")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"model type {kind!r} is no causal language model of this transformers")
+    calls: list[tuple[nn.Module, AttentionSite]] = []
+
+    def probe(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **kw: Any) -> Any:
+        calls.append((module, _site(module, q, k, v, kw)))
+        return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
+
+    AttentionInterface.register(PROBE, probe)
+    AttentionMaskInterface.register(PROBE, lambda *args, **kwargs: None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()), attn_implementation=PROBE)
+    try:
+        outside = quadratic_sites(model, device="meta")
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"model type {kind!r} does not run on the meta device ({' '.join(str(error).split())[:120]})"
+        ) from error
+    names = {id(module): name for name, module in model.named_modules()}
+    sites = [AttentionSite(**{**asdict(site), "path": names[id(module)]}) for module, site in calls]
+    _check_sites(kind, sites, outside)
+    return sites
+
+
+def _site(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kw: dict[str, Any]) -> AttentionSite:
+    return AttentionSite(
+        path="",
+        layer_idx=int(getattr(module, "layer_idx", -1)),
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        head_dim=q.shape[3],
+        value_dim=v.shape[3],
+        scaling=kw.get("scaling"),
+        sliding_window=kw.get("sliding_window"),
+        softcap=kw.get("softcap"),
+        sinks=kw.get("s_aux") is not None,
+    )
+
+
+def _check_sites(kind: str, sites: list[AttentionSite], outside: dict[str, str]) -> None:
+    if not sites and outside:
+        where = next(iter(outside))
+        raise UnsupportedModelError(
+            f"model type {kind!r} computes softmax attention outside transformers' AttentionInterface (in {where}): "
+            "it cannot be swapped"
+        )
+    if not sites:
+        raise UnsupportedModelError(f"model type {kind!r} has no softmax attention: there is nothing to swap")
+    paths = [site.path for site in sites]
+    if len(set(paths)) < len(paths):
+        raise UnsupportedModelError(f"model type {kind!r} calls attention more than once in a layer: nothing fits it")
+    if any(site.layer_idx < 0 for site in sites):
+        raise UnsupportedModelError(f"model type {kind!r}: an attention module does not know its layer index")
+    if any(site.heads % site.kv_heads for site in sites):
+        raise UnsupportedModelError(f"model type {kind!r}: query heads are no multiple of KV heads")
+
+
+def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
+    """Which layers of a model with this config are swapped under a recipe's convert section.
+
+    Args:
+        config: a transformers config of a causal LM.
+        spec: the recipe's convert section; `keep_softmax` holds positions in the order of the attention layers,
+            negative ones from the end.
+
+    Raises:
+        UnsupportedModelError: see `attention_sites`.
+        RecipeError: a kept layer does not exist, or none is left to swap.
+    """
+    sites = sorted(attention_sites(config), key=lambda site: site.layer_idx)
+    count = len(sites)
+    kept = set()
+    for index in spec.keep_softmax:
+        if not -count <= index < count:
+            raise RecipeError(f"convert.keep_softmax: {index} is out of range, the model has {count} attention layers")
+        kept.add(index % count)
+    if len(kept) == count:
+        raise RecipeError(f"convert.keep_softmax names all {count} attention layers: nothing is left to swap")
+    return SwapPlan(
+        base_model_type=config.model_type,
+        swap=tuple(site for i, site in enumerate(sites) if i not in kept),
+        keep=tuple(site for i, site in enumerate(sites) if i in kept),
+        spec=spec,
+        layers=max(site.layer_idx for site in sites) + 1,
+    )
+
+
+def apply_(model: nn.Module, plan: SwapPlan) -> None:
+    """Swap the planned layers of a loaded model in place; its own weights are not touched.
+
+    Raises:
+        UnsupportedModelError: the model has already been swapped, or is not the one that was planned for.
+    """
+    if swaps(model):
+        raise UnsupportedModelError("the model is already swapped")
+    modules = dict(model.named_modules())
+    missing = [site.path for site in plan.swap if site.path not in modules]
+    if missing:
+        raise UnsupportedModelError(f"the plan does not fit the model: no module {missing[0]}")
+    block = plan.config_block()
+    attach(model, block["layers"], block["spec"], plan.slopes())
+
+
+def revert_(model: nn.Module) -> None:
+    """Take every swap out again: the model computes softmax attention as before."""
+    for path in swaps(model):
+        module = model.get_submodule(path)
+        del module.swap
+        module._forward_pre_hooks.clear()
+        module._forward_pre_hooks_with_kwargs.clear()
