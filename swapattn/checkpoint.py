@@ -1,0 +1,204 @@
+"""Checkpoint folders on disk: whole or not there, found by time, with a record of where they come from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from . import __version__
+from .errors import CheckpointError, UsageError
+from .recipe import Recipe, parse_recipe
+
+RECORD = "swapattn.json"
+RECORD_VERSION = 1
+RUNTIME = ("modeling.py", "attention.py", "cache.py", "feature_map.py", "errors.py")
+KERNEL_RUNTIME = ("op.py", "reference.py", "local.py")
+Kind = Literal["converted", "distilled"]
+
+_ENTRY = '''"""Loads this checkpoint in plain transformers: `from_pretrained(FOLDER, trust_remote_code=True)`.
+
+With swapattn installed its classes (and kernels) are used; otherwise the copies of its files beside this one.
+"""
+
+try:
+    from swapattn.modeling import swap_classes
+except ImportError:
+    from .modeling import swap_classes
+
+{config}, {model} = swap_classes("{base}")
+'''
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete folder written by swapattn, with its record."""
+
+    path: Path
+    record: Mapping[str, Any]
+
+    @property
+    def kind(self) -> Kind:
+        """ "converted" or "distilled"."""
+        return "distilled" if self.record["kind"] == "distilled" else "converted"
+
+    @property
+    def name(self) -> str:
+        """Short name of the teacher, e.g. `smollm2-135m`."""
+        return str(self.record["name"])
+
+    @property
+    def time(self) -> str:
+        """When it was written, ISO 8601 in UTC."""
+        return str(self.record["time"])
+
+    @property
+    def teacher_path(self) -> Path:
+        """Folder of the original model."""
+        return Path(self.record["teacher"]["path"])
+
+    @property
+    def teacher_note(self) -> str:
+        """What a reader of any result must know about the teacher, such as "4-bit GGUF, dequantised"."""
+        return str(self.record["teacher"].get("note", ""))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe that it was made with."""
+        return parse_recipe(self.record["recipe"], label=f"of {self.path}")
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint folder.
+
+    Raises:
+        UsageError: there is no such folder, or it is no swapattn checkpoint.
+        CheckpointError: its record is damaged or of a newer version.
+    """
+    if not path.is_dir():
+        raise UsageError(f"no checkpoint folder {path}")
+    if not (path / RECORD).is_file():
+        raise UsageError(f"{path} is no swapattn checkpoint (it has no {RECORD}); make one with `swapattn convert`")
+    try:
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        wrong = [key for key in ("kind", "name", "time", "teacher", "recipe", "version") if key not in record]
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path / RECORD} is damaged: {error}") from error
+    if wrong:
+        raise CheckpointError(f"{path / RECORD} is damaged: no {', '.join(wrong)}")
+    if record["version"] > RECORD_VERSION:
+        raise CheckpointError(f"{path / RECORD} is of version {record['version']}: update swapattn")
+    return Checkpoint(path, record)
+
+
+def find(directory: str | Path = ".", model: str | Path | None = None, *, kind: Kind | None = None) -> Checkpoint:
+    """The checkpoint that a command means: the named folder, or the newest in a directory by its record's time.
+
+    Args:
+        directory: where to look when no model is named.
+        model: a checkpoint folder.
+        kind: only checkpoints of this kind, when none is named.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if model is not None:
+        return read(Path(model))
+    found = []
+    for record in Path(directory).glob(f"*/{RECORD}"):
+        if record.parent.name.startswith("."):
+            continue
+        with contextlib.suppress(CheckpointError):
+            found.append(read(record.parent))
+    found = [checkpoint for checkpoint in found if kind in (None, checkpoint.kind)]
+    if not found:
+        what = f"{kind} checkpoint" if kind else "checkpoint"
+        raise UsageError(f"no {what} in {Path(directory).resolve()}: make one with `swapattn convert MODEL`")
+    return max(found, key=lambda checkpoint: checkpoint.time)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into that takes its name only when everything was written.
+
+    Args:
+        target: the final folder.
+        overwrite: replace it if it exists; the old one stays until the new one is whole.
+
+    Raises:
+        UsageError: it exists and `overwrite` is not set.
+    """
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists: use --overwrite, or another folder with -o")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.parent / f".{target.name}.writing"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+    scratch.mkdir()
+    try:
+        yield scratch
+        if target.exists():
+            old = target.parent / f".{target.name}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            scratch.rename(target)
+            shutil.rmtree(old)
+        else:
+            scratch.rename(target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one."""
+    scratch = path.with_name(f".{path.name}.writing")
+    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def write_runtime(folder: Path, base_model_type: str) -> dict[str, str]:
+    """Copy the files that plain transformers needs into a checkpoint; returns the `auto_map` for its config."""
+    import lightning_attention
+
+    from .modeling import class_names
+
+    here, kernels = Path(__file__).parent, Path(lightning_attention.__file__).parent
+    for name in RUNTIME:
+        shutil.copyfile(here / name, folder / name)
+    for name in KERNEL_RUNTIME:
+        shutil.copyfile(kernels / name, folder / name)
+    config, model = class_names(base_model_type)
+    text = _ENTRY.format(config=config, model=model, base=base_model_type)
+    (folder / "modeling_swapattn.py").write_text(text, encoding="utf-8")
+    return {"AutoConfig": f"modeling_swapattn.{config}", "AutoModelForCausalLM": f"modeling_swapattn.{model}"}
+
+
+def new_record(kind: Kind, name: str, recipe: Recipe, teacher: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """A record for `swapattn.json` with versions and the present time."""
+    return {
+        "version": RECORD_VERSION,
+        "kind": kind,
+        "name": name,
+        "time": datetime.now(UTC).isoformat(timespec="microseconds"),
+        "teacher": dict(teacher),
+        "recipe": recipe.to_dict(),
+        "versions": versions(),
+        **more,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a result."""
+    found = {"swapattn": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "triton", "lm_eval", "datasets", "accelerate"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,0 +1,365 @@
+"""`distill`: run a recipe's stages on a converted checkpoint and write the result as a new one."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .attention import AttentionCall, LightningSwap, observing
+from .calibration import calibrate_stage
+from .checkpoint import RECORD, Checkpoint, atomic_folder, find, new_record, write_json
+from .conversion import INDEX, convert, link_or_copy
+from .data import PackedTokens
+from .errors import CheckpointError, RecipeError, UsageError
+from .losses import Head, chunked_kl, normalized_mse
+from .modeling import load, load_teacher
+from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, load_recipe
+from .training import LossFunction, run_stage
+from .wheels import say
+
+LOG = "train.jsonl"
+_COLUMNS = (("tokens", 12), ("steps", 8), ("seconds", 10), ("tokens_per_second", 11))
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What `distill` made, or with `dry_run` would make; one dict of figures per stage."""
+
+    path: Path
+    parent: Path
+    teacher_note: str
+    text: str
+    device: str
+    stages: tuple[dict[str, Any], ...]
+    dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        stages = [{k: v for k, v in stage.items() if k != "trained"} for stage in self.stages]
+        return {
+            "path": str(self.path),
+            "parent": str(self.parent),
+            "teacher_note": self.teacher_note,
+            "text": self.text,
+            "device": self.device,
+            "dry_run": self.dry_run,
+            "stages": stages,
+        }
+
+    def to_table(self) -> str:
+        """The same as a short text table."""
+        heads = "".join(f"{key.replace('_per_second', '/s'):>{width}}" for key, width in _COLUMNS)
+        lines = [f"{'stage':<14}{heads}   loss"]
+        for stage in self.stages:
+            loss = ""
+            if stage.get("first_loss") is not None:
+                loss = f"{stage['first_loss']:.4f} -> {stage['last_loss']:.4f}"
+            elif "error_before" in stage:
+                loss = f"layer error {stage['error_before']:.3f} -> {stage['error_after']:.3f}"
+            cells = [_cell(stage.get(key), width) for key, width in _COLUMNS]
+            lines.append(f"{stage['stage']:<14}" + "".join(cells) + f"   {loss}")
+        note = f" ({self.teacher_note})" if self.teacher_note else ""
+        lines += ["", f"text     {self.text}", f"teacher of {self.parent}{note}"]
+        lines.append(f"{'would write' if self.dry_run else 'wrote'} {self.path}")
+        return "\n".join(lines)
+
+
+def _cell(value: float | None, width: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:>{width},}"
+
+
+def distill(
+    checkpoint: str | Path | None = None,
+    *,
+    recipe: str | Recipe = "short",
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    dry_run: bool = False,
+    device: str | None = None,
+    teacher: str | Path | None = None,
+    directory: str | Path = ".",
+) -> DistillResult:
+    """Train a converted checkpoint to answer as its teacher does.
+
+    Args:
+        checkpoint: folder; default the newest undistilled conversion in `directory`.
+        recipe: name, YAML file or a `Recipe`; its distill section is run.
+        output: default `NAME-swapattn-RECIPE` in `directory`.
+        overrides: `KEY=VALUE` changes of the recipe.
+        overwrite: replace an existing folder.
+        dry_run: check everything, write nothing.
+        device: default "cuda" if there is one, else "cpu".
+        teacher: folder of another teacher than the recorded one.
+        directory: where to look and to write.
+
+    Raises:
+        UsageError, RecipeError, CheckpointError, SourceError, TrainingError: each says what to do.
+    """
+    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    if not resolved.distill.stages:
+        raise RecipeError(f"recipe {resolved.name} has no distill.stages")
+    start = find(directory, checkpoint, kind="converted" if checkpoint is None else None)
+    if checkpoint is None:
+        say(f"checkpoint: {start.path} (the newest undistilled conversion here)")
+    target = Path(output) if output is not None else Path(directory) / f"{start.name}-swapattn-{resolved.name}"
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists: use --overwrite, or another folder with -o")
+    start = _with_convert_section(start, resolved, Path(directory), dry_run)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    text = resolved.distill.text.describe()
+    if dry_run:
+        stages = tuple(_stage_plan(start, stage) for stage in resolved.distill.stages)
+        return DistillResult(target, start.path, start.teacher_note, text, device, stages, dry_run=True)
+    run = _Run(start, resolved, target, device, Path(teacher) if teacher else start.teacher_path)
+    return DistillResult(target, start.path, start.teacher_note, text, device, tuple(run.run(overwrite)))
+
+
+def _with_convert_section(start: Checkpoint, recipe: Recipe, directory: Path, dry_run: bool) -> Checkpoint:
+    """The checkpoint, or a new conversion of its teacher when the recipe asks for another layer."""
+    have, want = start.recipe.convert.model_dump(), recipe.convert.model_dump()
+    different = sorted(f"convert.{key}" for key in want if have.get(key) != want[key])
+    if not different:
+        return start
+    if start.kind == "distilled":
+        raise UsageError(
+            f"{start.path} is distilled already and its layers differ from recipe {recipe.name} in "
+            f"{', '.join(different)}: convert the teacher anew, or take a recipe with the same convert section"
+        )
+    target = directory / f"{start.name}-swapattn-{recipe.name}-converted"
+    say(f"recipe {recipe.name} differs from {start.path} in {', '.join(different)}: converting anew into {target}")
+    if dry_run:
+        return start
+    if target.exists():
+        again = find(directory, target)
+        if again.recipe.convert == recipe.convert:
+            return again
+    origin = start.record["teacher"]
+    convert(start.teacher_path, target, recipe=recipe, overwrite=True, record_name=start.name, origin=origin)
+    return find(directory, target)
+
+
+def _stage_plan(start: Checkpoint, stage: Stage) -> dict[str, Any]:
+    plan: dict[str, Any] = {"stage": stage.stage, "tokens": stage.tokens}
+    if not isinstance(stage, CalibrateStage):
+        plan["steps"] = stage.steps
+    return plan
+
+
+class _Run:
+    """One distillation on disk: finished stages and Trainer checkpoints lie beside the target until it is whole."""
+
+    def __init__(self, start: Checkpoint, recipe: Recipe, target: Path, device: str, teacher: Path) -> None:
+        self.start, self.recipe, self.target, self.device, self.teacher = start, recipe, target, device, teacher
+        self.work = target.parent / f".{target.name}.run"
+        self.state_file = self.work / "run.json"
+        identity = {"recipe": recipe.to_dict(), "parent": str(start.path.resolve()), "parent_time": start.time}
+        self.state: dict[str, Any] = {"identity": identity, "stages": []}
+
+    def run(self, overwrite: bool) -> list[dict[str, Any]]:
+        self._open()
+        model, tokenizer = load(self.start.path, dtype=torch.float32)
+        if tokenizer is None:
+            raise CheckpointError(f"{self.start.path} has no tokenizer, which distillation needs")
+        model.to(self.device)
+        if self.state["stages"]:
+            self._restore(model)
+        for index, stage in enumerate(self.recipe.distill.stages):
+            if index < len(self.state["stages"]):
+                continue
+            self.state["stages"].append(self._stage(index, stage, model, tokenizer))
+            self._save(model, index)
+        self._write(model, overwrite)
+        shutil.rmtree(self.work)
+        return list(self.state["stages"])
+
+    def _open(self) -> None:
+        """Resume a run of the same recipe on the same parent; forget any other."""
+        if self.state_file.is_file():
+            with contextlib.suppress(ValueError):
+                state = json.loads(self.state_file.read_text(encoding="utf-8"))
+                if state.get("identity") == self.state["identity"]:
+                    self.state = state
+                    say(f"resuming {self.work}: {len(state['stages'])} stages done")
+                    return
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        write_json(self.state_file, self.state)
+
+    def _stage(self, index: int, stage: Stage, model: Any, tokenizer: Any) -> dict[str, Any]:
+        text = self.recipe.distill.text if isinstance(stage, CalibrateStage) else stage.text or self.recipe.distill.text
+        data = PackedTokens(text, tokenizer, stage.length, seed=self.recipe.distill.seed + index)
+        if isinstance(stage, CalibrateStage):
+            return calibrate_stage(model, stage, data)
+        loss: LossFunction
+        if isinstance(stage, AlignStage):
+            if stage.train != "new":
+                raise RecipeError("align trains the new parameters only: its teacher is the model's own softmax")
+            loss = functools.partial(align_loss, amp=self.device != "cpu")
+        else:
+            loss = self._distill_loss(stage, model)
+        return run_stage(
+            model,
+            stage,
+            loss,
+            data,
+            title=stage.stage,
+            folder=self.work / f"stage-{index}",
+            log=self.work / LOG,
+            device=self.device,
+            seed=self.recipe.distill.seed,
+        )
+
+    def _distill_loss(self, stage: DistillStage, model: Any) -> LossFunction:
+        """KL against the same weights in softmax mode while they are frozen, else against a separate teacher."""
+        trained = any(".swap." not in name for done in self.state["stages"] for name in done.get("trained", ()))
+        if stage.train == "new" and not trained and self.teacher == self.start.teacher_path:
+            return functools.partial(distill_loss, stage=stage, teacher=None, amp=self.device != "cpu")
+        dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
+        teacher, _ = load_teacher(self.teacher, device=self.device, dtype=dtype)
+        if teacher.config.vocab_size != model.config.vocab_size:
+            raise UsageError(f"the teacher {self.teacher} has another vocabulary than {self.start.path}")
+        teacher.requires_grad_(False)
+        return functools.partial(distill_loss, stage=stage, teacher=teacher, amp=self.device != "cpu")
+
+    def _trained(self) -> set[str]:
+        return {name for stage in self.state["stages"] for name in stage.get("trained", ())}
+
+    def _save(self, model: Any, index: int) -> None:
+        state = {k: v.detach().cpu().contiguous() for k, v in model.named_parameters() if k in self._trained()}
+        save_file(state, self.work / f"stage-{index}.safetensors")
+        write_json(self.state_file, self.state)
+        if index:
+            (self.work / f"stage-{index - 1}.safetensors").unlink(missing_ok=True)
+        shutil.rmtree(self.work / f"stage-{index}", ignore_errors=True)
+
+    def _restore(self, model: Any) -> None:
+        saved = load_file(self.work / f"stage-{len(self.state['stages']) - 1}.safetensors")
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in saved.items():
+                parameters[name].copy_(tensor)
+
+    def _write(self, model: Any, overwrite: bool) -> None:
+        stages = [{k: v for k, v in stage.items() if k != "trained"} for stage in self.state["stages"]]
+        trained = sorted(self._trained())
+        with atomic_folder(self.target, overwrite=overwrite) as folder:
+            write_trained(folder, self.start.path, model, set(trained))
+            if (self.work / LOG).is_file():
+                shutil.copyfile(self.work / LOG, folder / LOG)
+            record = new_record(
+                "distilled",
+                self.start.name,
+                self.recipe,
+                self.start.record["teacher"],
+                parent={"path": str(self.start.path.resolve()), "time": self.start.time},
+                text=self.recipe.distill.text.describe(),
+                hardware=hardware(self.device),
+                stages=stages,
+                trained=trained,
+            )
+            write_json(folder / RECORD, record)
+
+
+def align_loss(model: Any, ids: torch.Tensor, *, amp: bool = False) -> torch.Tensor:
+    """Mean over swapped layers of the normalised squared error of the attention output, on the teacher's inputs.
+
+    One model: every layer returns its own softmax output to the next, and the swap's output is compared with it.
+    """
+    losses: list[torch.Tensor] = []
+
+    def compare(swap: LightningSwap, call: AttentionCall, target: torch.Tensor) -> None:
+        output = swap(call)
+        losses.append(normalized_mse(output, target.view(output.shape)))
+
+    with observing(model, compare), torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return torch.stack(losses).mean()
+
+
+def distill_loss(
+    model: Any, ids: torch.Tensor, *, stage: DistillStage, teacher: Any | None, amp: bool = False
+) -> torch.Tensor:
+    """Mean over tokens of KL(teacher ‖ student) on full-vocabulary logits, chunked over tokens.
+
+    Args:
+        model: the student.
+        ids: `[B, T]`.
+        stage: temperature and chunk size.
+        teacher: a separate model, or None for the student's own weights with softmax attention.
+        amp: bf16 autocast.
+    """
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
+        with torch.no_grad(), observing(model, lambda *_: None) if teacher is None else contextlib.nullcontext():
+            target = hidden_states(teacher or model, ids)
+        student = hidden_states(model, ids)
+        return chunked_kl(
+            student,
+            target,
+            logits_head(model),
+            logits_head(teacher or model),
+            temperature=stage.temperature,
+            chunk=stage.chunk,
+        )
+
+
+def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Last hidden states `[B, T, ·]`, before the output embedding."""
+    hidden: torch.Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden
+
+
+def logits_head(model: Any) -> Head:
+    """From last hidden states to logits, with the scales and soft caps that some families put behind the matrix."""
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # granite
+    factor = getattr(config, "logit_scale", None) or 1.0  # cohere
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model.get_output_embeddings()(hidden) * (factor / divisor)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    return head
+
+
+def write_trained(folder: Path, parent: Path, model: nn.Module, trained: set[str]) -> None:
+    """Write a checkpoint whose trained tensors come from the model and all others, as they are, from its parent.
+
+    Shards without a trained tensor are linked; the others are written anew, one at a time, in their stored dtypes.
+    """
+    weight_map: dict[str, str] = json.loads((parent / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    unknown = sorted(trained - set(weight_map))
+    if unknown:
+        raise CheckpointError(f"{parent}: trained tensor {unknown[0]} is stored under another name; train: new works")
+    parameters = dict(model.named_parameters())
+    for shard in sorted(set(weight_map.values())):
+        if not any(weight_map[name] == shard for name in trained):
+            link_or_copy(parent / shard, folder / shard)
+            continue
+        with safe_open(parent / shard, framework="pt") as old:
+            tensors = {key: old.get_tensor(key) for key in old.keys()}  # noqa: SIM118 - no mapping
+        for key in tensors.keys() & trained:
+            tensors[key] = parameters[key].detach().to("cpu", tensors[key].dtype).contiguous()
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+    for path in parent.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in (RECORD, LOG, "eval.json"):
+            shutil.copyfile(path, folder / path.name)
+
+
+def hardware(device: str) -> str:
+    """What the figures were measured on."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
