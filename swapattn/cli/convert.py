@@ -1,0 +1,49 @@
+"""`swapattn convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import command, dry_run_option, emit, output_options, recipe_option
+
+
+@command("convert")
+@click.argument("model")
+@recipe_option()
+@output_options
+@click.option("--calibrate", is_flag=True, help="Also run the closed-form calibrate stage (runs the teacher).")
+@dry_run_option
+def convert_command(
+    model: str,
+    recipe: str,
+    overrides: tuple[str, ...],
+    output: Path | None,
+    overwrite: bool,
+    calibrate: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Swap the attention of MODEL: an alias, a hub id, a folder or a GGUF file.
+
+    The teacher's weights are taken over unchanged. Without --recipe the convert section of `short` is used.
+
+    \b
+    Examples:
+      swapattn convert smollm2-135m
+      swapattn convert ./my-llama --set convert.keep_softmax=[0] -o my-llama-swapped
+      swapattn convert llama-7b --dry-run --json
+    """
+    from swapattn.conversion import convert
+
+    result = convert(
+        model,
+        output,
+        recipe=recipe,
+        overrides=overrides,
+        overwrite=overwrite,
+        calibrate=calibrate,
+        dry_run=dry_run,
+    )
+    emit(as_json, result.to_dict(), result.to_table())

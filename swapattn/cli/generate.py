@@ -1,0 +1,66 @@
+"""`swapattn generate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from .common import command, emit, result_stream, say
+
+
+@command("generate")
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.option("--prompt", metavar="TEXT", help="What to answer; read from standard input when left out.")
+@click.option("--teacher", is_flag=True, help="Let the checkpoint's teacher answer.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling at a temperature above 0.")
+@click.option("--raw", is_flag=True, help="Go on from the prompt; no chat template.")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; by default the first GPU, else the CPU.")
+def generate_command(
+    checkpoint: Path | None,
+    prompt: str | None,
+    teacher: bool,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    raw: bool,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Stream text from CHECKPOINT, by default the newest one in the current directory.
+
+    The text goes to stdout as it is made, tokens per second and the bytes of the cache go to stderr.
+
+    \b
+    Examples:
+      swapattn generate --prompt "What is a whale?"
+      swapattn generate smollm2-135m-swapattn-short --teacher --temperature 0.7 --prompt "Tell me a story."
+      echo "Call me" | swapattn generate --raw --max-new-tokens 20 --json
+    """
+    from swapattn.generation import open_model, stream
+
+    text = _read_prompt() if prompt is None else prompt
+    model, tokenizer, name = open_model(checkpoint, teacher=teacher, device=device)
+    say(f"generating with {name}")
+    answer = stream(model, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, raw=raw)
+    pieces = []
+    for piece in answer:
+        pieces.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False, file=result_stream())
+    if as_json:
+        emit(True, {"model": name, "prompt": text, "text": "".join(pieces), **answer.stats.to_dict()}, "")
+    else:
+        click.echo(file=result_stream())
+    say(answer.stats.to_line())
+
+
+def _read_prompt() -> str:
+    from swapattn.errors import UsageError
+
+    if sys.stdin.isatty():
+        raise UsageError("no prompt: pass --prompt TEXT, or pipe it in")
+    return sys.stdin.read().rstrip("\n")

@@ -1,0 +1,172 @@
+"""Streaming text: the same tokens as `generate`, honest figures, no hanging thread."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+
+from swapattn import checkpoint as checkpoint_module
+from swapattn import modeling
+from swapattn.errors import UsageError
+from swapattn.generation import GenerationStats, open_model, state_bytes, stream
+
+PROMPT = "Call me Ishmael. Some years ago"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    built = tiny_llama()
+    built.generation_config.eos_token_id = None  # random weights may say the end at once
+    return built
+
+
+@pytest.fixture
+def chat_tokenizer(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+    return tokenizer
+
+
+def greedy(model, tokenizer, prompt, count):
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=1)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_the_pieces_are_what_generate_gives(model, tiny_tokenizer):
+    assert "".join(stream(model, tiny_tokenizer, PROMPT, max_new_tokens=24)) == greedy(
+        model, tiny_tokenizer, PROMPT, 24
+    )
+
+
+def test_text_comes_in_pieces(model, tiny_tokenizer):
+    pieces = list(stream(model, tiny_tokenizer, PROMPT, max_new_tokens=150, temperature=2.0))
+    assert len(pieces) > 3
+    assert all(pieces)
+
+
+def test_figures_are_counted_and_measured(model, tiny_tokenizer):
+    answer = stream(model, tiny_tokenizer, PROMPT, max_new_tokens=16)
+    "".join(answer)
+    stats = answer.stats
+    prompt_tokens = len(tiny_tokenizer(PROMPT)["input_ids"])
+    assert stats.prompt_tokens == prompt_tokens
+    assert stats.tokens == 16
+    assert 0 < stats.prefill_seconds < stats.seconds
+    assert stats.tokens_per_second == pytest.approx(15 / (stats.seconds - stats.prefill_seconds))
+    # keys and values: 2 layers x 2 KV heads x 8 numbers of 4 bytes; the last token is never fed back
+    assert stats.state_bytes == (prompt_tokens + 15) * 2 * 2 * 2 * 8 * 4
+    assert f"state {stats.state_bytes:,} bytes" in stats.to_line()
+    assert stats.to_dict()["tokens"] == 16
+
+
+def test_one_token_has_no_rate(model, tiny_tokenizer):
+    answer = stream(model, tiny_tokenizer, PROMPT, max_new_tokens=1)
+    "".join(answer)
+    assert answer.stats.tokens == 1
+    assert answer.stats.tokens_per_second == 0
+
+
+def test_figures_before_the_end_are_refused(model, tiny_tokenizer):
+    answer = stream(model, tiny_tokenizer, PROMPT, max_new_tokens=2)
+    with pytest.raises(RuntimeError, match="read to the end"):
+        _ = answer.stats
+
+
+def test_the_chat_template_is_used_unless_raw(model, chat_tokenizer):
+    spoken = stream(model, chat_tokenizer, PROMPT, max_new_tokens=12)
+    assert "".join(spoken) == greedy(model, chat_tokenizer, f"[user] {PROMPT}\n[assistant]", 12)
+    raw = stream(model, chat_tokenizer, PROMPT, max_new_tokens=12, raw=True)
+    assert "".join(raw) == greedy(model, chat_tokenizer, PROMPT, 12)
+    assert raw.stats.prompt_tokens < spoken.stats.prompt_tokens
+
+
+def test_sampling_follows_the_seed(model, tiny_tokenizer):
+    def sample(seed):
+        return "".join(stream(model, tiny_tokenizer, PROMPT, max_new_tokens=24, temperature=1.5, seed=seed))
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"prompt": ""}, "prompt is empty"), ({"max_new_tokens": 0}, "at least 1"), ({"temperature": -1}, "at least 0")],
+)
+def test_what_cannot_be_answered_is_refused(model, tiny_tokenizer, settings, words):
+    settings = {"prompt": PROMPT, **settings}
+    with pytest.raises(UsageError, match=words):
+        stream(model, tiny_tokenizer, settings.pop("prompt"), **settings)
+
+
+def test_a_blank_message_is_refused_although_the_template_has_tokens(model, chat_tokenizer):
+    with pytest.raises(UsageError, match="prompt is empty"):
+        stream(model, chat_tokenizer, " \n")
+
+
+def test_an_error_in_the_model_reaches_the_reader(tiny_llama, tiny_tokenizer):
+    broken = tiny_llama()
+
+    def fail(*_, **__):
+        raise ValueError("broken layer")
+
+    broken.model.forward = fail
+    with pytest.raises(ValueError, match="broken layer"):
+        list(stream(broken, tiny_tokenizer, PROMPT))
+
+
+def test_a_reader_that_leaves_early_stops_the_thread(model, tiny_tokenizer):
+    before = threading.active_count()
+    pieces = iter(stream(model, tiny_tokenizer, PROMPT, max_new_tokens=3000))
+    next(pieces)
+    pieces.close()
+    assert threading.active_count() == before
+
+
+def test_state_bytes_counts_shared_memory_once_and_looks_into_containers():
+    class Layer:
+        def __init__(self):
+            self.state = torch.zeros(2, 3)
+            self.view = self.state[0]
+            self.nested = {"ring": [torch.zeros(5, dtype=torch.float16)]}
+            self.length = 7
+
+    class Cache:
+        def __init__(self):
+            self.layers = [Layer(), Layer()]
+
+    assert state_bytes(Cache()) == 2 * (2 * 3 * 4 + 5 * 2)
+    assert state_bytes(None) == 0
+
+
+def test_open_model_takes_the_checkpoint_or_its_teacher(monkeypatch, tmp_path):
+    class Found:
+        path = tmp_path / "mine"
+
+    asked = []
+    monkeypatch.setattr(checkpoint_module, "find", lambda directory, model=None: asked.append(model) or Found())
+    monkeypatch.setattr(modeling, "load", lambda path, device: (path, "tokenizer"))
+    monkeypatch.setattr(modeling, "load_teacher", lambda found, device: ("teacher", "tokenizer"))
+    assert open_model(None) == (Found.path, "tokenizer", str(Found.path))
+    assert open_model("some/where", teacher=True) == ("teacher", "tokenizer", f"the teacher of {Found.path}")
+    assert asked == [None, "some/where"]
+
+
+def test_a_checkpoint_without_a_tokenizer_cannot_read_a_prompt(monkeypatch, tmp_path):
+    class Found:
+        path = tmp_path
+
+    monkeypatch.setattr(checkpoint_module, "find", lambda directory, model=None: Found())
+    monkeypatch.setattr(modeling, "load", lambda path, device: ("model", None))
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        open_model(tmp_path)
+
+
+def test_the_line_of_figures_is_one_line():
+    stats = GenerationStats(3, 2, 1.0, 0.5, 2.0, 4096)
+    assert (
+        stats.to_line() == "2 tokens in 1.00 s, 2.0 tokens/s after a prefill of 3 tokens in 0.50 s, state 4,096 bytes"
+    )
