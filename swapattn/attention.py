@@ -9,9 +9,11 @@ RoPE stay the model's own: they happen before the dispatch.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -34,6 +36,7 @@ except ImportError:  # inside a saved checkpoint, where the plain PyTorch forms 
     from .local import local_attention, local_attention_cached  # type: ignore[no-redef, import-untyped]
     from .op import lightning_attention, lightning_attention_step  # type: ignore[no-redef, import-untyped]
 
+KERNEL_FOLDER = Path(inspect.getfile(lightning_attention)).parent  # this folder, inside a saved checkpoint
 PREFIX = "swapattn_"
 BASES = ("sdpa", "eager")
 RMS_EPS = 1e-6
@@ -124,7 +127,8 @@ class LightningSwap(nn.Module):
         self.q_map = feature_map(heads, shape["head_dim"])
         self.k_map = feature_map(kv_heads, shape["head_dim"])
         slopes = torch.ones(states) if slopes is None else slopes
-        self.log_slope = nn.Parameter(slopes.log(), requires_grad=bool(spec["decay"]["learnable"]))
+        self.learnable_decay = bool(spec["decay"]["learnable"])
+        self.log_slope = nn.Parameter(slopes.log(), requires_grad=self.learnable_decay)
         self.out_scale = nn.Parameter(torch.ones(heads, shape["value_dim"]))
         local = spec["local"]
         self.window: int = local["window"] if local else 0

@@ -29,7 +29,9 @@ class _PairwiseOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
             isinstance(x, torch.Tensor) and x.is_floating_point() and list(x.shape).count(self.length) >= 2
             for x in outputs
         )
-        if (pairwise or "scaled_dot_product" in name) and self.where:
+        if "scaled_dot_product" in name:  # its fused forms return no weights; a window calls it on short blocks
+            pairwise = min(args[0].shape[-2], args[1].shape[-2]) >= self.length
+        if pairwise and self.where:
             self.sites.setdefault(self.where[-1], name)
         return result
 
@@ -39,7 +41,7 @@ def quadratic_sites(model: nn.Module, *, length: int = PRIME, device: str = "cpu
 
     Args:
         model: a causal LM; on the meta device nothing is computed.
-        length: prime sequence length to run.
+        length: prime sequence length to run, longer than any local window.
         device: device of the token ids.
 
     Returns:

@@ -144,7 +144,7 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
             self.count = self.count + length
             return positions
         running = self.count[:, None] + tokens.long().cumsum(1)
-        self.count = running[:, -1]
+        self.count = running[:, -1].clone()  # not a view, which would keep a number per token
         return torch.where(tokens, running - 1, -1)
 
     def in_order(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ Two passes over the same text, each with the teacher's softmax deciding what the
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .attention import AttentionCall, LightningSwap, observing, swaps
 from .decay import slope_of_distance
 from .errors import TrainingError
 from .recipe import CalibrateStage
-from .wheels import say
 
 SINKS_LEFT_OUT = 4  # first tokens get attention from everywhere and say nothing about distance
 SHARE_RANGE = (0.02, 0.98)  # keeps the gradient of the mix alive
@@ -70,13 +71,13 @@ def calibrate_(
         gram[swap].add(branches, target, swap(call))
 
     if decay:
-        _run(model, batches, measure_distance)
+        _run(model, batches, "decay", measure_distance)
         for swap in layers:
             heads = distance[swap].value().log()
             shared = heads.view(swap.log_slope.numel(), -1).mean(1).exp()  # geometric mean over a group
             swap.log_slope.copy_(slope_of_distance(shared).log())
     if output:
-        _run(model, batches, measure_output)
+        _run(model, batches, "output", measure_output)
         for swap in layers:
             fit_output_(swap, gram[swap])
     spans = tuple(float(distance[swap].value().mean()) for swap in layers) if decay else ()
@@ -85,10 +86,10 @@ def calibrate_(
     return Calibration(sum(b.numel() for b in batches), spans, before, after)
 
 
-def _run(model: Any, batches: list[torch.Tensor], observer: Any) -> None:
+def _run(model: Any, batches: list[torch.Tensor], title: str, observer: Any) -> None:
     device = next(model.parameters()).device
     with observing(model, observer):
-        for ids in batches:
+        for ids in tqdm(batches, desc=f"calibrate, {title}", unit="batch", file=sys.stderr):
             model(input_ids=ids.to(device), use_cache=False, logits_to_keep=1)
 
 
@@ -164,19 +165,33 @@ def fit_output_(swap: LightningSwap, gram: _Gram) -> None:
     if not torch.isfinite(fit).all():
         raise TrainingError(f"calibration of layer {swap.layer_idx} is not finite: use other text or more tokens")
     if swap.mix is None:
-        scale = fit[:, 0]
+        scale = fit[:, 0].clamp(*SCALE_RANGE)
     else:
-        share = fit[:, 1].clamp(*SHARE_RANGE)
-        linear = (b[:, 0] - share * a[:, 0, 1]) / a[:, 0, 0]  # the best weight beside the share that was possible
+        linear, share = _within_ranges(a + ridge, b, fit).unbind(1)
         scale = linear / (1 - share)
         swap.mix.copy_(torch.logit(share).to(swap.mix))
-    swap.out_scale.copy_(scale.clamp(*SCALE_RANGE)[:, None].expand_as(swap.out_scale).to(swap.out_scale))
+    swap.out_scale.copy_(scale[:, None].expand_as(swap.out_scale).to(swap.out_scale))
+
+
+def _within_ranges(a: torch.Tensor, b: torch.Tensor, fit: torch.Tensor) -> torch.Tensor:
+    """Best weights `[Hq, 2]` of both branches within the ranges: the free fit, or the best point of their border."""
+    (low, high), top = SHARE_RANGE, SCALE_RANGE[1]
+    inside = (fit[:, 1] >= low) & (fit[:, 1] <= high) & (fit[:, 0] >= 0) & (fit[:, 0] <= top * (1 - fit[:, 1]))
+    corners = a.new_tensor([[0, low], [0, high], [top * (1 - high), high], [top * (1 - low), low]])
+    points = [fit]
+    for start, end in zip(corners, corners.roll(-1, 0), strict=True):
+        way = end - start
+        step = ((b - a @ start) @ way / (a @ way @ way)).clamp(0, 1)
+        points.append(start + step[:, None] * way)
+    found = torch.stack(points, 1)
+    error = torch.einsum("hci,hij,hcj->hc", found, a, found) - 2 * torch.einsum("hci,hi->hc", found, b)
+    error[:, 0].masked_fill_(~inside, torch.inf)
+    return found[torch.arange(found.shape[0]), error.argmin(1)]
 
 
 def calibrate_stage(model: Any, stage: CalibrateStage, data: Iterable[dict[str, torch.Tensor]]) -> dict[str, Any]:
     """Run the closed-form stage on the first `stage.tokens` tokens; returns its figures and what it set."""
     start = time.monotonic()
-    say(f"calibrate: {stage.tokens:,} tokens")
     count = max(1, stage.tokens // stage.length)
     windows = torch.stack([item["input_ids"] for item in islice(data, count)])
     found = calibrate_(model, torch.split(windows, 2), decay=stage.decay, output=stage.output)

@@ -5,37 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from . import __version__
+from .environment import versions
 from .errors import CheckpointError, UsageError
 from .recipe import Recipe, parse_recipe
 
 RECORD = "swapattn.json"
+LOG = "train.jsonl"  # of a distillation, in its checkpoint
+REPORT = "eval.json"  # of the last evaluation, in its checkpoint
 RECORD_VERSION = 1
-RUNTIME = ("modeling.py", "attention.py", "cache.py", "feature_map.py", "errors.py")
-KERNEL_RUNTIME = ("op.py", "reference.py", "local.py")
 Kind = Literal["converted", "distilled"]
-
-_ENTRY = '''"""Loads this checkpoint in plain transformers: `from_pretrained(FOLDER, trust_remote_code=True)`.
-
-With swapattn installed its classes (and kernels) are used; otherwise the copies of its files beside this one.
-"""
-
-try:
-    from swapattn.modeling import swap_classes
-except ImportError:
-    from .modeling import swap_classes
-
-{config}, {model} = swap_classes("{base}")
-'''
 
 
 @dataclass(frozen=True)
@@ -136,6 +121,9 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UsageError: it exists and `overwrite` is not set.
     """
+    old = target.parent / f".{target.name}.old"
+    if old.exists() and not target.exists():
+        old.rename(target)  # a process was killed between the two renames below
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists: use --overwrite, or another folder with -o")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -145,16 +133,15 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield scratch
         if target.exists():
-            old = target.parent / f".{target.name}.old"
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
-            scratch.rename(target)
-            shutil.rmtree(old)
-        else:
-            scratch.rename(target)
+        scratch.rename(target)
     except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -162,23 +149,6 @@ def write_json(path: Path, value: Any) -> None:
     scratch = path.with_name(f".{path.name}.writing")
     scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(scratch, path)
-
-
-def write_runtime(folder: Path, base_model_type: str) -> dict[str, str]:
-    """Copy the files that plain transformers needs into a checkpoint; returns the `auto_map` for its config."""
-    import lightning_attention
-
-    from .modeling import class_names
-
-    here, kernels = Path(__file__).parent, Path(lightning_attention.__file__).parent
-    for name in RUNTIME:
-        shutil.copyfile(here / name, folder / name)
-    for name in KERNEL_RUNTIME:
-        shutil.copyfile(kernels / name, folder / name)
-    config, model = class_names(base_model_type)
-    text = _ENTRY.format(config=config, model=model, base=base_model_type)
-    (folder / "modeling_swapattn.py").write_text(text, encoding="utf-8")
-    return {"AutoConfig": f"modeling_swapattn.{config}", "AutoModelForCausalLM": f"modeling_swapattn.{model}"}
 
 
 def new_record(kind: Kind, name: str, recipe: Recipe, teacher: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -193,12 +163,3 @@ def new_record(kind: Kind, name: str, recipe: Recipe, teacher: Mapping[str, Any]
         "versions": versions(),
         **more,
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a result."""
-    found = {"swapattn": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "triton", "lm_eval", "datasets", "accelerate"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

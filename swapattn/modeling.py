@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,28 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
-from .attention import BASES, PREFIX, LightningSwap, find_cache, register, swaps
+from .attention import BASES, KERNEL_FOLDER, PREFIX, LightningSwap, find_cache, register, swaps
 from .cache import adopt
 from .errors import CheckpointError
 
 MODEL_TYPE_PREFIX = "swapattn_"
 SCHEMA_VERSION = 1
+ENTRY = "modeling_swapattn"
+RUNTIME = ("modeling.py", "attention.py", "cache.py", "feature_map.py", "errors.py")
+KERNEL_RUNTIME = ("op.py", "reference.py", "local.py")
+
+_ENTRY_TEXT = '''"""Loads this checkpoint in plain transformers: `from_pretrained(FOLDER, trust_remote_code=True)`.
+
+With swapattn installed its classes (and kernels) are used; otherwise the copies of its files beside this one.
+"""
+
+try:
+    from swapattn.modeling import swap_classes
+except ImportError:
+    from .modeling import swap_classes
+
+{config}, {model} = swap_classes("{base}")
+'''
 
 
 def attach(
@@ -71,6 +88,20 @@ class SwapMixin:
         assert isinstance(self, nn.Module)
         attach(self, block["layers"], block["spec"])
 
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Choose what the kept layers use; the swapped ones stay swapped."""
+        base = str(attn_implementation).removeprefix(PREFIX)
+        if base not in BASES:
+            raise ValueError(f"a swapped model computes its kept layers with {' or '.join(BASES)}, not {base}")
+        super().set_attn_implementation(PREFIX + base, *args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, and beside it the files that plain transformers needs to load the folder."""
+        config = self.config  # type: ignore[attr-defined]
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        config.auto_map = write_runtime(Path(save_directory), config.swapattn["base_model_type"])
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
         """Put the recurrent layers in before `generate` asks the cache anything."""
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
@@ -99,10 +130,12 @@ def swap_classes(base_model_type: str) -> tuple[type, type]:
     model = type(model_name, (SwapMixin, base_model), {"config_class": config, "__module__": __name__})
     AutoConfig.register(model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model, exist_ok=True)
-    # Mappings such as that of fused experts are keyed by model type; without this the experts would load as missing.
-    mapping = get_checkpoint_conversion_mapping(base_model_type)
-    if mapping is not None and get_checkpoint_conversion_mapping(model_type) is None:
-        register_checkpoint_conversion_mapping(model_type, mapping)
+    # Mappings such as that of fused experts are keyed by model type, others by class; without them tensors that are
+    # stored under another name would load as missing.
+    for old, new in ((base_model_type, model_type), (base_model.__name__, model_name)):
+        mapping = get_checkpoint_conversion_mapping(old)
+        if mapping is not None and get_checkpoint_conversion_mapping(new) is None:
+            register_checkpoint_conversion_mapping(new, mapping)
     return config, model
 
 
@@ -110,6 +143,18 @@ def class_names(base_model_type: str) -> tuple[str, str]:
     """Names of the config and the model class for a base model type."""
     stem = "SwapAttn" + CONFIG_MAPPING[base_model_type].__name__.removesuffix("Config")
     return stem + "Config", stem + "ForCausalLM"
+
+
+def write_runtime(folder: Path, base_model_type: str) -> dict[str, str]:
+    """Copy the files that plain transformers needs into a checkpoint; returns the `auto_map` for its config."""
+    for origin, names in ((Path(__file__).parent, RUNTIME), (KERNEL_FOLDER, KERNEL_RUNTIME)):
+        for name in names:
+            if not (folder / name).exists() or not (folder / name).samefile(origin / name):
+                shutil.copyfile(origin / name, folder / name)
+    config, model = class_names(base_model_type)
+    text = _ENTRY_TEXT.format(config=config, model=model, base=base_model_type)
+    (folder / f"{ENTRY}.py").write_text(text, encoding="utf-8")
+    return {"AutoConfig": f"{ENTRY}.{config}", "AutoModelForCausalLM": f"{ENTRY}.{model}"}
 
 
 def load(
@@ -169,14 +214,21 @@ def from_folder(model_class: Any, path: Path, dtype: torch.dtype | None) -> Any:
     disable_progress_bar()  # a bar per load, on loads of a second
     try:
         model, info = model_class.from_pretrained(
-            path, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True, local_files_only=True
+            path,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # an error below, which names the tensor
         )
     except CheckpointError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a damaged file raises what it likes
         raise CheckpointError(f"{path} does not load: {' '.join(str(error).split())[:300]}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         found = sorted(map(str, info.get(kind) or ()))
         if found:
             raise CheckpointError(f"{path}: {len(found)} {kind.replace('_', ' ')}, first {found[0]}")
+    for swap in swaps(model).values():
+        swap.log_slope.requires_grad_(swap.learnable_decay)  # from_pretrained makes every parameter trainable
     return model

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from .environment import say
 from .errors import SourceError, UsageError
-from .wheels import SMOLLM2_WHEEL, CarriedWheel, cache_dir, new_folder, say, sha256_of, unpacked
+from .wheels import SMOLLM2_WHEEL, CarriedWheel, cache_dir, new_folder, sha256_of, unpacked
 
 SOURCE_FILE = "swapattn-source.json"  # beside config.json of a folder that was made here: where it comes from
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

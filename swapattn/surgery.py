@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .attention import swaps
+from .attention import find_cache, swaps
 from .audit import quadratic_sites
 from .decay import decay_slopes
 from .errors import RecipeError, UnsupportedModelError
@@ -24,6 +24,10 @@ from .modeling import SCHEMA_VERSION, attach
 from .recipe import ConvertSpec
 
 PROBE = "swapattn_probe"
+_OUTSIDE = (
+    "model type {kind!r} computes softmax attention outside transformers' AttentionInterface{where}: "
+    "it cannot be swapped"
+)
 
 
 @dataclass(frozen=True)
@@ -109,31 +113,56 @@ def attention_sites(config: Any) -> list[AttentionSite]:
         UnsupportedModelError: the type is no causal LM, has no softmax attention, computes it out of reach of the
             interface, or uses it in a way that one swap per layer cannot stand for.
     """
+    _check_config(config)
+    kind = config.model_type
+    calls: list[tuple[nn.Module, AttentionSite]] = []
+
+    def probe(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> Any:
+        calls.append((module, _site(module, query, key, value, kwargs)))
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+    AttentionInterface.register(PROBE, probe)
+    AttentionMaskInterface.register(PROBE, lambda *args, **kwargs: None)
+    config = type(config).from_dict(config.to_dict())
+    try:
+        with torch.device("meta"):  # in bf16, the only dtype that fused experts multiply in there
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=PROBE, dtype=torch.bfloat16)
+        outside = quadratic_sites(model, device="meta")
+    except Exception as error:  # whatever the code of a family raises without weights
+        if error.args == (PROBE,):  # it looks its attention up in a table of its own
+            raise UnsupportedModelError(_OUTSIDE.format(kind=kind, where="")) from error
+        raise UnsupportedModelError(
+            f"model type {kind!r} does not run on the meta device ({' '.join(str(error).split())[:120]})"
+        ) from error
+    if any(getattr(module, "is_causal", True) is False for module, _ in calls):
+        raise UnsupportedModelError(f"model type {kind!r} attends in both directions; swapattn converts causal models")
+    names = {id(module): name for name, module in model.named_modules()}
+    sites = [AttentionSite(**{**asdict(site), "path": names[id(module)]}) for module, site in calls]
+    _check_sites(kind, sites, outside)
+    return sites
+
+
+def _check_config(config: Any) -> None:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"model type {kind!r} is an encoder-decoder; swapattn converts decoder-only models")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(f"model type {kind!r} is no causal language model of this transformers")
-    calls: list[tuple[nn.Module, AttentionSite]] = []
-
-    def probe(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **kw: Any) -> Any:
-        calls.append((module, _site(module, q, k, v, kw)))
-        return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
-
-    AttentionInterface.register(PROBE, probe)
-    AttentionMaskInterface.register(PROBE, lambda *args, **kwargs: None)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()), attn_implementation=PROBE)
-    try:
-        outside = quadratic_sites(model, device="meta")
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+    if getattr(config, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(
-            f"model type {kind!r} does not run on the meta device ({' '.join(str(error).split())[:120]})"
-        ) from error
-    names = {id(module): name for name, module in model.named_modules()}
-    sites = [AttentionSite(**{**asdict(site), "path": names[id(module)]}) for module, site in calls]
-    _check_sites(kind, sites, outside)
-    return sites
+            f"model type {kind!r} shares keys and values between layers, which no swap can cache"
+        )
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise UnsupportedModelError(
+            f"model type {kind!r} attends within chunks, whose borders cannot be told from those of packed sequences"
+        )
 
 
 def _site(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kw: dict[str, Any]) -> AttentionSite:
@@ -153,11 +182,7 @@ def _site(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
 
 def _check_sites(kind: str, sites: list[AttentionSite], outside: dict[str, str]) -> None:
     if not sites and outside:
-        where = next(iter(outside))
-        raise UnsupportedModelError(
-            f"model type {kind!r} computes softmax attention outside transformers' AttentionInterface (in {where}): "
-            "it cannot be swapped"
-        )
+        raise UnsupportedModelError(_OUTSIDE.format(kind=kind, where=f" (in {next(iter(outside))})"))
     if not sites:
         raise UnsupportedModelError(f"model type {kind!r} has no softmax attention: there is nothing to swap")
     paths = [site.path for site in sites]
@@ -220,5 +245,6 @@ def revert_(model: nn.Module) -> None:
     for path in swaps(model):
         module = model.get_submodule(path)
         del module.swap
-        module._forward_pre_hooks.clear()
-        module._forward_pre_hooks_with_kwargs.clear()
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is find_cache]:
+            del module._forward_pre_hooks[key]
+            del module._forward_pre_hooks_with_kwargs[key]

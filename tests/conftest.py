@@ -70,3 +70,48 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[
     tiny_llama().save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 5.0, "tie_word_embeddings": False},
+    "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8, "tie_word_embeddings": False},
+    "mistral": {"sliding_window": 6},
+    "phi3": {},
+    "gpt_neox": {"rotary_pct": 0.5, "attention_bias": True},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 2048, "tie_word_embeddings": False},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3},
+    "cohere": {"logit_scale": 0.25},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_family() -> Callable[..., Any]:
+    """A factory of random models of several model types (3 layers, 4 query heads of 8, on 2 KV heads where it can)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def build(model_type: str, *, seed: int = 0, **overrides: Any) -> Any:
+        settings: dict[str, Any] = {
+            "vocab_size": TINY_VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.25,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": 1,
+        }
+        config = AutoConfig.for_model(model_type, **{**settings, **_FAMILIES.get(model_type, {}), **overrides})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config).eval()
+
+    return build

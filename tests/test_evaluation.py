@@ -49,21 +49,15 @@ def mirror(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Any:
-    """A checkpoint that `evaluate` finds: a random student and another random Llama as its teacher."""
-    folder = tmp_path / "tiny-swapattn"
-    folder.mkdir()
-    checkpoint = types.SimpleNamespace(
-        path=folder, teacher_path=tmp_path / "teacher", teacher_note="4-bit GGUF, dequantised", kind="converted"
-    )
-    finder = types.ModuleType("swapattn.checkpoint")
-    finder.find = lambda directory, model=None: checkpoint  # type: ignore[attr-defined]
-    loader = types.ModuleType("swapattn.modeling")
-    loader.load = lambda path, **_: (tiny_llama(seed=1), tiny_tokenizer)  # type: ignore[attr-defined]
-    loader.load_teacher = lambda found, **_: (tiny_llama(seed=0), tiny_tokenizer)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "swapattn.checkpoint", finder)
-    monkeypatch.setitem(sys.modules, "swapattn.modeling", loader)
-    return types.SimpleNamespace(checkpoint=checkpoint, loader=loader)
+def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_teacher: Path) -> Any:
+    """A real conversion of the tiny teacher in the current directory, whose record has a note on the teacher."""
+    from swapattn import checkpoint, modeling
+    from swapattn.conversion import convert
+
+    monkeypatch.chdir(tmp_path)
+    origin = {"given": "tiny", "path": str(tiny_teacher), "note": "4-bit GGUF, dequantised"}
+    made = convert(tiny_teacher, tmp_path / "tiny-swapattn", origin=origin)
+    return types.SimpleNamespace(checkpoint=checkpoint.read(made.path), loader=modeling)
 
 
 def test_kept_share() -> None:
@@ -162,10 +156,10 @@ def test_evaluate_writes_a_whole_report(found: Any, mirror: Path, capsys: pytest
     assert written == json.loads(json.dumps(first.to_dict()))
     assert written["note"] == "4-bit GGUF, dequantised"
     assert (written["kind"], written["rows"][0]["student"]["documents"]) == ("converted", 6)
-    assert [path.name for path in folder.iterdir()] == ["eval.json"]
+    assert not list(folder.glob(".*"))
     out, err = capsys.readouterr()
     assert out == ""
-    assert f"checkpoint: {folder}" in err
+    assert f"checkpoint: {folder.name}" in err
 
 
 def test_evaluate_without_teacher(found: Any, mirror: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ LAYERS = (
     {"quickstart"},
     {"distillation", "evaluation", "generation", "conversion", "bench", "report"},
     {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
-    | {"audit"},
-    {"recipe", "decay", "feature_map", "errors", "wheels"},
+    | {"audit", "training", "shards"},
+    {"recipe", "decay", "feature_map", "errors", "wheels", "environment"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
-OWNERS_OF_KERNELS = {"attention", "checkpoint"}  # the second copies their sources into what it saves
+OWNERS_OF_KERNELS = {"attention"}
 
 
 def imports(file: Path, *, top_level: bool = False) -> set[str]:

@@ -1,0 +1,35 @@
+"""The surroundings of a result: versions and hardware for its record, and the one way to talk (stderr)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from . import __version__
+
+
+def say(text: str) -> None:
+    """One line of talk on stderr, from the first process of a distributed run only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a result."""
+    found = {"swapattn": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "triton", "lm_eval", "datasets", "accelerate"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def hardware(device: str) -> str:
+    """What a figure was measured on: the GPU's name, or machine and number of CPU threads."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,181 @@
+"""Model folders tensor by tensor: read and check the teacher's, write ours, without loading a model.
+
+The teacher's shards are hard-linked (or copied) as they are and new parameters go into a shard of their own, so that
+what was taken over is equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig
+
+from . import surgery
+from .attention import LightningSwap
+from .checkpoint import LOG, RECORD, REPORT, write_json
+from .errors import CheckpointError, SourceError, UnsupportedModelError
+from .modeling import MODEL_TYPE_PREFIX, write_runtime
+
+INDEX = "model.safetensors.index.json"
+NEW_SHARD = "swap.safetensors"
+# Files of a model folder that go along: tokenizer, generation settings, licence. Never weights or code.
+CARRIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a teacher's folder.
+
+    Raises:
+        UnsupportedModelError: transformers does not know the model type, or it is one of ours.
+    """
+    try:
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{folder}: no readable config.json ({error})") from error
+    model_type = str(data.get("model_type"))
+    if model_type.startswith(MODEL_TYPE_PREFIX):
+        raise UnsupportedModelError(f"{folder} is already converted (model type {model_type})")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(f"{folder}: transformers does not know the model type {model_type!r}") from error
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> safetensors file of a model folder.
+
+    Raises:
+        CheckpointError: a shard is missing or damaged.
+    """
+    if (folder / INDEX).is_file():
+        weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        for name in sorted(set(weight_map.values())):
+            _open_shard(folder / name)
+        return weight_map
+    return {key: "model.safetensors" for key in _open_shard(folder / "model.safetensors")}
+
+
+def _open_shard(path: Path) -> list[str]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return list(shard.keys())
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or cut short: {error}") from error
+
+
+def new_parameters(plan: surgery.SwapPlan) -> dict[str, torch.Tensor]:
+    """Start values of every parameter that the plan adds, by its name in the checkpoint."""
+    slopes = plan.slopes()
+    spec = plan.spec.model_dump(mode="json")
+    return {
+        f"{site.path}.swap.{name}": tensor.contiguous()
+        for site in plan.swap
+        for name, tensor in LightningSwap(site.shape(), spec, slopes[site.path]).state_dict().items()
+    }
+
+
+def write_checkpoint(
+    folder: Path, teacher: Path, plan: surgery.SwapPlan, tensors: dict[str, torch.Tensor], weight_map: dict[str, str]
+) -> None:
+    """Write everything but the record: linked shards, the new shard, index, config, tokenizer, runtime files."""
+    # transformers prefers a file called model.safetensors to an index, so the teacher's gets another name here.
+    names = {name: "teacher.safetensors" if name == "model.safetensors" else name for name in set(weight_map.values())}
+    for old, new in names.items():
+        link_or_copy(teacher / old, folder / new)
+    write_new_parameters(folder, tensors)
+    merged = {key: names[name] for key, name in weight_map.items()} | dict.fromkeys(tensors, NEW_SHARD)
+    size = sum((folder / name).stat().st_size for name in set(merged.values()))
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": merged})
+    copy_companions(teacher, folder)
+    data = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
+    auto_map = write_runtime(folder, plan.base_model_type)
+    data.update(
+        model_type=MODEL_TYPE_PREFIX + plan.base_model_type,
+        architectures=[auto_map["AutoModelForCausalLM"].split(".")[-1]],
+        auto_map=auto_map,
+        swapattn=plan.config_block(),
+    )
+    write_json(folder / "config.json", data)
+
+
+def write_new_parameters(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write the shard that holds the parameters of the swaps."""
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / NEW_SHARD, metadata={"format": "pt"})
+
+
+def count(tensors: dict[str, torch.Tensor]) -> int:
+    """Numbers in a set of tensors."""
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer, generation settings and licence files."""
+    for pattern in CARRIED:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.suffix != ".py":
+                shutil.copyfile(path, folder / path.name)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file, following symbolic links; copy it where the file system cannot link."""
+    source = source.resolve()
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def count_parameters(folder: Path, weight_map: dict[str, str]) -> int:
+    """Numbers stored in a model folder, from the headers alone."""
+    total = 0
+    for name in set(weight_map.values()):
+        with safe_open(folder / name, framework="pt") as shard:
+            for key in shard.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                size = 1
+                for extent in shard.get_slice(key).get_shape():
+                    size *= extent
+                total += size
+    return total
+
+
+def write_trained(folder: Path, parent: Path, model: nn.Module, trained: set[str]) -> None:
+    """Write a checkpoint whose trained tensors come from the model and all others, as they are, from its parent.
+
+    Shards without a trained tensor are linked; the others are written anew, one at a time, in their stored dtypes.
+    """
+    weight_map: dict[str, str] = json.loads((parent / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    unknown = sorted(trained - set(weight_map))
+    if unknown:
+        raise CheckpointError(f"{parent}: trained tensor {unknown[0]} is stored under another name; train: new works")
+    parameters = dict(model.named_parameters())
+    for shard in sorted(set(weight_map.values())):
+        if not any(weight_map[name] == shard for name in trained):
+            link_or_copy(parent / shard, folder / shard)
+            continue
+        with safe_open(parent / shard, framework="pt") as old:
+            tensors = {key: old.get_tensor(key) for key in old.keys()}  # noqa: SIM118 - no mapping
+        for key in tensors.keys() & trained:
+            tensors[key] = parameters[key].detach().to("cpu", tensors[key].dtype).contiguous()
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+    for path in parent.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in (RECORD, LOG, REPORT):
+            shutil.copyfile(path, folder / path.name)
