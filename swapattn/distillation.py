@@ -19,7 +19,7 @@ from .calibration import calibrate_stage
 from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, find, new_record, write_json
 from .conversion import convert
 from .data import PackedTokens
-from .environment import hardware, say
+from .environment import default_device, hardware, say
 from .errors import CheckpointError, RecipeError, UsageError
 from .losses import Head, chunked_kl, normalized_mse
 from .modeling import load, load_teacher
@@ -115,7 +115,7 @@ def distill(
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists: use --overwrite, or another folder with -o")
     start = _with_convert_section(start, resolved, Path(directory), dry_run)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     text = resolved.distill.text.describe()
     if dry_run:
         stages = tuple(_stage_plan(start, stage) for stage in resolved.distill.stages)

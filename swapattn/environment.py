@@ -26,6 +26,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def default_device() -> str:
+    """"cuda" where there is a GPU, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def hardware(device: str) -> str:
     """What a figure was measured on: the GPU's name, or machine and number of CPU threads."""
     import torch
