@@ -163,6 +163,7 @@ class _Run:
         self.work = target.parent / f".{target.name}.run"
         self.state_file = self.work / "run.json"
         identity = {"recipe": recipe.to_dict(), "parent": str(start.path.resolve()), "parent_time": start.time}
+        identity["teacher"] = str(teacher.resolve())
         self.state: dict[str, Any] = {"identity": identity, "stages": []}
 
     def run(self, overwrite: bool) -> list[dict[str, Any]]:
@@ -221,8 +222,8 @@ class _Run:
 
     def _distill_loss(self, stage: DistillStage, model: Any) -> LossFunction:
         """KL against the same weights in softmax mode while they are frozen, else against a separate teacher."""
-        trained = any(".swap." not in name for done in self.state["stages"] for name in done.get("trained", ()))
-        if stage.train == "new" and not trained and self.teacher == self.start.teacher_path:
+        changed = any(".swap." not in name for name in self._trained() | set(self.start.record.get("trained", ())))
+        if stage.train == "new" and not changed and self.teacher == self.start.teacher_path:
             return functools.partial(distill_loss, stage=stage, teacher=None, amp=self.device != "cpu")
         dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
         teacher, _ = load_teacher(self.teacher, device=self.device, dtype=dtype)

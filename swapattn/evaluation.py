@@ -14,7 +14,7 @@ from unittest import mock
 from tqdm import tqdm
 
 from .checkpoint import REPORT, find, write_json
-from .environment import hardware, say, versions
+from .environment import default_device, hardware, say, versions
 from .errors import CheckpointError, UsageError
 from .report import EvalReport, EvalRow, Perplexity, TaskResult
 from .tasks import task_manager
@@ -66,7 +66,6 @@ def evaluate(
         UsageError, SourceError: from the task names and their data.
         CheckpointError: no checkpoint, or it cannot be loaded.
     """
-    import torch
 
     from .modeling import load, load_teacher
 
@@ -78,18 +77,18 @@ def evaluate(
     manager, names, description = task_manager(tasks, data)
     results: dict[str, dict[str, TaskResult]] = {}
     perplexities: dict[str, Perplexity] = {}
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     loaders: dict[str, Callable[[], tuple[Any, Any]]] = {}
     if teacher:
         loaders["teacher"] = lambda: load_teacher(found, device=device, dtype=dtype)
     loaders[found.kind] = lambda: load(found.path, device=device, dtype=dtype)
-    hardware = ""
+    machine = ""
     for role, loader in loaders.items():
         say(f"scoring the {role} model on {', '.join(names)}")
         model, tokenizer = loader()
         if tokenizer is None:
             raise CheckpointError(f"{found.path} has no tokenizer, which evaluation needs")
-        hardware = _describe(model)
+        machine = _describe(model)
         results[role] = _score(model, tokenizer, manager, names, limit, num_fewshot, batch_size, seed)
         if perplexity:
             perplexities[role] = _embedded_perplexity(model, tokenizer)
@@ -104,7 +103,7 @@ def evaluate(
         rows=tuple(EvalRow(result, teachers.get(name)) for name, result in results[found.kind].items()),
         data=description + _fewshot_note(description, num_fewshot),
         limit=limit,
-        hardware=hardware,
+        hardware=machine,
         versions=versions(),
         seconds=round(time.perf_counter() - start, 1),
         perplexity=perplexities,

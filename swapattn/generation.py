@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .environment import default_device
 from .errors import UsageError
 
 
@@ -126,7 +127,7 @@ def open_model(
     from .modeling import load, load_teacher
 
     found = find(Path.cwd(), None if checkpoint is None else str(checkpoint))
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = device or default_device()
     if teacher:
         model, tokenizer = load_teacher(found, device=place)
     else:
