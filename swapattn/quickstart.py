@@ -12,7 +12,7 @@ from typing import Any
 
 from .checkpoint import atomic_folder, read, write_json
 from .environment import hardware, say, versions
-from .report import Perplexity, TaskResult, kept_share
+from .scores import Perplexity, TaskResult, kept_share
 
 MODEL = "smollm2-135m"
 RECIPE = "smoke"

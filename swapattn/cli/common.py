@@ -178,7 +178,9 @@ def _disk_full(error: BaseException) -> str | None:
         number = link.errno if isinstance(link, OSError) else None
         # safetensors reports the same through an exception of its own that carries only the text
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(link):
-            where = (link.filename if isinstance(link, OSError) else None) or Path.cwd()
+            # a failed copy names what it read first and what it wrote second
+            names = (link.filename2, link.filename) if isinstance(link, OSError) else ()
+            where = next(filter(None, names), Path.cwd())
             return f"disk full while writing {where}: free some space, or choose another folder with -o"
         link = link.__cause__ or link.__context__
     return None
