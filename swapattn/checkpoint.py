@@ -126,6 +126,10 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         old.rename(target)  # a process was killed between the two renames below
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists: use --overwrite, or another folder with -o")
+    if target.exists() and not _is_ours(target):
+        raise UsageError(
+            f"{target} was not written by swapattn and is not overwritten: choose another with -o"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.parent / f".{target.name}.writing"
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
@@ -142,6 +146,13 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is empty, a checkpoint, or holds checkpoints, as quickstart's does."""
+    if not folder.is_dir():
+        return False
+    return not any(folder.iterdir()) or (folder / RECORD).is_file() or any(folder.glob(f"*/{RECORD}"))
 
 
 def write_json(path: Path, value: Any) -> None:

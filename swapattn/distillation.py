@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from .attention import AttentionCall, LightningSwap, observing
 from .calibration import calibrate_stage
 from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, find, new_record, write_json
 from .conversion import convert
 from .data import PackedTokens
 from .environment import default_device, hardware, say
 from .errors import CheckpointError, RecipeError, UsageError
-from .losses import Head, chunked_kl, normalized_mse
 from .modeling import load, load_teacher
+from .objectives import align_loss, check_head, distill_loss
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, load_recipe
-from .shards import write_trained
-from .training import LossFunction, run_stage
+from .shards import check_stored, write_trained
+from .training import LossFunction, run_stage, trainable_parameters
 
 _COLUMNS = (("tokens", 12), ("steps", 8), ("seconds", 10), ("tokens_per_second", 11))
 
@@ -170,6 +169,7 @@ class _Run:
         model, tokenizer = load(self.start.path, dtype=torch.float32)
         if tokenizer is None:
             raise CheckpointError(f"{self.start.path} has no tokenizer, which distillation needs")
+        self._check_names(model)
         self._open()
         model.to(self.device)
         if self.state["stages"]:
@@ -182,6 +182,12 @@ class _Run:
         self._write(model, overwrite)
         shutil.rmtree(self.work)
         return list(self.state["stages"])
+
+    def _check_names(self, model: Any) -> None:
+        """Before anything is trained: every tensor that will be trained is stored under its own name."""
+        stages = [stage for stage in self.recipe.distill.stages if not isinstance(stage, CalibrateStage)]
+        names = {name for stage in stages for group in trainable_parameters(model, stage) for name in group}
+        check_stored(self.start.path, names)
 
     def _open(self) -> None:
         """Resume a run of the same recipe on the same parent; forget any other."""
@@ -203,9 +209,7 @@ class _Run:
             return calibrate_stage(model, stage, data)
         loss: LossFunction
         if isinstance(stage, AlignStage):
-            if stage.train != "new":
-                raise RecipeError("align trains the new parameters only: its teacher is the model's own softmax")
-            loss = functools.partial(align_loss, amp=self.device != "cpu")
+            loss = functools.partial(align_loss, amp=self.device != "cpu", recompute=stage.gradient_checkpointing)
         else:
             loss = self._distill_loss(stage, model)
         return run_stage(
@@ -222,6 +226,7 @@ class _Run:
 
     def _distill_loss(self, stage: DistillStage, model: Any) -> LossFunction:
         """KL against the same weights in softmax mode while they are frozen, else against a separate teacher."""
+        check_head(model)
         changed = any(".swap." not in name for name in self._trained() | set(self.start.record.get("trained", ())))
         if stage.train == "new" and not changed and self.teacher == self.start.teacher_path:
             return functools.partial(distill_loss, stage=stage, teacher=None, amp=self.device != "cpu")
@@ -252,9 +257,9 @@ class _Run:
 
     def _write(self, model: Any, overwrite: bool) -> None:
         stages = [{k: v for k, v in stage.items() if k != "trained"} for stage in self.state["stages"]]
-        trained = sorted(self._trained())
+        trained = self._trained()
         with atomic_folder(self.target, overwrite=overwrite) as folder:
-            write_trained(folder, self.start.path, model, set(trained))
+            write_trained(folder, self.start.path, model, trained)
             if (self.work / LOG).is_file():
                 shutil.copyfile(self.work / LOG, folder / LOG)
             record = new_record(
@@ -266,68 +271,6 @@ class _Run:
                 text=self.recipe.distill.text.describe(),
                 hardware=hardware(self.device),
                 stages=stages,
-                trained=trained,
+                trained=sorted(trained | set(self.start.record.get("trained", ()))),
             )
             write_json(folder / RECORD, record)
-
-
-def align_loss(model: Any, ids: torch.Tensor, *, amp: bool = False) -> torch.Tensor:
-    """Mean over swapped layers of the normalised squared error of the attention output, on the teacher's inputs.
-
-    One model: every layer returns its own softmax output to the next, and the swap's output is compared with it.
-    """
-    losses: list[torch.Tensor] = []
-
-    def compare(swap: LightningSwap, call: AttentionCall, target: torch.Tensor) -> None:
-        output = swap(call)
-        losses.append(normalized_mse(output, target.view(output.shape)))
-
-    with observing(model, compare), torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    return torch.stack(losses).mean()
-
-
-def distill_loss(
-    model: Any, ids: torch.Tensor, *, stage: DistillStage, teacher: Any | None, amp: bool = False
-) -> torch.Tensor:
-    """Mean over tokens of KL(teacher ‖ student) on full-vocabulary logits, chunked over tokens.
-
-    Args:
-        model: the student.
-        ids: `[B, T]`.
-        stage: temperature and chunk size.
-        teacher: a separate model, or None for the student's own weights with softmax attention.
-        amp: bf16 autocast.
-    """
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
-        with torch.no_grad(), observing(model, lambda *_: None) if teacher is None else contextlib.nullcontext():
-            target = hidden_states(teacher or model, ids)
-        student = hidden_states(model, ids)
-        return chunked_kl(
-            student,
-            target,
-            logits_head(model),
-            logits_head(teacher or model),
-            temperature=stage.temperature,
-            chunk=stage.chunk,
-        )
-
-
-def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Last hidden states `[B, T, ·]`, before the output embedding."""
-    hidden: torch.Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden
-
-
-def logits_head(model: Any) -> Head:
-    """From last hidden states to logits, with the scales and soft caps that some families put behind the matrix."""
-    config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    divisor = getattr(config, "logits_scaling", None) or 1.0  # granite
-    factor = getattr(config, "logit_scale", None) or 1.0  # cohere
-
-    def head(hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = model.get_output_embeddings()(hidden) * (factor / divisor)
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    return head

@@ -152,9 +152,18 @@ class TrainStage(Section):
 
 
 class AlignStage(TrainStage):
-    """Each swapped layer learns its teacher layer's attention output on the teacher's own inputs."""
+    """Each swapped layer learns its teacher layer's attention output on the teacher's own inputs.
+
+    It trains the new parameters only, for its teacher is the model's own softmax.
+    """
 
     stage: Literal["align"]
+
+    @model_validator(mode="after")
+    def _new_parameters_only(self) -> Self:
+        if self.train != "new":
+            raise ValueError("align trains the new parameters only (train: new)")
+        return self
 
 
 class DistillStage(TrainStage):

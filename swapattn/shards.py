@@ -162,10 +162,7 @@ def write_trained(folder: Path, parent: Path, model: nn.Module, trained: set[str
 
     Shards without a trained tensor are linked; the others are written anew, one at a time, in their stored dtypes.
     """
-    weight_map: dict[str, str] = json.loads((parent / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    unknown = sorted(trained - set(weight_map))
-    if unknown:
-        raise CheckpointError(f"{parent}: trained tensor {unknown[0]} is stored under another name; train: new works")
+    weight_map = check_stored(parent, trained)
     parameters = dict(model.named_parameters())
     for shard in sorted(set(weight_map.values())):
         if not any(weight_map[name] == shard for name in trained):
@@ -179,3 +176,17 @@ def write_trained(folder: Path, parent: Path, model: nn.Module, trained: set[str
     for path in parent.iterdir():
         if path.is_file() and path.suffix != ".safetensors" and path.name not in (RECORD, LOG, REPORT):
             shutil.copyfile(path, folder / path.name)
+
+
+def check_stored(checkpoint: Path, names: set[str]) -> dict[str, str]:
+    """The weight map of a checkpoint, which holds each of these parameters under its own name.
+
+    Raises:
+        CheckpointError: one is stored under another name, as in families that fuse or rename tensors on loading.
+    """
+    weight_map: dict[str, str] = json.loads((checkpoint / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    if unknown := sorted(names - set(weight_map)):
+        raise CheckpointError(
+            f"{checkpoint} stores {unknown[0]} under another name, so it cannot be trained: use train: new"
+        )
+    return weight_map

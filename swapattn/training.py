@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .attention import swaps
 from .errors import TrainingError
-from .recipe import TrainStage
+from .recipe import AlignStage, TrainStage
 
 SAVE_SECONDS = 300  # an interrupted run loses at most this much work
 LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor]
@@ -129,7 +129,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The stage's loss of one micro-batch."""
+        """The stage's loss of one micro-batch, without dropout: the teacher may be the model itself."""
+        _without_dropout(self.accelerator.unwrap_model(model))
         loss = self.loss_function(self.accelerator.unwrap_model(model), inputs["input_ids"])
         self._losses.append(loss.detach())
         return (loss, None) if return_outputs else loss
@@ -143,6 +144,19 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         loss = self.step_loss()
         self._losses.clear()
         return loss
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest Trainer checkpoint that is whole: its state is what the Trainer writes last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Eval mode, except for layers that compute their activations again: they do so in training mode only."""
+    model.eval()
+    for module in model.modules():
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
 
 
 def run_stage(
@@ -186,7 +200,8 @@ def run_stage(
         gradient_accumulation_steps=stage.batch // micro,
         max_steps=stage.steps,
         max_grad_norm=stage.max_grad_norm,
-        gradient_checkpointing=stage.gradient_checkpointing,
+        # align's loss is computed inside the layers, which the Trainer must not run a second time
+        gradient_checkpointing=stage.gradient_checkpointing and not isinstance(stage, AlignStage),
         save_strategy="no",
         save_total_limit=1,
         logging_strategy="no",
@@ -212,7 +227,7 @@ def run_stage(
     progress.trainer = trainer
     start = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"{title}: out of memory; lower distill.stages.{title}.micro_batch (now {micro})"

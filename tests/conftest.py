@@ -76,7 +76,12 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {},
-    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 5.0, "tie_word_embeddings": False},
+    "gemma2": {
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 5.0,
+        "tie_word_embeddings": False,
+    },
     "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8, "tie_word_embeddings": False},
     "mistral": {"sliding_window": 6},
     "phi3": {},

@@ -23,7 +23,7 @@ LAYERS = (
     {"quickstart"},
     {"distillation", "evaluation", "generation", "conversion", "bench", "report"},
     {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
-    | {"audit", "training", "shards"},
+    | {"audit", "training", "objectives", "shards", "scores", "probes", "cost"},
     {"recipe", "decay", "feature_map", "errors", "wheels", "environment"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,135 @@
+"""Closed-form start values against brute force."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from swapattn.attention import AttentionCall, observing, swaps
+from swapattn.calibration import SHARE_RANGE, _Gram, attention_distance, calibrate_, fit_output_
+from swapattn.errors import TrainingError
+from swapattn.recipe import ConvertSpec
+from swapattn.surgery import apply_, plan
+
+
+def build(tiny_family, name="llama", **values):
+    model = tiny_family(name)
+    apply_(model, plan(model.config, ConvertSpec.model_validate({"local": {"window": 6, "sinks": 2}, **values})))
+    return model
+
+
+def ids_of(rows, length, seed=3):
+    return torch.randint(2, 320, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def brute_distance(call):
+    """Mean of t − s under the softmax weights, keys 0 to 3 left out."""
+    found = []
+    for h in range(call.q.shape[2]):
+        moment = mass = 0.0
+        for q, k in zip(call.q[:, :, h], call.k[:, :, h // (call.q.shape[2] // call.k.shape[2])], strict=True):
+            for t in range(q.shape[0]):
+                p = (k[: t + 1] @ q[t] * call.scaling).double().softmax(0)
+                moment += sum(float(p[s]) * (t - s) for s in range(4, t + 1))
+                mass += sum(float(p[s]) for s in range(4, t + 1))
+        found.append(max(1.0, moment / mass))
+    return torch.tensor(found)
+
+
+def test_the_attention_distance_is_the_mean_over_pairs():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 19, 8, generator=generator) for h in (4, 2, 2))
+    call = AttentionCall(q, k, v, 0.8, None, 0)
+    assert torch.allclose(attention_distance(call), brute_distance(call), rtol=1e-4)
+
+
+@pytest.mark.parametrize("per", ["kv_head", "query_head"])
+def test_slopes_halve_at_the_measured_distance(tiny_family, per):
+    model = build(tiny_family, decay={"per": per})
+    ids = ids_of(2, 40)
+    distances = {}
+    with observing(model, lambda swap, call, _: distances.update({swap: brute_distance(call)})), torch.no_grad():
+        model(input_ids=ids)
+    calibrate_(model, [ids], output=False)
+    for swap in swaps(model).values():
+        distance = distances[swap]
+        if per == "kv_head":
+            distance = distance.view(2, 2).log().mean(1).exp()
+        assert torch.allclose(-swap.log_decay, math.log(2) / distance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("local", [None, {"window": 6, "sinks": 2}])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2", "mistral", "gpt_neox"])
+def test_the_error_of_every_layer_goes_down(tiny_family, name, local):
+    model = build(tiny_family, name, local=local)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    ids = ids_of(4, 48)
+    found = calibrate_(model, ids.split(2))
+    assert found.tokens == ids.numel()
+    assert all(after <= start + 1e-9 for start, after in zip(found.error_before, found.error_after, strict=True))
+    assert max(found.error_after) < 1.0
+    again = calibrate_(model, ids.split(2), decay=False)
+    assert again.error_before == pytest.approx(found.error_after, rel=1e-3)
+    for key, value in model.state_dict().items():
+        assert key.endswith((".log_slope", ".out_scale", ".mix")) or torch.equal(value, before[key]), key
+
+
+def test_scale_and_share_are_the_least_squares_fit(tiny_family):
+    swap = next(iter(swaps(build(tiny_family)).values()))
+    generator = torch.Generator().manual_seed(2)
+    linear, local, noise = (torch.randn(2, 30, 4, 8, generator=generator) for _ in range(3))
+    weights = torch.tensor([[0.9, 0.1], [0.2, 0.7], [1.5, 0.4], [0.5, 0.5]])
+    target = linear * weights[:, :1] + local * weights[:, 1:] + 0.1 * noise
+    gram = _Gram()
+    with torch.no_grad():
+        for rows in (slice(0, 1), slice(1, 2)):
+            gram.add([linear[rows], local[rows]], target[rows], linear[rows])
+        fit_output_(swap, gram)
+    share = swap.mix.sigmoid()
+    for h in range(4):
+        branches = torch.stack((linear[:, :, h].flatten(), local[:, :, h].flatten()), 1).double().numpy()
+        expected, *_ = np.linalg.lstsq(branches, target[:, :, h].flatten().double().numpy(), rcond=None)
+        assert float((1 - share[h]) * swap.out_scale[h, 0]) == pytest.approx(expected[0], rel=1e-4)
+        assert float(share[h]) == pytest.approx(expected[1], rel=1e-4)
+
+
+def test_the_scale_alone_is_the_least_squares_fit(tiny_family):
+    swap = next(iter(swaps(build(tiny_family, local=None)).values()))
+    generator = torch.Generator().manual_seed(2)
+    linear = torch.randn(2, 30, 4, 8, generator=generator)
+    target = 0.7 * linear + torch.randn(2, 30, 4, 8, generator=generator)
+    gram = _Gram()
+    with torch.no_grad():
+        gram.add([linear], target, linear)
+        fit_output_(swap, gram)
+    expected = (linear * target).sum((0, 1, 3)) / linear.square().sum((0, 1, 3))
+    assert torch.allclose(swap.out_scale[:, 0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", [(-0.5, 0.9), (0.7, -0.4), (0.3, 1.6), (-1.0, 1.5), (-0.3, -0.3), (30.0, 0.5)])
+def test_a_fit_outside_the_ranges_is_the_best_within_them(tiny_family, wanted):
+    swap = next(iter(swaps(build(tiny_family)).values()))
+    generator = torch.Generator().manual_seed(2)
+    linear = torch.randn(1, 50, 4, 8, generator=generator)
+    local = 0.8 * linear + 0.6 * torch.randn(1, 50, 4, 8, generator=generator)  # alike, as the branches are
+    target = wanted[0] * linear + wanted[1] * local
+    gram = _Gram()
+    with torch.no_grad():
+        gram.add([linear, local], target, linear)
+        fit_output_(swap, gram)
+    best = min(
+        float((((1 - share) * scale * linear + share * local) - target).square().sum() / target.square().sum())
+        for share in np.linspace(*SHARE_RANGE, 49)
+        for scale in np.linspace(0, 10, 201)
+    )
+    assert gram.error(swap) <= best + 1e-4
+
+
+def test_broken_weights_are_a_training_error(tiny_family):
+    model = build(tiny_family)
+    model.model.layers[1].self_attn.v_proj.weight.data.fill_(torch.nan)
+    with pytest.raises(TrainingError, match=r"calibration of layer \d is not finite"):
+        calibrate_(model, [ids_of(2, 20)])

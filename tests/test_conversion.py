@@ -1,0 +1,250 @@
+"""`convert`: the teacher's tensors bit for bit, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig
+
+import swapattn.shards
+from swapattn.checkpoint import read
+from swapattn.conversion import convert
+from swapattn.errors import CheckpointError, RecipeError, SwapattnError, UnsupportedModelError, UsageError
+from swapattn.modeling import load, swap_classes
+from swapattn.recipe import load_recipe
+
+SPEC = ["convert.local={window: 5, sinks: 2}"]
+
+
+def tensors(folder):
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as shard:
+            found |= {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118
+    return found
+
+
+def assert_taken_over(teacher, folder):
+    before, after = tensors(teacher), tensors(folder)
+    assert before.keys() <= after.keys()
+    for key, tensor in before.items():
+        assert after[key].dtype == tensor.dtype, key
+        assert torch.equal(after[key], tensor), key
+    new = after.keys() - before.keys()
+    assert new
+    assert all(".swap." in key and after[key].dtype == torch.float32 for key in new)
+    model, _ = load(folder)
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in after.items())
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_teacher, tmp_path_factory):
+    return convert(tiny_teacher, tmp_path_factory.mktemp("out") / "c", recipe="smoke", overrides=SPEC)
+
+
+def test_every_tensor_of_the_teacher_is_bit_equal(tiny_teacher, converted):
+    assert_taken_over(tiny_teacher, converted.path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3", "opt"])
+def test_sharded_and_tied_teachers_are_bit_equal(tiny_family, tmp_path, name, dtype):
+    teacher = tmp_path / "teacher"
+    tiny_family(name, tie_word_embeddings=True).to(dtype).save_pretrained(teacher, max_shard_size="20KB")
+    assert len(list(teacher.glob("*.safetensors"))) > 3
+    result = convert(teacher, tmp_path / "c", recipe="smoke", overrides=SPEC)
+    assert_taken_over(teacher, result.path)
+    model, _ = load(result.path)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert result.kept_parameters == sum(tensor.numel() for tensor in tensors(teacher).values())
+
+
+def test_symlinked_shards_are_followed(tiny_family, tmp_path):
+    blobs, teacher = tmp_path / "blobs", tmp_path / "teacher"
+    tiny_family("llama").save_pretrained(blobs, max_shard_size="20KB")
+    teacher.mkdir()
+    for path in blobs.iterdir():
+        (teacher / path.name).symlink_to(path)
+    result = convert(teacher, tmp_path / "c", recipe="smoke", overrides=SPEC)
+    assert not any(path.is_symlink() for path in result.path.iterdir())
+    shutil.rmtree(blobs)
+    shutil.rmtree(teacher)
+    load(result.path)
+
+
+def test_shards_are_copied_where_the_file_system_cannot_link(tiny_teacher, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "cross-device link")
+
+    monkeypatch.setattr("os.link", refuse)
+    assert_taken_over(tiny_teacher, convert(tiny_teacher, tmp_path / "c", recipe="smoke").path)
+
+
+def test_the_record_names_teacher_recipe_and_kind(tiny_teacher, converted):
+    found = read(converted.path)
+    assert (found.kind, found.name) == ("converted", "tiny-llama")
+    assert found.teacher_path == tiny_teacher.resolve()
+    assert found.recipe == load_recipe("smoke", SPEC)
+    assert found.record["trained"] == []
+
+
+def test_new_parameters_are_counted(tiny_teacher, converted):
+    new = tensors(converted.path).keys() - tensors(tiny_teacher).keys()
+    stored = tensors(converted.path)
+    assert converted.new_parameters == sum(stored[key].numel() for key in new)
+    # slopes 2, scales 4 x 8, mixes 4, feature maps (4 + 2) x 8 x 8, in each of 2 layers
+    assert converted.new_parameters == 2 * (2 + 32 + 4 + 384)
+
+
+def test_the_model_type_is_never_the_teachers(converted):
+    data = json.loads((converted.path / "config.json").read_text())
+    assert data["model_type"] == "swapattn_llama"
+    assert data["architectures"] == ["SwapAttnLlamaForCausalLM"]
+    assert data["swapattn"]["base_model_type"] == "llama"
+
+
+def test_tokenizer_and_licence_go_along_but_no_code(tiny_teacher, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, teacher)
+    (teacher / "LICENSE.txt").write_text("licence")
+    (teacher / "tokenizer_code.py").write_text("raise SystemExit")
+    (teacher / "pytorch_model.bin").write_bytes(b"pickle")
+    folder = convert(teacher, tmp_path / "c", recipe="smoke").path
+    assert (folder / "LICENSE.txt").read_text() == "licence"
+    assert (folder / "tokenizer.json").is_file()
+    assert not (folder / "tokenizer_code.py").exists()
+    assert not list(folder.glob("*.bin"))
+
+
+def test_dry_run_writes_nothing(tiny_teacher, tmp_path):
+    result = convert(tiny_teacher, tmp_path / "c", recipe="smoke", dry_run=True)
+    assert not list(tmp_path.iterdir())
+    assert result.dry_run
+    assert "would write" in result.to_table()
+    json.dumps(result.to_dict())
+
+
+def test_calibrate_sets_the_numbers_and_leaves_the_other_new_parameters(tiny_teacher, tmp_path):
+    overrides = [*SPEC, "distill.stages.calibrate.tokens=512", "distill.stages.calibrate.length=128"]
+    static = tensors(convert(tiny_teacher, tmp_path / "static", recipe="smoke", overrides=overrides).path)
+    result = convert(tiny_teacher, tmp_path / "c", recipe="smoke", overrides=overrides, calibrate=True)
+    found = tensors(result.path)
+    trained = read(result.path).record["trained"]
+    assert {name.rsplit(".", 1)[1] for name in trained} == {"log_slope", "out_scale", "mix"}
+    for key, tensor in found.items():
+        assert torch.equal(tensor, static[key]) == (key not in trained), key
+    assert_taken_over(tiny_teacher, result.path)
+
+
+def refusals(tmp_path, tiny_teacher):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    yield empty, SwapattnError, "config.json"
+    for name, config in {
+        "mamba": MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2),
+        "codegen": AutoConfig.for_model(
+            "codegen", vocab_size=64, n_embd=64, n_head=4, n_layer=2, rotary_dim=8, n_positions=64
+        ),
+    }.items():
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+    yield tmp_path / "mamba", UnsupportedModelError, "no softmax attention"
+    yield tmp_path / "codegen", UnsupportedModelError, "outside transformers' AttentionInterface"
+    for name, data in {"t5": {"model_type": "t5"}, "new": {"model_type": "brand_new"}}.items():
+        shutil.copytree(tiny_teacher, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(data))
+    yield tmp_path / "t5", UnsupportedModelError, "encoder-decoder"
+    yield tmp_path / "new", UnsupportedModelError, "does not know the model type 'brand_new'"
+    shutil.copytree(tiny_teacher, tmp_path / "cut")
+    weights = (tmp_path / "cut" / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    yield tmp_path / "cut", CheckpointError, "cut short"
+
+
+def test_what_cannot_be_converted_is_refused_before_anything_is_written(tiny_teacher, tmp_path):
+    (tmp_path / "in").mkdir()
+    for model, error, message in refusals(tmp_path / "in", tiny_teacher):
+        with pytest.raises(error) as caught:
+            convert(model, tmp_path / "deep" / "out", recipe="smoke")
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "deep").exists()
+
+
+def test_a_missing_shard_is_named(tiny_family, tmp_path):
+    tiny_family("llama").save_pretrained(tmp_path / "t", max_shard_size="20KB")
+    shard = sorted((tmp_path / "t").glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(SwapattnError, match=shard.name):
+        convert(tmp_path / "t", tmp_path / "out", recipe="smoke")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_converted_model_is_not_converted_again(converted, tmp_path):
+    with pytest.raises(UnsupportedModelError, match="already converted"):
+        convert(converted.path, tmp_path / "out", recipe="smoke")
+    assert not list(tmp_path.iterdir())
+
+
+def test_keeping_all_or_missing_layers_is_a_recipe_error(tiny_teacher, tmp_path):
+    for keep in ("[0, 1]", "[2]", "[-3]"):
+        with pytest.raises(RecipeError, match="keep_softmax"):
+            convert(tiny_teacher, tmp_path / "out", recipe="smoke", overrides=[f"convert.keep_softmax={keep}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_needs_overwrite(tiny_teacher, tmp_path):
+    convert(tiny_teacher, tmp_path / "c", recipe="smoke")
+    with pytest.raises(UsageError, match="exists"):
+        convert(tiny_teacher, tmp_path / "c", recipe="smoke")
+    convert(tiny_teacher, tmp_path / "c", recipe="smoke", overrides=["convert.local=null"], overwrite=True)
+    assert read(tmp_path / "c").recipe.convert.local is None
+
+
+def test_the_model_itself_is_never_overwritten(tiny_teacher, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, teacher)
+    with pytest.raises(UsageError, match="is the model itself"):
+        convert(teacher, teacher, recipe="smoke", overwrite=True)
+    AutoModelForCausalLM.from_pretrained(teacher)
+
+
+@pytest.mark.parametrize("where", ["save_file", "copyfile", "write_json"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_full_disk_or_ctrl_c_leaves_nothing_half_written(tiny_teacher, tmp_path, monkeypatch, where, error):
+    convert(tiny_teacher, tmp_path / "old", recipe="smoke")
+    before = tensors(tmp_path / "old")
+
+    def fail(*_, **__):
+        raise error
+
+    target = shutil if where == "copyfile" else swapattn.shards
+    monkeypatch.setattr(target, where, fail)
+    for name in ("old", "new"):
+        with pytest.raises(type(error)):
+            convert(tiny_teacher, tmp_path / name, recipe="smoke", overwrite=True)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert all(torch.equal(before[key], tensor) for key, tensor in tensors(tmp_path / "old").items())
+    load(tmp_path / "old")
+
+
+def test_fused_experts_are_taken_over(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes))
+    teacher.save_pretrained(tmp_path / "t")
+    model, _ = load(convert(tmp_path / "t", tmp_path / "c", recipe="smoke").path)
+    own = teacher.state_dict()
+    assert all(torch.equal(tensor, own[key]) for key, tensor in model.state_dict().items() if ".swap." not in key)
+
+
+def test_classes_are_made_once():
+    assert swap_classes("llama") is swap_classes("llama")
+    with pytest.raises(CheckpointError, match="does not know the model type 'llama9'"):
+        swap_classes("llama9")

@@ -1,0 +1,291 @@
+"""`distill` from end to end: what it writes, how it goes on after a crash, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import swapattn.distillation
+import swapattn.training
+from swapattn.attention import swaps
+from swapattn.checkpoint import read
+from swapattn.conversion import convert
+from swapattn.distillation import distill
+from swapattn.errors import CheckpointError, RecipeError, SwapattnError, TrainingError, UsageError
+from swapattn.modeling import load
+from swapattn.recipe import parse_recipe
+
+CALIBRATE = {"stage": "calibrate", "tokens": 256, "length": 64}
+ALIGN = {"stage": "align", "tokens": 256, "length": 32, "batch": 2, "learning_rate": 1e-2}
+DISTILL = {"stage": "distill", "tokens": 256, "length": 32, "batch": 2, "learning_rate": 1e-3, "chunk": 20}
+EVERYTHING = {**DISTILL, "train": "all", "backbone_learning_rate": 1e-3}
+
+
+def recipe(*stages, name="tiny", text="embedded", **convert_section):
+    convert_section = {"local": {"window": 8, "sinks": 2}, **convert_section}
+    return parse_recipe({"name": name, "convert": convert_section, "distill": {"text": text, "stages": list(stages)}})
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def converted(tiny_teacher, work):
+    return convert(tiny_teacher, work / "c", recipe=recipe()).path
+
+
+def tensors(folder):
+    return {key: value for path in sorted(folder.glob("*.safetensors")) for key, value in load_file(path).items()}
+
+
+def differing(a, b):
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys()
+    return {key for key in a if not torch.equal(a[key], b[key])}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_all_stages_from_end_to_end(converted, tiny_teacher, work):
+    result = distill(recipe=recipe(CALIBRATE, ALIGN, DISTILL), device="cpu")
+    assert result.path.resolve() == work / "tiny-llama-swapattn-tiny"
+    assert names(work) == ["c", "tiny-llama-swapattn-tiny"]
+    found = read(result.path)
+    assert (found.kind, found.name, found.recipe) == ("distilled", "tiny-llama", recipe(CALIBRATE, ALIGN, DISTILL))
+    assert found.teacher_path == tiny_teacher.resolve()
+    assert found.record["parent"] == {"path": str(converted), "time": read(converted).time}
+    stages = found.record["stages"]
+    assert [(stage["stage"], stage["tokens"]) for stage in stages] == [
+        ("calibrate", 256),
+        ("align", 256),
+        ("distill", 256),
+    ]
+    assert all(stage["seconds"] > 0 and stage["tokens_per_second"] > 0 for stage in stages)
+    assert stages[0]["error_after"] <= stages[0]["error_before"]
+    assert "hardware" in found.record
+    changed = differing(converted, result.path)
+    assert changed == set(found.record["trained"])
+    assert all(".swap." in name for name in changed)
+    log = [json.loads(line) for line in (result.path / "train.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in log] == [
+        (s, i) for s in ("align", "distill") for i in range(1, 5)
+    ]
+    model, tokenizer = load(result.path)
+    assert len(swaps(model)) == 2
+    assert tokenizer is not None
+    json.dumps(result.to_dict())
+    assert "layer error" in result.to_table()
+
+
+def test_the_teachers_own_weights_are_trained_where_the_recipe_says_so(converted):
+    result = distill(converted, recipe=recipe(EVERYTHING), device="cpu")
+    changed = differing(converted, result.path)
+    assert "model.layers.0.mlp.down_proj.weight" in changed
+    assert "model.layers.1.self_attn.swap.out_scale" in changed
+    assert changed <= set(read(result.path).record["trained"])
+
+
+def test_text_files_are_trained_on(converted, work):
+    (work / "a.txt").write_text("It is a truth universally acknowledged. " * 50)
+    result = distill(converted, recipe=recipe(ALIGN, text=str(work / "a.txt")), device="cpu")
+    assert result.text == read(result.path).record["text"] == str(work / "a.txt")
+
+
+def test_a_bf16_checkpoint_stays_bf16(tiny_llama, tiny_tokenizer, work):
+    tiny_llama().to(torch.bfloat16).save_pretrained(work / "t")
+    tiny_tokenizer.save_pretrained(work / "t")
+    folder = convert(work / "t", work / "c", recipe=recipe()).path
+    result = distill(folder, recipe=recipe(EVERYTHING), device="cpu")
+    dtypes = {".swap." in key: value.dtype for key, value in tensors(result.path).items()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_the_newest_undistilled_conversion_is_taken(converted, tiny_teacher, work, capsys):
+    newer = convert(tiny_teacher, work / "newer", recipe=recipe()).path
+    distill(recipe=recipe(CALIBRATE), device="cpu")
+    assert read(work / "tiny-llama-swapattn-tiny").record["parent"]["path"] == str(newer)
+    assert "newer" in capsys.readouterr().err
+    again = distill(recipe=recipe(CALIBRATE, name="again"), device="cpu")  # not the distilled one, which is newer
+    assert read(again.path).record["parent"]["path"] == str(newer)
+
+
+def test_an_existing_output_is_refused_and_kept(converted, work):
+    distill(recipe=recipe(CALIBRATE), device="cpu")
+    before = read(work / "tiny-llama-swapattn-tiny").time
+    with pytest.raises(UsageError, match="exists: use --overwrite"):
+        distill(recipe=recipe(CALIBRATE), device="cpu")
+    assert read(work / "tiny-llama-swapattn-tiny").time == before
+    distill(recipe=recipe(CALIBRATE), device="cpu", overwrite=True)
+    assert read(work / "tiny-llama-swapattn-tiny").time > before
+
+
+def test_another_convert_section_converts_anew(converted, work, capsys):
+    other = recipe(CALIBRATE, name="other", feature_map="elu1", normalizer="rms")
+    result = distill(recipe=other, device="cpu")
+    fresh = work / "tiny-llama-swapattn-other-converted"
+    assert read(fresh).recipe.convert.feature_map == "elu1"
+    assert read(fresh).record["teacher"] == read(converted).record["teacher"]
+    assert read(result.path).record["parent"]["path"] == str(fresh)
+    message = capsys.readouterr().err
+    assert "convert.feature_map, convert.normalizer" in message
+    time = read(fresh).time
+    distill(converted, recipe=other, output=work / "second", device="cpu")
+    assert read(fresh).time == time, "a conversion that fits was made again"
+
+
+def test_a_distilled_start_with_another_convert_section_is_refused(converted, work):
+    done = distill(recipe=recipe(CALIBRATE), device="cpu").path
+    before = names(work)
+    with pytest.raises(UsageError, match=r"convert\.feature_map, convert\.normalizer") as caught:
+        distill(done, recipe=recipe(CALIBRATE, name="other", feature_map="silu", normalizer="rms"), device="cpu")
+    assert caught.value.exit_code == 2
+    assert names(work) == before
+
+
+def test_a_distilled_checkpoint_can_be_distilled_further(converted, work, monkeypatch):
+    first = distill(recipe=recipe(EVERYTHING, name="first"), device="cpu").path
+    teachers = []
+    load_teacher = swapattn.distillation.load_teacher
+    monkeypatch.setattr(
+        swapattn.distillation, "load_teacher", lambda *args, **kw: teachers.append(args[0]) or load_teacher(*args, **kw)
+    )
+    second = distill(first, recipe=recipe(DISTILL, name="second"), device="cpu").path
+    # the weights beside the swaps were changed: they are not the teacher any more
+    assert teachers == [read(first).teacher_path]
+    assert set(read(first).record["trained"]) <= set(read(second).record["trained"])
+    assert all(".swap." in name for name in differing(first, second))
+
+
+def test_dry_run_writes_nothing(converted, work):
+    result = distill(recipe=recipe(CALIBRATE, ALIGN, feature_map="elu1"), device="cpu", dry_run=True)
+    assert names(work) == ["c"]
+    assert result.dry_run
+    assert [stage.get("steps") for stage in result.stages] == [None, 4]
+    assert "would write" in result.to_table()
+
+
+def test_requests_that_make_no_sense_are_refused(converted, work):
+    with pytest.raises(RecipeError, match=r"no distill\.stages"):
+        distill(recipe=recipe(), device="cpu")
+    with pytest.raises(UsageError, match="no checkpoint folder"):
+        distill("nowhere", recipe=recipe(CALIBRATE), device="cpu")
+    (work / "empty").mkdir()
+    with pytest.raises(UsageError, match="no converted checkpoint"):
+        distill(directory=work / "empty", recipe=recipe(CALIBRATE), device="cpu")
+    with pytest.raises(RecipeError, match="align trains the new parameters only"):
+        distill(recipe=recipe({**ALIGN, "train": "all", "backbone_learning_rate": 1e-3}), device="cpu")
+
+
+def test_a_teacher_that_was_moved_is_named(tiny_teacher, work):
+    shutil.copytree(tiny_teacher, work / "t")
+    convert(work / "t", work / "c", recipe=recipe())
+    shutil.move(work / "t", work / "moved")
+    with pytest.raises(CheckpointError, match=r"no longer at .*/t"):
+        distill(recipe=recipe(EVERYTHING), device="cpu")
+    with pytest.raises(SwapattnError, match=r"/t\b"):
+        distill(recipe=recipe(CALIBRATE, feature_map="elu1"), device="cpu")
+    distill(recipe=recipe(EVERYTHING), device="cpu", teacher=work / "moved")
+    distill(recipe=recipe(CALIBRATE, DISTILL, name="own-weights"), device="cpu")
+
+
+def test_weights_that_are_broken_stop_the_stage_and_leave_no_output(tiny_llama, tiny_tokenizer, work):
+    model = tiny_llama()
+    model.model.layers[1].self_attn.v_proj.weight.data.fill_(torch.nan)
+    model.save_pretrained(work / "t")
+    tiny_tokenizer.save_pretrained(work / "t")
+    folder = convert(work / "t", work / "c", recipe=recipe()).path
+    with pytest.raises(TrainingError, match=r"align: the loss is not finite at step 1"):
+        distill(folder, recipe=recipe(ALIGN), device="cpu")
+    assert not (work / "tiny-llama-swapattn-tiny").exists()
+    with pytest.raises(TrainingError, match="not finite"):
+        distill(folder, recipe=recipe(CALIBRATE), device="cpu")
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(monkeypatch, title, step):
+    """Kill the run after a step of a stage, once it was saved; gives the patch to undo."""
+    monkeypatch.setattr(swapattn.training, "SAVE_SECONDS", -1)
+    original = swapattn.training.StageProgress.on_pre_optimizer_step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if self.title == title and state.global_step == step:
+            raise Crash
+
+    monkeypatch.setattr(swapattn.training.StageProgress, "on_pre_optimizer_step", on_pre_optimizer_step)
+
+
+@pytest.mark.parametrize(("title", "step", "done"), [("align", 2, 1), ("distill", 0, 2), ("distill", 3, 2)], ids=str)
+def test_a_run_that_crashed_ends_as_if_it_had_not(converted, work, monkeypatch, capsys, title, step, done):
+    what = recipe(CALIBRATE, ALIGN, EVERYTHING)
+    expected = distill(converted, recipe=what, output=work / "whole", device="cpu").path
+    crash_at(monkeypatch, title, step)
+    with pytest.raises(Crash):
+        distill(converted, recipe=what, output=work / "out", device="cpu")
+    assert not (work / "out").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    steps = []
+    original = swapattn.training.StageProgress.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        steps.append((self.title, state.global_step))
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(swapattn.training.StageProgress, "on_step_end", on_step_end)
+    capsys.readouterr()
+    found = distill(converted, recipe=what, output=work / "out", device="cpu").path
+    assert f"resuming {work}/.out.run: {done} stages done" in capsys.readouterr().err
+    assert steps[0] == (title, step + 1), "work was done again, or left out"
+    assert names(work) == ["c", "out", "whole"]
+    for key, value in tensors(expected).items():
+        assert torch.allclose(tensors(found)[key], value, rtol=0, atol=1e-6), key
+
+
+@pytest.mark.parametrize("change", ["recipe", "parent", "teacher"])
+def test_an_unfinished_run_of_something_else_is_not_resumed(converted, tiny_teacher, work, monkeypatch, change):
+    crash_at(monkeypatch, "align", 1)
+    with pytest.raises(Crash):
+        distill(converted, recipe=recipe(CALIBRATE, ALIGN), output=work / "out", device="cpu")
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    what, start, teacher = recipe(CALIBRATE, ALIGN), converted, None
+    if change == "recipe":
+        what = recipe(CALIBRATE, {**ALIGN, "learning_rate": 2e-2})
+    elif change == "parent":
+        start = convert(tiny_teacher, work / "c", recipe=recipe(), overwrite=True).path
+    else:
+        teacher = shutil.copytree(tiny_teacher, work / "other")
+    said = []
+    monkeypatch.setattr(swapattn.distillation, "say", said.append)
+    distill(start, recipe=what, output=work / "out", device="cpu", teacher=teacher)
+    assert not any("resuming" in line for line in said)
+
+
+def test_ctrl_c_while_writing_leaves_the_run_to_resume(converted, work, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(swapattn.distillation, "write_trained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill(converted, recipe=recipe(CALIBRATE, ALIGN), output=work / "out", device="cpu")
+    assert names(work) == [".out.run", "c"]
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    trained = []
+    monkeypatch.setattr(swapattn.distillation, "run_stage", lambda *_, **__: trained.append(1))
+    distill(converted, recipe=recipe(CALIBRATE, ALIGN), output=work / "out", device="cpu")
+    assert not trained
+    assert names(work) == ["c", "out"]

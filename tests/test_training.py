@@ -1,0 +1,261 @@
+"""One stage on the Trainer: what it trains, how it counts, how it stops."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+
+import pytest
+import torch
+
+from swapattn.attention import swaps
+from swapattn.errors import TrainingError, UnsupportedModelError
+from swapattn.losses import normalized_mse
+from swapattn.objectives import align_loss, check_head, distill_loss, hidden_states, logits_head
+from swapattn.recipe import AlignStage, ConvertSpec, DistillStage
+from swapattn.surgery import apply_, plan
+from swapattn.training import build_optimizer, build_scheduler, run_stage, trainable_parameters
+
+FAMILIES = [
+    "llama",
+    "gemma2",
+    "granite",
+    "cohere",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "phi3",
+    "qwen3",
+    "mistral",
+    "gemma3_text",
+]
+
+
+def build(model, **values):
+    apply_(model, plan(model.config, ConvertSpec.model_validate({"local": {"window": 6, "sinks": 2}, **values})))
+    return model
+
+
+def stage(kind="align", steps=3, **values):
+    settings = {"stage": kind, "length": 24, "batch": 4, "learning_rate": 1e-2, "backbone_learning_rate": 1e-3}
+    settings |= {"tokens": steps * 96, **values}
+    return (AlignStage if kind == "align" else DistillStage).model_validate(settings)
+
+
+class Windows(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(0)
+        while True:
+            yield {"input_ids": torch.randint(2, 320, (24,), generator=generator)}
+
+
+def train(model, what, folder, loss=align_loss):
+    return run_stage(
+        model, what, loss, Windows(), title="align", folder=folder, log=folder / "log.jsonl", device="cpu", seed=0
+    )
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def changed(before, model):
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+@pytest.fixture
+def llama(tiny_family):
+    return build(tiny_family("llama"))
+
+
+def ids_of(rows, length, seed=3):
+    return torch.randint(2, 320, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_align_changes_the_swaps_only_and_its_loss_goes_down(tiny_family, tmp_path):
+    llama = build(tiny_family("llama"), local=None)
+    before = weights(llama)
+    figures = train(llama, stage(steps=20, learning_rate=3e-2), tmp_path)
+    expected = {name for name in before if ".swap." in name and not name.endswith(".log_slope")}
+    assert changed(before, llama) == expected == set(figures["trained"])
+    assert figures["last_loss"] < 0.95 * figures["first_loss"]
+    assert (figures["steps"], figures["tokens"]) == (20, 20 * 96)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("kind", ["new", "attention", "all"])
+def test_a_stage_trains_what_it_says(tiny_family, tmp_path, kind, learnable):
+    model = build(tiny_family("llama"), keep_softmax=(1,), decay={"learnable": learnable})
+    teacher = copy.deepcopy(tiny_family("llama"))
+    before = weights(model)
+    what = stage("distill", train=kind)
+    train(model, what, tmp_path, lambda m, ids: distill_loss(m, ids, stage=what, teacher=teacher))
+    new = {name for name in before if ".swap." in name and (learnable or not name.endswith(".log_slope"))}
+    swapped = ("model.layers.0.self_attn.", "model.layers.2.self_attn.")
+    own = {name for name in before if ".swap." not in name}
+    expected = {"new": new, "attention": new | {n for n in own if n.startswith(swapped)}, "all": new | own}[kind]
+    found = changed(before, model)
+    assert found <= expected
+    assert found == expected or kind == "all"  # a token that never occurs has an embedding without gradient
+    assert kind != "all" or {name.split(".")[-2] for name in found} > {"down_proj", "lm_head", "norm"}
+
+
+def test_own_weights_have_their_own_learning_rate(llama):
+    what = stage("distill", train="all")
+    new, own = trainable_parameters(llama, what)
+    optimizer = build_optimizer(llama, what, new, own)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(new), len(own)]
+
+
+def test_the_learning_rate_rises_then_falls_to_its_end(llama):
+    what = stage(steps=100, warmup=0.1, final_learning_rate=0.2)
+    optimizer = build_optimizer(llama, what, *trainable_parameters(llama, what))
+    scheduler = build_scheduler(optimizer, what)
+    rates = []
+    for _ in range(101):
+        rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.6)
+    assert rates[100] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("kind", ["align", "distill"])
+def test_accumulated_micro_batches_equal_one_batch(tiny_family, tmp_path, kind):
+    found = []
+    for micro in (4, 1, 2):
+        model = build(tiny_family("llama")).double()
+        what = stage(kind, steps=2, micro_batch=micro, max_grad_norm=0.05)
+        loss = align_loss
+        if kind == "distill":
+            loss = lambda m, ids, what=what: distill_loss(m, ids, stage=what, teacher=None)  # noqa: E731
+        (tmp_path / str(micro)).mkdir()
+        figures = train(model, what, tmp_path / str(micro), loss)
+        found.append((weights(model), figures["first_loss"]))
+    for other, loss in found[1:]:
+        if kind == "distill":  # align's loss is normalised per micro-batch
+            assert loss == pytest.approx(found[0][1], rel=1e-5)
+            for name, value in found[0][0].items():
+                assert torch.allclose(other[name], value, rtol=0, atol=1e-6), name
+        else:
+            assert loss == pytest.approx(found[0][1], rel=0.2)
+
+
+def test_gradients_of_micro_batches_are_means_not_sums(tiny_family, tmp_path):
+    norms = []
+    for micro in (4, 1):
+        model = build(tiny_family("llama"))
+        gradients = []
+        model.model.layers[0].self_attn.swap.mix.register_hook(gradients.append)
+        (tmp_path / str(micro)).mkdir()
+        train(model, stage(steps=1, micro_batch=micro), tmp_path / str(micro))
+        norms.append(float(sum(gradients).norm()))
+    assert norms[1] == pytest.approx(norms[0], rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["align", "distill"])
+def test_gradient_checkpointing_gives_the_same_weights(tiny_family, tmp_path, kind):
+    found = []
+    for checkpointing in (False, True):
+        model = build(tiny_family("llama"))
+        what = stage(kind, gradient_checkpointing=checkpointing)
+        loss = functools.partial(align_loss, recompute=checkpointing)
+        if kind == "distill":
+            loss = lambda m, ids, what=what: distill_loss(m, ids, stage=what, teacher=None)  # noqa: E731
+        (tmp_path / str(checkpointing)).mkdir()
+        train(model, what, tmp_path / str(checkpointing), loss)
+        found.append(weights(model))
+    for name, value in found[0].items():
+        assert torch.allclose(found[1][name], value, rtol=0, atol=1e-5), name
+
+
+def test_there_is_no_dropout_in_the_teacher_nor_in_the_student(tiny_family, tmp_path):
+    model = build(tiny_family("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))
+    seen = []
+
+    def loss(m, ids):
+        seen.extend((align_loss(m, ids), align_loss(m, ids)))
+        return seen[-1]
+
+    train(model, stage(steps=1), tmp_path, loss)
+    assert seen[0] == seen[1]
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(llama, tmp_path):
+    llama.model.layers[2].self_attn.v_proj.weight.data.fill_(torch.nan)
+    before = weights(llama)
+    with pytest.raises(TrainingError, match=r"align: the loss is not finite at step 1;"):
+        train(llama, stage(), tmp_path)
+    for name, value in before.items():
+        assert torch.equal(torch.nan_to_num(llama.get_parameter(name)), torch.nan_to_num(value)), name
+
+
+def test_a_checkpoint_that_was_being_written_is_passed_over(llama, tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "model.safetensors").write_bytes(b"half")
+    assert train(llama, stage(), tmp_path)["steps"] == 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_head_gives_the_models_own_logits(tiny_family, name):
+    model = build(tiny_family(name))
+    ids = ids_of(2, 15)
+    with torch.no_grad():
+        assert torch.allclose(logits_head(model)(hidden_states(model, ids)), model(input_ids=ids).logits, atol=1e-5)
+    check_head(model)
+
+
+def test_a_head_that_is_not_known_is_refused(tiny_family):
+    model = tiny_family("granite")
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda x: head(x).tanh()  # both ways use it, so that only the scale tells them apart
+    model.config.logits_scaling = 7.0
+    check_head(model)
+    model.model.norm.register_forward_hook(lambda *_: None)
+    own = model.forward
+    model.forward = lambda **kwargs: type("Output", (), {"logits": 2 * own(**kwargs).logits})
+    with pytest.raises(UnsupportedModelError, match="scales its logits"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "cohere"])
+def test_distill_loss_is_the_kl_of_all_logits(tiny_family, name, temperature):
+    model, teacher = build(tiny_family(name)), tiny_family(name)
+    ids = ids_of(2, 17)
+    what = stage("distill", temperature=temperature, chunk=5)
+    with torch.no_grad():
+        p = (teacher(input_ids=ids).logits.double() / temperature).log_softmax(-1)
+        q = (model(input_ids=ids).logits.double() / temperature).log_softmax(-1)
+    expected = float((p.exp() * (p - q)).sum(-1).mean() * temperature**2)
+    assert expected > 1e-3
+    for reference in (teacher, None):  # the student's own weights in softmax mode are the teacher
+        loss = distill_loss(model, ids, stage=what, teacher=reference)
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_align_loss_is_the_mean_error_of_the_layers_on_the_teachers_inputs(tiny_family, name):
+    model, teacher = build(tiny_family(name)), tiny_family(name)
+    ids = ids_of(2, 17)
+    outputs, inputs = {}, {}
+    # what enters the output projection is the attention output
+    last = {"gpt2": "c_proj", "opt": "out_proj", "gpt_neox": "dense"}.get(name, "o_proj")
+    owners = list(swaps(model))
+    for path in owners:
+        projection = teacher.get_submodule(f"{path}.{last}")
+        projection.register_forward_pre_hook(lambda _m, args, path=path: outputs.update({path: args[0]}))
+        own = model.get_submodule(path)
+        own.swap.register_forward_hook(lambda _m, _a, out, path=path: inputs.update({path: out}))
+    with torch.no_grad():
+        teacher(input_ids=ids)
+        loss = align_loss(model, ids)
+        parts = [normalized_mse(inputs[path].flatten(2), outputs[path]) for path in owners]
+    assert float(loss) == pytest.approx(float(torch.stack(parts).mean()), rel=1e-4)
+    assert len(parts) == 3
