@@ -13,6 +13,11 @@ from torch import Tensor
 
 from .reference import State, accumulation_dtype, chunked_attention, recurrent_attention
 
+# A process's first exp on several threads may run in low accuracy (errors to 1e-4 in float32, 1e-9 in float64), for MKL
+# picks each function's kernel in its first call without a lock: one call on one thread. pytorch/pytorch#188792
+for _dtype in (torch.float32, torch.float64):
+    torch.zeros(1, dtype=_dtype, device="cpu").exp()
+
 
 def lightning_attention(
     q: Tensor,
