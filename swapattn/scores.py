@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from .significance import Significance
+
+SCHEMA = 1  # of eval.json
 
 
 @dataclass(frozen=True)
 class TaskResult:
     """One task's figure for one model.
 
-    `metric` is the preferred one and `metrics` holds all of lm-eval's; `chance` is what guessing scores (the mean of
-    1/choices, 0 where nothing is chosen); `documents` is how many were scored; `version` is lm-eval's task version.
+    `metric` is the preferred one, `why` says for what reason, and `metrics` holds all of lm-eval's; `chance` is what
+    guessing scores (the mean of 1/choices, 0 where nothing is chosen); `documents` is how many were scored, in
+    `subtasks` tasks; `version` is lm-eval's task version; `batch_size` is what memory allowed in the end; `seconds`
+    were spent when it was measured, now or, if it is `cached`, then.
     """
 
     task: str
@@ -24,6 +31,18 @@ class TaskResult:
     num_fewshot: int
     version: str
     metrics: Mapping[str, float] = field(default_factory=dict)
+    why: str = ""
+    higher_is_better: bool = True
+    subtasks: int = 1
+    batch_size: int | None = None
+    seconds: float = 0.0
+    cached: bool = False
+
+    @property
+    def near_chance(self) -> bool:
+        """Within two standard errors of chance, or below it."""
+        margin = self.value - self.chance
+        return margin <= 0 or margin < 2 * (self.stderr or 0.0)
 
 
 @dataclass(frozen=True)
@@ -35,15 +54,32 @@ class Perplexity:
     nats: float
 
 
+@dataclass(frozen=True)
+class Threshold:
+    """A figure that was asked for (`--fail-under KEY=BOUND`) and what was found; None where there is no such figure."""
+
+    key: str
+    bound: float
+    value: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the figure reaches the bound; one that is not there does not."""
+        return self.value is not None and self.value >= self.bound
+
+    def __str__(self) -> str:
+        found = "has no figure" if self.value is None else f"is {self.value:.4f}"
+        return f"{self.key} {found}, asked for at least {self.bound:g}"
+
+
 def kept_share(student: TaskResult, teacher: TaskResult) -> float | None:
     """(student - chance) / (teacher - chance); None if the teacher is within two standard errors of chance.
 
-    There the denominator is noise, and a share of it says nothing.
+    There the denominator is noise, and a share of it says nothing; nor does one of a metric where less is better.
     """
-    margin = teacher.value - teacher.chance
-    if margin <= 0 or margin < 2 * (teacher.stderr or 0.0):
+    if teacher.near_chance or not teacher.higher_is_better:
         return None
-    return (student.value - student.chance) / margin
+    return (student.value - student.chance) / (teacher.value - teacher.chance)
 
 
 @dataclass(frozen=True)
@@ -52,6 +88,7 @@ class EvalRow:
 
     student: TaskResult
     teacher: TaskResult | None = None
+    significance: Significance | None = None
 
     @property
     def difference(self) -> float | None:
@@ -63,10 +100,24 @@ class EvalRow:
         """See `kept_share`; None without a teacher."""
         return None if self.teacher is None else kept_share(self.student, self.teacher)
 
+    @property
+    def near_chance(self) -> bool:
+        """The teacher itself is within two standard errors of chance on a task where more is better."""
+        return self.teacher is not None and self.teacher.higher_is_better and self.teacher.near_chance
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with what is derived."""
+        derived = {"difference": self.difference, "kept": self.kept, "near_chance": self.near_chance}
+        return {"task": self.student.task, **asdict(self), **derived, "why": self.student.why}
+
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Everything an evaluation found, and with what; `path` is where it was written."""
+    """Everything an evaluation found, and with what; `path` is where it was written.
+
+    `num_fewshot` and `seed` are None where lm-eval's own are taken. `text_perplexity`, `probes` and `cost` are the
+    plain values of `swapattn.probes` and `swapattn.cost`, None where they were not asked for.
+    """
 
     checkpoint: str
     kind: str
@@ -80,6 +131,15 @@ class EvalReport:
     seconds: float
     perplexity: Mapping[str, Perplexity] = field(default_factory=dict)
     path: str = ""
+    time: str = ""
+    command: str = ""
+    num_fewshot: int | None = None
+    batch_size: int | str = 16
+    seed: int | None = None
+    text_perplexity: Mapping[str, Any] | None = None
+    probes: Mapping[str, Any] | None = None
+    cost: Mapping[str, Any] | None = None
+    thresholds: tuple[Threshold, ...] = ()
 
     @property
     def kept(self) -> float | None:
@@ -87,22 +147,59 @@ class EvalReport:
         shares = [row.kept for row in self.rows if row.kept is not None]
         return sum(shares) / len(shares) if shares else None
 
+    @property
+    def missed(self) -> tuple[Threshold, ...]:
+        """The thresholds that were not reached."""
+        return tuple(threshold for threshold in self.thresholds if not threshold.passed)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader must know before comparing the figures."""
+        near = [row.student.task for row in self.rows if row.near_chance]
+        if not near:
+            return ()
+        return (
+            f"the teacher itself is within two standard errors of chance on {', '.join(near)}: "
+            "no share kept is given there, and a difference says little",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values, every metric of lm-eval included."""
-        rows = [{**asdict(row), "difference": row.difference, "kept": row.kept} for row in self.rows]
-        return {**asdict(self), "rows": rows, "kept": self.kept}
+        plain = {
+            "schema": SCHEMA,
+            **asdict(self),
+            "rows": [row.to_dict() for row in self.rows],
+            "kept": self.kept,
+            "warnings": list(self.warnings),
+            "thresholds": [{**asdict(threshold), "passed": threshold.passed} for threshold in self.thresholds],
+        }
+        found: dict[str, Any] = _finite(plain)
+        return found
 
     def to_table(self) -> str:
-        """The report as plain text, about 100 columns wide."""
+        """The report as plain text, about 130 columns wide."""
         lines: list[tuple[str, ...]] = [
-            ("task", "metric", "docs", "shots", "chance", "teacher", self.kind, "difference", "kept")
+            (
+                "task",
+                "metric",
+                "docs",
+                "shots",
+                "chance",
+                "teacher",
+                self.kind,
+                "difference",
+                "95 % interval",
+                "p",
+                "kept",
+            )
         ]
         lines += [_cells(row) for row in self.rows]
         if len(self.rows) > 1:
             lines.append(self._mean_cells())
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        used = [column for column in range(len(lines[0])) if any(line[column] not in ("", "-") for line in lines[1:])]
+        widths = {column: max(len(line[column]) for line in lines) for column in used}
         body = ["  ".join(_aligned(line, widths)).rstrip() for line in lines]
-        return "\n".join([self.checkpoint, *body, "", *self._footer()])
+        return "\n".join([self.checkpoint, *body, "", *self._extras(), *self._footer()])
 
     def _mean_cells(self) -> tuple[str, ...]:
         count = len(self.rows)
@@ -110,22 +207,66 @@ class EvalReport:
         teachers = [row.teacher.value for row in self.rows if row.teacher is not None]
         teacher = sum(teachers) / count if len(teachers) == count else None
         difference = None if teacher is None else student - teacher
-        return ("mean", "", "", "", "", _number(teacher), f"{student:.3f}", _signed(difference), _percent(self.kept))
+        figures = (_number(teacher), f"{student:.3f}", _signed(difference))
+        return ("mean", "", "", "", "", *figures, "", "", _percent(self.kept))
 
-    def _footer(self) -> list[str]:
-        note = f" ({self.note})" if self.note else ""
+    def _extras(self) -> list[str]:
+        """The tables of what was measured beside the tasks, each followed by an empty line."""
         lines = [
             f"held-out perplexity, {name}: {p.value:.2f} on {p.tokens:,} tokens" for name, p in self.perplexity.items()
         ]
-        lines += [f"teacher: {self.teacher}{note}", f"data: {self.data}"]
-        if any(row.teacher is not None and row.kept is None for row in self.rows):
-            lines.append("kept: - where the teacher is within two standard errors of chance")
+        if self.text_perplexity is not None:
+            from .probes import perplexity_table
+
+            lines += [perplexity_table(dict(self.text_perplexity)), ""]
+        if self.probes is not None:
+            from .probes import to_table
+
+            lines += [to_table(dict(self.probes)), ""]
+        if self.cost is not None:
+            from .cost import to_table as cost_table
+
+            lines += [cost_table(self.cost["student"], self.cost["teacher"]), ""]
+        return lines
+
+    def _footer(self) -> list[str]:
+        note = f" ({self.note})" if self.note else ""
+        lines = [f"warning: {text}" for text in self.warnings]
+        lines += [f"metrics: {text}" for text in self._reasons()]
+        lines += [f"p: {text}" for text in self._tests()]
+        cached = [row.teacher.task for row in self.rows if row.teacher is not None and row.teacher.cached]
+        lines += [f"teacher: {self.teacher}{note}" + (f"; from the cache: {', '.join(cached)}" if cached else "")]
+        lines += [f"data: {self.data}" + (f"; the first {self.limit} documents of each" if self.limit else "")]
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return [*lines, f"{self.hardware}; {versions}; {self.seconds:.0f} s"]
 
+    def _reasons(self) -> list[str]:
+        tasks: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.student.why:
+                tasks.setdefault(row.student.why, []).append(row.student.task)
+        return [f"{why}: {', '.join(names)}" for why, names in tasks.items()]
+
+    def _tests(self) -> list[str]:
+        used = {row.significance.test for row in self.rows if row.significance is not None}
+        texts = {
+            "mcnemar": "McNemar's exact test on the documents that only one of the two has right",
+            "bootstrap": "paired bootstrap over the documents",
+        }
+        return [text for test, text in texts.items() if test in used]
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for every number that JSON lacks, such as a perplexity that overflowed."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
 
 def _cells(row: EvalRow) -> tuple[str, ...]:
-    student, teacher = row.student, row.teacher
+    student, teacher, significance = row.student, row.teacher, row.significance
     return (
         student.task,
         student.metric,
@@ -135,17 +276,22 @@ def _cells(row: EvalRow) -> tuple[str, ...]:
         "-" if teacher is None else _with_error(teacher),
         _with_error(student),
         _signed(row.difference),
+        "-" if significance is None else f"{significance.low:+.3f} … {significance.high:+.3f}",
+        "-" if significance is None else _p_value(significance.p_value),
         _percent(row.kept),
     )
 
 
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    pairs = zip(cells, widths, strict=True)
-    return [cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(pairs)]
+def _aligned(cells: Sequence[str], widths: Mapping[int, int]) -> list[str]:
+    return [cells[i].ljust(width) if i < 2 else cells[i].rjust(width) for i, width in widths.items()]
 
 
 def _with_error(result: TaskResult) -> str:
     return f"{result.value:.3f}" + (f" ±{result.stderr:.3f}" if result.stderr is not None else "")
+
+
+def _p_value(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _number(value: float | None) -> str:

