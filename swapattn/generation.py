@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .cost import state_bytes
 from .environment import default_device
 from .errors import UsageError
 
@@ -137,15 +138,6 @@ def open_model(
     return model, tokenizer, f"the teacher of {found.path}" if teacher else str(found.path)
 
 
-def state_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a transformers `Cache` holds; memory that several tensors share counts once."""
-    storages: dict[int, int] = {}
-    for tensor in _tensors(list(getattr(cache, "layers", ()))):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
 class _Clock:
     """A streamer for `generate` that notes times and passes tokens on."""
 
@@ -231,16 +223,3 @@ def _run(model: Any, tokenizer: Any, inputs: Any, settings: dict[str, Any], cloc
 
 def _all(ids: Tensor, value: bool) -> Tensor:
     return torch.full((ids.shape[0],), value, dtype=torch.bool, device=ids.device)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
-        yield from _tensors(vars(value))

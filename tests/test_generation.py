@@ -10,8 +10,9 @@ import torch
 
 from swapattn import checkpoint as checkpoint_module
 from swapattn import modeling
+from swapattn.cost import state_bytes
 from swapattn.errors import UsageError
-from swapattn.generation import GenerationStats, open_model, state_bytes, stream
+from swapattn.generation import GenerationStats, open_model, stream
 
 PROMPT = "Call me Ishmael. Some years ago"
 

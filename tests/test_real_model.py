@@ -115,7 +115,7 @@ def test_a_left_padded_row_equals_the_prompt_alone(distilled: tuple[Any, Any]) -
 
 
 def test_the_cache_does_not_grow(distilled: tuple[Any, Any]) -> None:
-    from swapattn.generation import state_bytes
+    from swapattn.cost import state_bytes
 
     model, _ = distilled
     sizes = set()

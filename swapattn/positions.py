@@ -1,0 +1,254 @@
+"""Perplexity by position in the text, and what probes of a model share: chunked forward passes, errors, tables."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .data import heldout_windows
+from .errors import SourceError, UsageError
+
+EDGES = (0, 64, 256, 1024, 2048, 4096, 8192)  # of the position bins
+WINDOW = 1024  # of the perplexity that is compared between models
+FAR = 256  # the first position that a small window of softmax cannot help with
+CHUNK = 2048  # tokens whose logits exist at a time: 0.4 GB in fp32 at a vocabulary of 49152
+
+
+def perplexity_of_file(model: Any, tokenizer: Any, path: str | Path, *, windows: int | None = None) -> dict[str, Any]:
+    """`perplexity_of_text` for a UTF-8 file, plain or .zst.
+
+    Raises:
+        UsageError: no such file, or less than two tokens in it.
+        SourceError: a damaged file, or one that is not UTF-8.
+    """
+    import zstandard
+
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".zst":
+            data = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True).read()
+        text = data.decode("utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except (OSError, zstandard.ZstdError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path} cannot be read as UTF-8 text: {' '.join(str(error).split())}") from error
+    return {**perplexity_of_text(model, tokenizer, text, windows=windows), "text": str(path)}
+
+
+def perplexity_of_text(
+    model: Any, tokenizer: Any, text: str | None = None, *, windows: int | None = None
+) -> dict[str, Any]:
+    """Perplexity of a text, whole and by position; figures that are not finite are None.
+
+    The text is one stream of tokens without special ones, cut into windows that do not overlap; every token but the
+    first of a window is predicted from those before it in the window. "nats" is the mean negative log-likelihood.
+
+    Returns:
+        Over windows of 1,024 tokens: "tokens" predicted, "nats", "perplexity", the same in "far" over the positions
+        from 256 on, and "window_nats", "window_far_nats", the mean of each window. Over windows of up to 8,192
+        tokens (as the model's positions and the text allow, with `windows` no more than 1,024): "bins" by position.
+    """
+    tokens = heldout_windows(tokenizer, length=1, text=text).flatten()
+    if tokens.numel() < 2:
+        raise UsageError("the text has a single token: there is nothing to predict")
+    limit = min(tokens.numel(), positions_of(model), EDGES[-1])
+    window = min(limit, WINDOW)
+    long_window = limit if windows is None else window  # few windows were asked for: do not read 8 times as much
+    with measuring(model):
+        short = _nats(model, windows_of(tokens, window, windows))
+        long = short if long_window == window else _nats(model, windows_of(tokens, long_window, None))
+    far = short[:, FAR - 1 :]
+    edges = [edge for edge in EDGES if edge < long_window] + [long_window]
+    return {
+        "text": "embedded" if text is None else "given",
+        "window": window,
+        "windows": short.shape[0],
+        **_figures(short),
+        "far": {"start": FAR, "end": window, **_figures(far)} if far.numel() else None,
+        "long_window": long_window,
+        "long_windows": long.shape[0],
+        "bins": [
+            {"start": first, "end": last, **_figures(long[:, max(first - 1, 0) : last - 1])}
+            for first, last in pairwise(edges)
+            if last > 1
+        ],
+        "window_nats": [finite(x) for x in short.mean(1).tolist()],
+        "window_far_nats": [finite(x) for x in far.mean(1).tolist()] if far.numel() else [],
+    }
+
+
+def compare_perplexity(student: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Two results of `perplexity_of_text` with ratios student / teacher and their standard errors.
+
+    The errors are paired over the windows. Ratios are None where one side has no figure, or where text or windows
+    differ (two tokenizers, two devices).
+    """
+    sides = (student, teacher) if teacher is not None and _same_windows(student, teacher) else None
+    ratio, error = _ratio(*(side["window_nats"] for side in sides)) if sides else (None, None)
+    far, far_error = _ratio(*(side["window_far_nats"] for side in sides)) if sides else (None, None)
+    bins = side_by_side(student["bins"], teacher["bins"] if sides and teacher else (), ("start", "end"))
+    return {
+        "text": student["text"],
+        "student": dict(student),
+        "teacher": dict(teacher) if teacher is not None else None,
+        "ratio": ratio,
+        "ratio_stderr": error,
+        "far_ratio": far,
+        "far_ratio_stderr": far_error,
+        "bins": [_bin_ratio(row) for row in bins],
+    }
+
+
+def perplexity_table(compared: Mapping[str, Any]) -> str:
+    """The result of `compare_perplexity` as plain text."""
+    student, teacher = compared["student"], compared["teacher"] or {}
+    rows: list[tuple[str, ...]] = [(f"perplexity, {compared['text']} text", "tokens", "teacher", "student", "ratio")]
+    ratio = with_error(compared["ratio"], compared["ratio_stderr"])
+    rows.append((f"windows of {student['window']:,}", *_perplexity_cells(student, teacher), ratio))
+    if student["far"]:
+        ratio = with_error(compared["far_ratio"], compared["far_ratio_stderr"])
+        far = _perplexity_cells(student["far"], teacher.get("far") or {})
+        rows.append((f"  far: from {student['far']['start']} on", *far, ratio))
+    for row, own in zip(compared["bins"], student["bins"], strict=True):
+        cells = (f"{own['tokens']:,}", number(row["teacher"], 2), number(row["student"], 2), number(row["ratio"]))
+        rows.append((f"  positions {row['start']:,}-{row['end'] - 1:,} of {student['long_window']:,}", *cells))
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model is."""
+    device: torch.device = next(model.parameters()).device
+    return device
+
+
+def positions_of(model: Any) -> int:
+    """Tokens that the model was made for; no limit where its config names none."""
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+
+@contextmanager
+def measuring(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode is restored."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def logits_in_pieces(model: Any, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Start and logits `[B, t, V]` of piece after piece of ids `[B, T]`, at most 2,048 tokens each (or B).
+
+    Pieces after the first go through the cache.
+    """
+    ids = ids.to(device_of(model))
+    size = max(1, CHUNK // ids.shape[0])
+    whole = ids.shape[1] <= size
+    cache = None
+    for start in range(0, ids.shape[1], size):
+        out = model(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=not whole)
+        cache = None if whole else out.past_key_values
+        yield start, out.logits
+
+
+def windows_of(tokens: Tensor, length: int, count: int | None) -> Tensor:
+    """`[N, length]` windows of a stream of tokens `[T]` that do not overlap, at most `count`, evenly spread."""
+    available = tokens.numel() // length
+    windows = tokens[: available * length].view(available, length)
+    return windows if count is None or count >= available else windows[torch.arange(count) * available // count]
+
+
+def _nats(model: Any, windows: Tensor) -> Tensor:
+    """fp64 `[N, L - 1]`: negative log-likelihood of the tokens at positions 1 to L - 1 of int64 windows `[N, L]`."""
+    found = []
+    batches = torch.split(windows, max(1, CHUNK // windows.shape[1]))
+    for batch in tqdm(batches, desc="perplexity by position", unit="batch", file=sys.stderr):
+        pieces = []
+        for start, logits in logits_in_pieces(model, batch):
+            targets = batch[:, start + 1 : start + 1 + logits.shape[1]].to(logits.device)
+            kept = logits[:, : targets.shape[1]].float()  # the last token of a window predicts nothing
+            loss = torch.nn.functional.cross_entropy(kept.flatten(0, 1), targets.flatten(), reduction="none")
+            pieces.append(loss.view(targets.shape).double().cpu())
+        found.append(torch.cat(pieces, 1))
+    return torch.cat(found)
+
+
+def finite(value: float) -> float | None:
+    """The value, None where it is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def _figures(nats: Tensor) -> dict[str, Any]:
+    mean = nats.mean()
+    return {"tokens": nats.numel(), "nats": finite(float(mean)), "perplexity": finite(float(mean.exp()))}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error over documents; None for a single one."""
+    found = torch.tensor(values, dtype=torch.float64)
+    error = float(found.std() / len(values) ** 0.5) if len(values) > 1 else None
+    return float(found.mean()), error
+
+
+def side_by_side(
+    student: Sequence[Mapping[str, Any]], teacher: Sequence[Mapping[str, Any]], keys: tuple[str, ...] = ("length",)
+) -> list[dict[str, Any]]:
+    """Rows of the student with the teacher's row of the same keys, or None."""
+    found = {tuple(row[key] for key in keys): dict(row) for row in teacher}
+    return [
+        {**{key: row[key] for key in keys}, "student": dict(row), "teacher": found.get(tuple(row[key] for key in keys))}
+        for row in student
+    ]
+
+
+def _same_windows(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> bool:
+    return all(student[key] == teacher[key] for key in ("text", "window", "windows", "tokens", "long_window"))
+
+
+def _ratio(student: Sequence[float | None], teacher: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """exp of the mean difference of the windows' nats, and its error to first order."""
+    pairs = [(s, t) for s, t in zip(student, teacher, strict=True) if s is not None and t is not None]
+    if not pairs or len(pairs) < len(student):
+        return None, None
+    mean, error = mean_and_error([s - t for s, t in pairs])
+    ratio = math.exp(min(mean, 700.0))
+    return ratio, None if error is None else ratio * error
+
+
+def _bin_ratio(row: Mapping[str, Any]) -> dict[str, Any]:
+    student, teacher = row["student"]["perplexity"], (row["teacher"] or {}).get("perplexity")
+    ratio = student / teacher if student is not None and teacher else None
+    return {"start": row["start"], "end": row["end"], "student": student, "teacher": teacher, "ratio": ratio}
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A cell: "-" for None."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """A cell: value and standard error."""
+    return number(value) + (f" ±{error:.3f}" if error is not None else "")
+
+
+def _perplexity_cells(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> tuple[str, ...]:
+    return f"{student['tokens']:,}", number(teacher.get("perplexity"), 2), number(student["perplexity"], 2)
