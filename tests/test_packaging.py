@@ -23,7 +23,8 @@ LAYERS = (
     {"quickstart"},
     {"distillation", "evaluation", "generation", "conversion", "bench", "report"},
     {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
-    | {"audit", "training", "objectives", "shards", "scores", "probes", "cost"},
+    | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost"}
+    | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"},
     {"recipe", "decay", "feature_map", "errors", "wheels", "environment"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
