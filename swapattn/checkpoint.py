@@ -127,9 +127,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists: use --overwrite, or another folder with -o")
     if target.exists() and not _is_ours(target):
-        raise UsageError(
-            f"{target} was not written by swapattn and is not overwritten: choose another with -o"
-        )
+        raise UsageError(f"{target} was not written by swapattn and is not overwritten: choose another with -o")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.parent / f".{target.name}.writing"
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed

@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def default_device() -> str:
-    """"cuda" where there is a GPU, else "cpu"."""
+    """ "cuda" where there is a GPU, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
