@@ -35,9 +35,15 @@ def test_a_folder_takes_its_name_when_everything_is_written(tmp_path):
     assert (target / "a").read_text() == "1"
 
 
+def earlier(target):
+    """A checkpoint folder that an earlier command wrote."""
+    target.mkdir()
+    (target / RECORD).write_text("{}")
+    (target / "a").write_text("old")
+
+
 def test_an_existing_folder_is_an_error_without_overwrite(tmp_path):
-    with atomic_folder(tmp_path / "out") as folder:
-        (folder / "a").write_text("old")
+    earlier(tmp_path / "out")
     with pytest.raises(UsageError, match="exists: use --overwrite"), atomic_folder(tmp_path / "out"):
         pass
     with atomic_folder(tmp_path / "out", overwrite=True) as folder:
@@ -52,8 +58,7 @@ def test_an_existing_folder_is_an_error_without_overwrite(tmp_path):
 def test_a_failing_writer_leaves_nothing_and_keeps_the_old_folder(tmp_path, error, existing):
     target = tmp_path / "out"
     if existing:
-        target.mkdir()
-        (target / "a").write_text("old")
+        earlier(target)
 
     def write():
         with atomic_folder(target, overwrite=True) as folder:
@@ -68,8 +73,7 @@ def test_a_failing_writer_leaves_nothing_and_keeps_the_old_folder(tmp_path, erro
 
 def test_an_interrupt_between_the_two_renames_brings_the_old_folder_back(tmp_path, monkeypatch):
     target = tmp_path / "out"
-    target.mkdir()
-    (target / "a").write_text("old")
+    earlier(target)
     rename = Path.rename
 
     def interrupted(self, other):
@@ -82,6 +86,14 @@ def test_an_interrupt_between_the_two_renames_brings_the_old_folder_back(tmp_pat
         pass
     assert names(tmp_path) == ["out"]
     assert (target / "a").read_text() == "old"
+
+
+def test_a_folder_of_somebody_else_is_never_overwritten(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("mine")
+    with pytest.raises(UsageError, match="not written by swapattn"), atomic_folder(tmp_path / "photos", overwrite=True):
+        pass
+    assert names(tmp_path / "photos") == ["a.jpg"]
 
 
 def test_what_killed_processes_left_is_cleaned(tmp_path):
