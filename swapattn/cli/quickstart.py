@@ -8,7 +8,7 @@ import click
 
 from .common import command, emit, output_options
 
-_LIMIT = 100  # documents a task: both tasks on three models stay within the minutes that the command promises
+_LIMIT = 50  # documents a task: both tasks on three models stay within the minutes that the command promises
 
 
 @command("quickstart")
