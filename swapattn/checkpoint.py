@@ -18,6 +18,7 @@ from .recipe import Recipe, parse_recipe
 
 RECORD = "swapattn.json"
 LOG = "train.jsonl"  # of a distillation, in its checkpoint
+QUICKSTART = "quickstart.json"  # of a quickstart, in its folder
 REPORT = "eval.json"  # of the last evaluation, in its checkpoint
 RECORD_VERSION = 1
 Kind = Literal["converted", "distilled"]
@@ -147,10 +148,10 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder is empty, a checkpoint, or holds checkpoints, as quickstart's does."""
+    """Whether a folder is empty, a checkpoint, or quickstart's."""
     if not folder.is_dir():
         return False
-    return not any(folder.iterdir()) or (folder / RECORD).is_file() or any(folder.glob(f"*/{RECORD}"))
+    return not any(folder.iterdir()) or any((folder / name).is_file() for name in (RECORD, QUICKSTART))
 
 
 def write_json(path: Path, value: Any) -> None:

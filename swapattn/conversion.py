@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import sources
 from .checkpoint import RECORD, atomic_folder, new_record, write_json
+from .environment import default_device
 from .errors import CheckpointError, UsageError
 from .recipe import CalibrateStage, Recipe, load_recipe
 
@@ -97,7 +98,7 @@ def convert(
     if target.exists() and not overwrite and not dry_run:
         with atomic_folder(target):  # says that it exists, before anything is fetched
             pass
-    if dry_run and source.kind == "hub":
+    if dry_run and source.kind == "hub" and sources.hub_reachable():
         with contextlib.suppress(OSError):
             return _planned(target, source, resolved)
     teacher = sources.materialize(source)
@@ -140,13 +141,15 @@ def _planned(target: Path, source: sources.Source, recipe: Recipe) -> ConvertRes
 
 def _calibrate(folder: Path, recipe: Recipe) -> list[str]:
     """Run the recipe's calibrate stage on a checkpoint that is being written; returns the names that it set."""
+    import torch
+
     from .calibration import calibrate_stage
     from .data import PackedTokens
     from .modeling import load
     from .shards import write_new_parameters
 
     stage = next((s for s in recipe.distill.stages if isinstance(s, CalibrateStage)), CalibrateStage(stage="calibrate"))
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, device=default_device(), dtype=torch.float32)
     if tokenizer is None:
         raise CheckpointError("calibration needs a tokenizer, and the model has none")
     data = PackedTokens(recipe.distill.text, tokenizer, stage.length, seed=recipe.distill.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from .calibration import calibrate_stage
 from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, find, new_record, write_json
 from .conversion import convert
-from .data import PackedTokens
+from .data import PackedTokens, documents
 from .environment import default_device, hardware, say
 from .errors import CheckpointError, RecipeError, UsageError
 from .modeling import load, load_teacher
 from .objectives import align_loss, check_head, distill_loss
-from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, load_recipe
-from .shards import check_stored, write_trained
+from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TextSpec, load_recipe
+from .shards import trained_keys, write_trained
 from .training import LossFunction, run_stage, trainable_parameters
 
 _COLUMNS = (("tokens", 12), ("steps", 8), ("seconds", 10), ("tokens_per_second", 11))
@@ -113,17 +114,39 @@ def distill(
     target = Path(output) if output is not None else Path(directory) / f"{start.name}-swapattn-{resolved.name}"
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists: use --overwrite, or another folder with -o")
-    start = _with_convert_section(start, resolved, Path(directory), dry_run)
     device = device or default_device()
+    teacher_path = Path(teacher) if teacher is not None else start.teacher_path
+    _check_request(resolved, teacher_path, device, teacher is not None)
+    start = _with_convert_section(start, resolved, Path(directory), dry_run, overwrite)
     text = resolved.distill.text.describe()
     if dry_run:
         stages = tuple(_stage_plan(start, stage) for stage in resolved.distill.stages)
         return DistillResult(target, start.path, start.teacher_note, text, device, stages, dry_run=True)
-    run = _Run(start, resolved, target, device, Path(teacher) if teacher else start.teacher_path)
+    run = _Run(start, resolved, target, device, teacher_path)
     return DistillResult(target, start.path, start.teacher_note, text, device, tuple(run.run(overwrite)))
 
 
-def _with_convert_section(start: Checkpoint, recipe: Recipe, directory: Path, dry_run: bool) -> Checkpoint:
+def _check_request(recipe: Recipe, teacher: Path, device: str, named: bool) -> None:
+    """What would otherwise show only after the first stages: the teacher, the texts, the device."""
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r}: say cpu or cuda, and choose the GPU with CUDA_VISIBLE_DEVICES")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("distill runs in one process so far: start it without torchrun or accelerate launch")
+    needed = named or any(isinstance(s, DistillStage) and s.train != "new" for s in recipe.distill.stages)
+    if needed and not (teacher / "config.json").is_file():
+        raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; convert again, or name another")
+    for text in {_text_of(stage, recipe) for stage in recipe.distill.stages}:
+        next(iter(documents(text)), None)
+
+
+def _text_of(stage: Stage, recipe: Recipe) -> TextSpec:
+    own = None if isinstance(stage, CalibrateStage) else stage.text
+    return own or recipe.distill.text
+
+
+def _with_convert_section(
+    start: Checkpoint, recipe: Recipe, directory: Path, dry_run: bool, overwrite: bool
+) -> Checkpoint:
     """The checkpoint, or a new conversion of its teacher when the recipe asks for another layer."""
     have, want = start.recipe.convert.model_dump(), recipe.convert.model_dump()
     different = sorted(f"convert.{key}" for key in want if have.get(key) != want[key])
@@ -143,7 +166,7 @@ def _with_convert_section(start: Checkpoint, recipe: Recipe, directory: Path, dr
         if again.recipe.convert == recipe.convert:
             return again
     origin = start.record["teacher"]
-    convert(start.teacher_path, target, recipe=recipe, overwrite=True, record_name=start.name, origin=origin)
+    convert(start.teacher_path, target, recipe=recipe, overwrite=overwrite, record_name=start.name, origin=origin)
     return find(directory, target)
 
 
@@ -170,7 +193,7 @@ class _Run:
         if tokenizer is None:
             raise CheckpointError(f"{self.start.path} has no tokenizer, which distillation needs")
         self._check_names(model)
-        self._open()
+        self._open(overwrite)
         model.to(self.device)
         if self.state["stages"]:
             self._restore(model)
@@ -187,10 +210,10 @@ class _Run:
         """Before anything is trained: every tensor that will be trained is stored under its own name."""
         stages = [stage for stage in self.recipe.distill.stages if not isinstance(stage, CalibrateStage)]
         names = {name for stage in stages for group in trainable_parameters(model, stage) for name in group}
-        check_stored(self.start.path, names)
+        trained_keys(self.start.path, model, names)
 
-    def _open(self) -> None:
-        """Resume a run of the same recipe on the same parent; forget any other."""
+    def _open(self, overwrite: bool) -> None:
+        """Resume a run of the same recipe on the same parent; drop another only when told to."""
         if self.state_file.is_file():
             with contextlib.suppress(ValueError):
                 state = json.loads(self.state_file.read_text(encoding="utf-8"))
@@ -198,13 +221,19 @@ class _Run:
                     self.state = state
                     say(f"resuming {self.work}: {len(state['stages'])} stages done")
                     return
+                if not overwrite and (state["stages"] or any(self.work.glob("stage-*/checkpoint-*"))):
+                    raise UsageError(
+                        f"an unfinished run of another recipe, parent or teacher lies in {self.work}: repeat its "
+                        "command to finish it, or use --overwrite to drop it, or another folder with -o"
+                    )
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         write_json(self.state_file, self.state)
 
     def _stage(self, index: int, stage: Stage, model: Any, tokenizer: Any) -> dict[str, Any]:
-        text = self.recipe.distill.text if isinstance(stage, CalibrateStage) else stage.text or self.recipe.distill.text
-        data = PackedTokens(text, tokenizer, stage.length, seed=self.recipe.distill.seed + index)
+        data = PackedTokens(
+            _text_of(stage, self.recipe), tokenizer, stage.length, seed=self.recipe.distill.seed + index
+        )
         if isinstance(stage, CalibrateStage):
             return calibrate_stage(model, stage, data)
         loss: LossFunction

@@ -202,7 +202,7 @@ def load_teacher(
     """
     path = Path(getattr(checkpoint, "teacher_path", checkpoint))
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"the teacher is no longer at {path}: convert again, or pass --teacher FOLDER")
+        raise CheckpointError(f"no teacher at {path}: it was moved or never there; convert the model again")
     model = from_folder(AutoModelForCausalLM, path, dtype)
     model = model.to(device) if device is not None else model
     has_tokenizer = (path / "tokenizer_config.json").is_file()

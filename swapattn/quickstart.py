@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import atomic_folder, read, write_json
-from .environment import hardware, say, versions
+from .checkpoint import QUICKSTART, atomic_folder, read, write_json
+from .environment import default_device, hardware, say, versions
 from .scores import Perplexity, TaskResult, kept_share
 
 MODEL = "smollm2-135m"
@@ -95,7 +96,7 @@ class QuickstartResult:
                 "",
                 f"converted   {self.converted}",
                 f"distilled   {self.distilled}",
-                f"figures     {self.folder / 'quickstart.json'}",
+                f"figures     {self.folder / QUICKSTART}",
                 "",
                 "next:",
                 f'  swapattn generate {self.distilled} --prompt "Why is the sky blue?"',
@@ -118,7 +119,7 @@ def quickstart(
 
     Args:
         output: folder for everything that is written, default `swapattn-quickstart`.
-        overwrite: replace it.
+        overwrite: replace it; without, an interrupted quickstart goes on and a finished one is an error.
         limit: documents per task.
         data: where the evaluation sets come from, see `tasks.task_manager`.
 
@@ -132,44 +133,58 @@ def quickstart(
 
     start = time.monotonic()
     folder = Path(output) if output is not None else Path(FOLDER)
-    with atomic_folder(folder, overwrite=overwrite):
-        pass  # says that it exists before anything is fetched; an empty folder from here on
-    _, _, description = task_manager(TASKS, data)  # the same for the data
+    _open(folder, overwrite)
+    _, _, description = task_manager(TASKS, data)  # what cannot be had is said before anything is trained
+    converted, distilled = folder / f"{MODEL}-swapattn", folder / f"{MODEL}-swapattn-{RECIPE}"
     say(f"1/3 converting {MODEL}")
-    converted = convert(MODEL, folder / f"{MODEL}-swapattn", recipe=RECIPE)
+    if not converted.is_dir():
+        convert(MODEL, converted, recipe=RECIPE)
     say(f"2/3 distilling with recipe {RECIPE}")
-    distilled = distill(converted.path, recipe=RECIPE, directory=folder)
+    if not distilled.is_dir():
+        distill(converted, recipe=RECIPE, output=distilled)
     say("3/3 evaluating teacher, converted and distilled model")
-    trained = sum(int(stage["tokens"]) for stage in distilled.stages)
-    spent = sum(float(stage["seconds"]) for stage in distilled.stages)
-    rows = _evaluate(converted.path, distilled.path, limit, data, trained, spent)
+    made = read(distilled)
     result = QuickstartResult(
-        rows=tuple(rows),
+        rows=tuple(_evaluate(converted, distilled, limit, data, made.record["stages"])),
         folder=folder,
-        converted=converted.path,
-        distilled=distilled.path,
-        note=converted.teacher_note,
+        converted=converted,
+        distilled=distilled,
+        note=made.teacher_note,
         limit=limit,
         data=description,
-        hardware=hardware(distilled.device),
+        hardware=hardware(default_device()),
         seconds=round(time.monotonic() - start, 1),
     )
-    write_json(folder / "quickstart.json", _plain(result.to_dict()))
+    write_json(folder / QUICKSTART, {"finished": True, **_plain(result.to_dict())})
     return result
 
 
+def _open(folder: Path, overwrite: bool) -> None:
+    """Make the folder, or go on in one that an interrupted quickstart left."""
+    marker = folder / QUICKSTART
+    if not overwrite and marker.is_file() and not json.loads(marker.read_text(encoding="utf-8")).get("finished"):
+        say(f"going on in {folder}, which an interrupted quickstart left")
+        return
+    with atomic_folder(folder, overwrite=overwrite) as scratch:
+        write_json(scratch / QUICKSTART, {"finished": False})
+
+
 def _evaluate(
-    converted: Path, distilled: Path, limit: int, data: str, trained: int, spent: float
+    converted: Path, distilled: Path, limit: int, data: str, stages: list[dict[str, Any]]
 ) -> list[QuickstartRow]:
     """All rows; one model in memory at a time."""
     from .attention import only_branch
     from .modeling import load, load_teacher
 
-    teacher_row = _row("teacher", lambda: load_teacher(read(converted)), limit, data)
-    converted_row = _row("converted", lambda: load(converted), limit, data, teacher_row)
-    window = _row("window only", lambda: load(converted), 0, data, within=lambda m: only_branch(m, "local"))
-    distilled_row = _row("distilled", lambda: load(distilled), limit, data, teacher_row, trained=(trained, spent))
-    return [teacher_row, window, converted_row, distilled_row]
+    device = default_device()
+    spent = (sum(int(stage["tokens"]) for stage in stages), sum(float(stage["seconds"]) for stage in stages))
+    teacher = _row("teacher", lambda: load_teacher(read(converted), device=device), limit, data)
+    window = _row(
+        "window only", lambda: load(converted, device=device), 0, data, within=lambda m: only_branch(m, "local")
+    )
+    before = _row("converted", lambda: load(converted, device=device), limit, data, teacher)
+    after = _row("distilled", lambda: load(distilled, device=device), limit, data, teacher, trained=spent)
+    return [teacher, window, before, after]
 
 
 def _row(

@@ -284,11 +284,20 @@ def _override(data: dict[str, Any], override: str) -> None:
     for part in parents:
         node = _child(node, part, key)
     if isinstance(node, list):
-        node[_position(node, last, key)] = yaml.safe_load(text)
+        node[_position(node, last, key)] = _value(key, text)
     elif isinstance(node, dict):
-        node[last] = yaml.safe_load(text)
+        node[last] = _value(key, text)
     else:
         raise RecipeError(f"--set {key}: there is nothing below {'.'.join(parents)}")
+
+
+def _value(key: str, text: str) -> Any:
+    if text.startswith("*"):
+        return text  # a glob pattern; in YAML it would be a reference
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {key}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _child(node: Any, part: str, key: str) -> Any:

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from . import surgery
 from .attention import LightningSwap
-from .checkpoint import LOG, RECORD, REPORT, write_json
+from .checkpoint import write_json
 from .errors import CheckpointError, SourceError, UnsupportedModelError
 from .modeling import MODEL_TYPE_PREFIX, write_runtime
 
@@ -162,31 +162,39 @@ def write_trained(folder: Path, parent: Path, model: nn.Module, trained: set[str
 
     Shards without a trained tensor are linked; the others are written anew, one at a time, in their stored dtypes.
     """
-    weight_map = check_stored(parent, trained)
-    parameters = dict(model.named_parameters())
+    weight_map = read_weight_map(parent)
+    changed = trained_keys(parent, model, trained)
     for shard in sorted(set(weight_map.values())):
-        if not any(weight_map[name] == shard for name in trained):
+        if not any(weight_map[name] == shard for name in changed):
             link_or_copy(parent / shard, folder / shard)
             continue
         with safe_open(parent / shard, framework="pt") as old:
             tensors = {key: old.get_tensor(key) for key in old.keys()}  # noqa: SIM118 - no mapping
-        for key in tensors.keys() & trained:
-            tensors[key] = parameters[key].detach().to("cpu", tensors[key].dtype).contiguous()
+        for key in tensors.keys() & changed.keys():
+            tensors[key] = changed[key].detach().to("cpu", tensors[key].dtype).clone()
         save_file(tensors, folder / shard, metadata={"format": "pt"})
-    for path in parent.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in (RECORD, LOG, REPORT):
-            shutil.copyfile(path, folder / path.name)
+    for name in ("config.json", INDEX):
+        shutil.copyfile(parent / name, folder / name)
+    copy_companions(parent, folder)
+    config = json.loads((parent / "config.json").read_text(encoding="utf-8"))
+    write_runtime(folder, config["swapattn"]["base_model_type"])
 
 
-def check_stored(checkpoint: Path, names: set[str]) -> dict[str, str]:
-    """The weight map of a checkpoint, which holds each of these parameters under its own name.
+def trained_keys(checkpoint: Path, model: nn.Module, trained: set[str]) -> dict[str, nn.Parameter]:
+    """Stored name -> parameter of everything that is trained, under all of its names.
+
+    A tied matrix may be stored under both of its names; when only one of them is written anew, loading unties them.
 
     Raises:
-        CheckpointError: one is stored under another name, as in families that fuse or rename tensors on loading.
+        CheckpointError: one is stored under none of its names, as in families that fuse or rename tensors on loading.
     """
-    weight_map: dict[str, str] = json.loads((checkpoint / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    if unknown := sorted(names - set(weight_map)):
+    weight_map = read_weight_map(checkpoint)
+    every = dict(model.named_parameters(remove_duplicate=False))
+    names = {id(every[name]): name for name in trained}
+    found = {key: p for key, p in every.items() if id(p) in names and key in weight_map}
+    missing = sorted(names[key] for key in names.keys() - {id(p) for p in found.values()})
+    if missing:
         raise CheckpointError(
-            f"{checkpoint} stores {unknown[0]} under another name, so it cannot be trained: use train: new"
+            f"{checkpoint} stores {missing[0]} under another name, so it cannot be trained: use train: new"
         )
-    return weight_map
+    return found

@@ -71,11 +71,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, stage: TrainStage) -> torc
 class StageProgress(TrainerCallback):  # type: ignore[misc]
     """One line on stderr (stage, step, loss, tokens/s, time left), a JSONL log, and saves by the clock."""
 
-    def __init__(self, title: str, stage: TrainStage, log: Path) -> None:
-        self.title, self.log = title, log
+    def __init__(self, title: str, stage: TrainStage, log: Path, run: str) -> None:
+        """`run` tells stages of the same kind apart in the log."""
+        self.title, self.log, self.run = title, log, run
         self.tokens_per_step = stage.batch * stage.length
         self.bar: Any = None
-        self.losses: list[float] = []
         self.trainer: StageTrainer | None = None
         self.saved = time.monotonic()
 
@@ -83,6 +83,16 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
         """Open the line; a resumed run starts where it was."""
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", file=sys.stderr)
         self.started, self.first = time.monotonic(), state.global_step
+        done = [record for record in self.history() if record["step"] <= self.first]
+        self.before = done[-1]["seconds"] if done else 0.0
+
+    def history(self) -> list[dict[str, Any]]:
+        """The stage's log by step; steps that a resumed run repeated count once, the later time."""
+        if not self.log.is_file():
+            return []
+        records = map(json.loads, self.log.read_text(encoding="utf-8").splitlines())
+        steps = {record["step"]: record for record in records if record["run"] == self.run}
+        return [steps[step] for step in sorted(steps)]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop before a non-finite loss changes any weight."""
@@ -97,12 +107,18 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
         """Show and log the step; ask for a save when the last is long ago."""
         assert self.trainer is not None
         loss = self.trainer.take_loss()
-        self.losses.append(loss)
         seconds = time.monotonic() - self.started
         rate = (state.global_step - self.first) * self.tokens_per_step / max(seconds, 1e-9)
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
         self.bar.update(1)
-        record = {"stage": self.title, "step": state.global_step, "loss": loss, "tokens_per_second": round(rate, 1)}
+        record = {
+            "stage": self.title,
+            "run": self.run,
+            "step": state.global_step,
+            "loss": loss,
+            "seconds": round(self.before + seconds, 3),
+            "tokens_per_second": round(rate, 1),
+        }
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if time.monotonic() - self.saved > SAVE_SECONDS and state.global_step < state.max_steps:
@@ -212,7 +228,9 @@ def run_stage(
         use_cpu=device == "cpu",
         dataloader_pin_memory=device != "cpu",
     )
-    progress = StageProgress(title, stage, log)
+    _ = arguments.device  # sets the next line's count to all visible GPUs, which would multiply the batch
+    arguments._n_gpu = 1
+    progress = StageProgress(title, stage, log, run=folder.name)
     optimizer = build_optimizer(model, stage, new, own)
     trainer = StageTrainer(
         loss_function,
@@ -225,23 +243,23 @@ def run_stage(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     progress.trainer = trainer
-    start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"{title}: out of memory; lower distill.stages.{title}.micro_batch (now {micro})"
         ) from error
-    seconds = time.monotonic() - start
-    tenth = max(1, len(progress.losses) // 10)
-    done = len(progress.losses) * stage.batch * stage.length
+    history = progress.history()
+    losses = [record["loss"] for record in history]
+    tenth = max(1, len(losses) // 10)
+    tokens, seconds = stage.steps * stage.batch * stage.length, history[-1]["seconds"]
     return {
         "stage": title,
-        "tokens": stage.steps * stage.batch * stage.length,
+        "tokens": tokens,
         "steps": stage.steps,
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(done / max(seconds, 1e-9), 1),
-        "first_loss": sum(progress.losses[:tenth]) / tenth if progress.losses else None,
-        "last_loss": sum(progress.losses[-tenth:]) / tenth if progress.losses else None,
+        "seconds": seconds,
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "first_loss": sum(losses[:tenth]) / tenth,
+        "last_loss": sum(losses[-tenth:]) / tenth,
         "trained": [*new, *own],
     }

@@ -91,9 +91,10 @@ def test_an_interrupt_between_the_two_renames_brings_the_old_folder_back(tmp_pat
 def test_a_folder_of_somebody_else_is_never_overwritten(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("mine")
+    earlier(tmp_path / "photos" / "a-swapattn")
     with pytest.raises(UsageError, match="not written by swapattn"), atomic_folder(tmp_path / "photos", overwrite=True):
         pass
-    assert names(tmp_path / "photos") == ["a.jpg"]
+    assert names(tmp_path / "photos") == ["a-swapattn", "a.jpg"]
 
 
 def test_what_killed_processes_left_is_cleaned(tmp_path):

@@ -189,7 +189,7 @@ def test_a_teacher_that_was_moved_is_named(tiny_teacher, work):
     shutil.copytree(tiny_teacher, work / "t")
     convert(work / "t", work / "c", recipe=recipe())
     shutil.move(work / "t", work / "moved")
-    with pytest.raises(CheckpointError, match=r"no longer at .*/t"):
+    with pytest.raises(CheckpointError, match=r"no teacher at .*/t"):
         distill(recipe=recipe(EVERYTHING), device="cpu")
     with pytest.raises(SwapattnError, match=r"/t\b"):
         distill(recipe=recipe(CALIBRATE, feature_map="elu1"), device="cpu")
@@ -255,7 +255,7 @@ def test_a_run_that_crashed_ends_as_if_it_had_not(converted, work, monkeypatch, 
 
 
 @pytest.mark.parametrize("change", ["recipe", "parent", "teacher"])
-def test_an_unfinished_run_of_something_else_is_not_resumed(converted, tiny_teacher, work, monkeypatch, change):
+def test_another_unfinished_run_is_neither_resumed_nor_dropped(converted, tiny_teacher, work, monkeypatch, change):
     crash_at(monkeypatch, "align", 1)
     with pytest.raises(Crash):
         distill(converted, recipe=recipe(CALIBRATE, ALIGN), output=work / "out", device="cpu")
@@ -270,7 +270,11 @@ def test_an_unfinished_run_of_something_else_is_not_resumed(converted, tiny_teac
         teacher = shutil.copytree(tiny_teacher, work / "other")
     said = []
     monkeypatch.setattr(swapattn.distillation, "say", said.append)
-    distill(start, recipe=what, output=work / "out", device="cpu", teacher=teacher)
+    before = (work / ".out.run" / "run.json").read_text()
+    with pytest.raises(UsageError, match="unfinished run of another"):
+        distill(start, recipe=what, output=work / "out", device="cpu", teacher=teacher)
+    assert (work / ".out.run" / "run.json").read_text() == before
+    distill(start, recipe=what, output=work / "out", device="cpu", teacher=teacher, overwrite=True)
     assert not any("resuming" in line for line in said)
 
 
@@ -289,3 +293,39 @@ def test_ctrl_c_while_writing_leaves_the_run_to_resume(converted, work, monkeypa
     distill(converted, recipe=recipe(CALIBRATE, ALIGN), output=work / "out", device="cpu")
     assert not trained
     assert names(work) == ["c", "out"]
+
+
+def test_a_tied_matrix_that_is_stored_twice_stays_tied(tiny_llama, tiny_tokenizer, work):
+    """Some hub checkpoints store embedding and head of a tied model; both must get the trained values."""
+    from safetensors.torch import load_file, save_file
+
+    tiny_llama(tie_word_embeddings=True).save_pretrained(work / "t")
+    tiny_tokenizer.save_pretrained(work / "t")
+    stored = load_file(work / "t" / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, work / "t" / "model.safetensors", metadata={"format": "pt"})
+    folder = convert(work / "t", work / "c", recipe=recipe()).path
+    everything = {**DISTILL, "train": "all", "backbone_learning_rate": 1e-2}
+    made = distill(folder, recipe=recipe(everything), output=work / "out", device="cpu").path
+    after = tensors(made)
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert not torch.equal(after["lm_head.weight"], stored["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES"),
+        ({"teacher": "no-such-folder"}, "no teacher at no-such-folder"),
+    ],
+)
+def test_a_dry_run_checks_the_request(converted, work, changes, message):
+    with pytest.raises(SwapattnError, match=message):
+        distill(converted, recipe=recipe(CALIBRATE), dry_run=True, **{"device": "cpu", **changes})
+    assert not (work / ".out.run").exists()
+
+
+def test_more_than_one_process_is_refused(converted, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="one process"):
+        distill(converted, recipe=recipe(CALIBRATE), device="cpu")

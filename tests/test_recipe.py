@@ -204,3 +204,9 @@ def test_a_file_without_a_name_is_named_after_itself(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"convert": {"feature_map": "elu1"}}), encoding="utf-8")
     assert load_recipe(str(file)).name == "mine"
+
+
+def test_a_pattern_is_a_value_and_broken_yaml_an_error_of_the_recipe():
+    assert load_recipe("smoke", ["distill.text=*.jsonl"]).distill.text.files == ("*.jsonl",)
+    with pytest.raises(RecipeError, match=r"--set convert\.keep_softmax: not valid YAML"):
+        load_recipe("smoke", ["convert.keep_softmax=[0"])

@@ -13,8 +13,8 @@ from .common import command, dry_run_option, emit, output_options, recipe_option
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
 @recipe_option()
 @output_options
-@click.option("--teacher", metavar="MODEL", help="Use this teacher, not the one that the checkpoint records.")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; by default the first GPU, else the CPU.")
+@click.option("--teacher", metavar="FOLDER", help="Use this teacher, not the one that the checkpoint records.")
+@click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
 @dry_run_option
 def distill_command(
     checkpoint: Path | None,
