@@ -11,9 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 from . import __version__
 
 
+def is_first_process() -> bool:
+    """Whether this is the process of a distributed run that talks; torchrun and accelerate set its rank."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str) -> None:
-    """One line of talk on stderr, from the first process of a distributed run only."""
-    if os.environ.get("RANK", "0") == "0":
+    """One line of talk on stderr, from the first process only."""
+    if is_first_process():
         print(text, file=sys.stderr, flush=True)
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from swapattn import __version__, errors
+from swapattn import __version__, environment, errors
 from swapattn.cli import COMMANDS, common, main
 from swapattn.recipe import load_recipe, recipe_names
 
@@ -175,7 +175,7 @@ class TestOutput:
         def callback(as_json):
             print("a library that prints")
             sys.stdout.write("and another\n")
-            common.say("working")
+            environment.say("working")
             common.emit(as_json, {"path": Path("x"), "rows": [(1, 2.5)], "bad": float("nan"), "on": True}, "text")
 
         result = fake(callback, "--json")
@@ -188,7 +188,7 @@ class TestOutput:
 
     def test_only_the_first_process_of_a_distributed_run_talks(self, monkeypatch):
         def callback(as_json):
-            common.say("talk")
+            environment.say("talk")
             common.emit(as_json, {}, "result")
 
         monkeypatch.setenv("RANK", "1")

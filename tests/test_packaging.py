@@ -113,7 +113,7 @@ class TestLayout:
         names = imports(file, top_level=True)
         roots = {name.split(".")[0] for name in names}
         assert roots <= {"click", "swapattn"} | sys.stdlib_module_names
-        assert own(names) <= {"cli", "errors"}
+        assert own(names) <= {"cli", "errors", "environment"}
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 import click
 
+from swapattn.environment import is_first_process
 from swapattn.errors import SwapattnError
 
 Callback = Callable[..., None]
@@ -93,16 +94,10 @@ def emit(as_json: bool, data: Any, text: str) -> None:
     Non-finite numbers, which JSON lacks, become null; paths and other objects become strings. In a distributed
     run only the first process prints.
     """
-    if not _is_first_process():
+    if not is_first_process():
         return
     body = json.dumps(_jsonable(data), indent=2, ensure_ascii=False) if as_json else text
     click.echo(body, file=result_stream())
-
-
-def say(text: str) -> None:
-    """Write a line of talk to stderr (only from the first process of a distributed run)."""
-    if _is_first_process():
-        click.echo(text, err=True)
 
 
 def result_stream() -> TextIO:
@@ -193,10 +188,6 @@ def _quiet_libraries() -> None:
     for logger in _NOISY_LOGGERS:
         logging.getLogger(logger).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-
-
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate
 
 
 def _jsonable(value: Any) -> Any:

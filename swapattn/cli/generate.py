@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
-from .common import command, emit, result_stream, say
+from swapattn.environment import say
+
+from .common import command, emit, result_stream
 
 
 @command("generate")

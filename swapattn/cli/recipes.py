@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-from .common import command, emit, say
+from swapattn.environment import say
+
+from .common import command, emit
 
 
 @click.group("recipes")
