@@ -133,7 +133,8 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
 class StageTrainer(Trainer):  # type: ignore[misc]
     """Trainer whose loss is ours and is a mean, so that it is divided by the accumulation steps."""
 
-    # Without these two, 5.23 and 5.17 take the loss as already scaled and multiply gradients by the accumulation.
+    # The Trainer divides a loss by the accumulation steps unless it believes that the model has scaled it, which it
+    # would for a batch with labels. Ours have none; said outright (5.23 here, 5.17 below) it does not hang on that.
     loss_is_scaled_for_ga = False
 
     def __init__(self, loss_function: LossFunction, **kwargs: Any) -> None:
