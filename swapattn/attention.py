@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from .cache import LightningCacheLayer, adopt
 from .feature_map import FEATURE_MAPS
+from .norms import OUTPUT_NORM_DIMS, HeadNorm, rms_normalized
 
 try:
     from lightning_attention import (
@@ -39,7 +40,6 @@ except ImportError:  # inside a saved checkpoint, where the plain PyTorch forms 
 KERNEL_FOLDER = Path(inspect.getfile(lightning_attention)).parent  # this folder, inside a saved checkpoint
 PREFIX = "swapattn_"
 BASES = ("sdpa", "eager")
-RMS_EPS = 1e-6
 
 Observer = Callable[["LightningSwap", "AttentionCall", torch.Tensor], None]
 
@@ -110,6 +110,7 @@ class LightningSwap(nn.Module):
         out_scale `[Hq, Dv]`: g.
         mix `[Hq]`: m, only with a local branch.
         q_map, k_map: feature maps.
+        q_norm, k_norm: RMS norms before the feature maps, or None.
 
     Attributes:
         branch: "both", or one branch at full weight ("linear", "local") for baselines and ablations.
@@ -123,6 +124,9 @@ class LightningSwap(nn.Module):
         heads, kv_heads = shape["heads"], shape["kv_heads"]
         states = kv_heads if spec["decay"]["per"] == "kv_head" else heads
         self.normalizer: str = spec["normalizer"]
+        normed = spec.get("qk_norm", "none") == "rms"  # options that came later are absent in older checkpoints
+        self.q_norm = HeadNorm(heads) if normed else None
+        self.k_norm = HeadNorm(kv_heads) if normed else None
         feature_map = FEATURE_MAPS[spec["feature_map"]]
         self.q_map = feature_map(heads, shape["head_dim"])
         self.k_map = feature_map(kv_heads, shape["head_dim"])
@@ -147,7 +151,10 @@ class LightningSwap(nn.Module):
     def linear(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
         """The linear branch before its scale, `[B, T, Hq, Dv]`; reads and advances the cache's state."""
         root = call.scaling**0.5  # the softmax scale goes into the features, half to each side
-        q, k = self.q_map(call.q * root), self.k_map(call.k * root)
+        q, k = call.q, call.k
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_map(q * root), self.k_map(k * root)
         normalize = self.normalizer == "sum"
         past = cache.past() if cache is not None else None
         if past is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
@@ -169,10 +176,8 @@ class LightningSwap(nn.Module):
             )
             if cache is not None:
                 cache.keep(final)
-        if self.normalizer == "rms":
-            wide = o.float()
-            o = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + RMS_EPS)).to(o.dtype)
-        return o
+        dims = OUTPUT_NORM_DIMS.get(self.normalizer)
+        return rms_normalized(o, dims) if dims else o
 
     def local(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
         """Softmax over the window and the sinks, `[B, T, Hq, Dv]`; reads and advances the cache's ring."""

@@ -2,7 +2,7 @@
 
 Two passes over the same text, each with the teacher's softmax deciding what the next layer sees:
 1. the decay of each state: its half-life is the mean attention distance of the teacher's heads that share it
-   (Taylor-Calibrate, arXiv 2606.16429);
+   (Taylor-Calibrate, arXiv 2606.16429); the gains of a q/k norm: the mean norm of the teacher's heads is kept;
 2. scale of the linear branch and share of the local one: the least-squares fit of the teacher's output by both.
 """
 
@@ -27,6 +27,7 @@ from .recipe import CalibrateStage
 SINKS_LEFT_OUT = 4  # first tokens get attention from everywhere and say nothing about distance
 SHARE_RANGE = (0.02, 0.98)  # keeps the gradient of the mix alive
 SCALE_RANGE = (0.0, 10.0)
+CALIBRATED = {"log_slope", "out_scale", "mix", "q_norm.gain", "k_norm.gain"}
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,20 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate_(
-    model: nn.Module, batches: Iterable[torch.Tensor], *, decay: bool = True, output: bool = True
+    model: nn.Module,
+    batches: Iterable[torch.Tensor],
+    *,
+    decay: bool = True,
+    norms: bool = True,
+    output: bool = True,
 ) -> Calibration:
-    """Set decays, output scales and mixes of a model's swapped layers in place.
+    """Set decays, gains of q/k norms, output scales and mixes of a model's swapped layers in place.
 
     Args:
         model: a converted model.
         batches: token ids `[B, T]`, gone through twice.
         decay: set the slopes from the teacher's mean attention distance.
+        norms: set the gains of q/k norms, where there are any, from the teacher's mean norms.
         output: set scale and mix by least squares.
 
     Raises:
@@ -60,19 +67,27 @@ def calibrate_(
     """
     batches = list(batches)
     layers = list(swaps(model).values())
+    norms = norms and any(swap.q_norm is not None for swap in layers)
     distance = {swap: _Mean() for swap in layers}
+    size = {swap: (_Mean(), _Mean()) for swap in layers}
     gram = {swap: _Gram() for swap in layers}
 
-    def measure_distance(swap: LightningSwap, call: AttentionCall, _: torch.Tensor) -> None:
-        distance[swap].add(attention_distance(call))
+    def measure_inputs(swap: LightningSwap, call: AttentionCall, _: torch.Tensor) -> None:
+        if decay:
+            distance[swap].add(attention_distance(call))
+        for mean, x in zip(size[swap], (call.q, call.k), strict=True):
+            mean.add(mean_norm(x))
 
     def measure_output(swap: LightningSwap, call: AttentionCall, target: torch.Tensor) -> None:
         branches = [swap.linear(call)] + ([swap.local(call)] if swap.mix is not None else [])
         gram[swap].add(branches, target, swap(call))
 
-    if decay:
-        _run(model, batches, "decay", measure_distance)
-        for swap in layers:
+    if decay or norms:
+        _run(model, batches, "queries and keys", measure_inputs)
+    for swap in layers:
+        if norms:
+            _set_gains(swap, size[swap])
+        if decay:
             heads = distance[swap].value().log()
             shared = heads.view(swap.log_slope.numel(), -1).mean(1).exp()  # geometric mean over a group
             swap.log_slope.copy_(slope_of_distance(shared).log())
@@ -84,6 +99,12 @@ def calibrate_(
     before = tuple(gram[swap].error() for swap in layers) if output else ()
     after = tuple(gram[swap].error(swap) for swap in layers) if output else ()
     return Calibration(sum(b.numel() for b in batches), spans, before, after)
+
+
+def _set_gains(swap: LightningSwap, means: tuple[_Mean, _Mean]) -> None:
+    for norm, mean in zip((swap.q_norm, swap.k_norm), means, strict=True):
+        if norm is not None:
+            norm.gain.copy_(mean.value())
 
 
 def _run(model: Any, batches: list[torch.Tensor], title: str, observer: Any) -> None:
@@ -109,6 +130,12 @@ def attention_distance(call: AttentionCall) -> torch.Tensor:
     back = back[:, SINKS_LEFT_OUT:].clamp(min=0).float()
     mass = p.sum(dim=(0, 3, 4))
     return ((p * back).sum(dim=(0, 3, 4)) / mass.clamp(min=1e-9)).flatten().clamp(min=1.0)
+
+
+def mean_norm(x: torch.Tensor) -> torch.Tensor:
+    """Mean Euclidean norm of each head of `[B, T, H, D]` in units of √D, fp32 `[H]`: the gain that keeps it."""
+    mean: torch.Tensor = x.float().norm(dim=-1).mean((0, 1)) / x.shape[-1] ** 0.5
+    return mean
 
 
 class _Mean:
@@ -149,10 +176,10 @@ class _Gram:
 
 def _weights(swap: LightningSwap) -> torch.Tensor:
     """Weight of each branch per head, `[Hq, n]`, for a scale that is the same in every channel."""
-    scale = swap.out_scale.mean(1).double().cpu()
+    scale = swap.out_scale.detach().mean(1).double().cpu()
     if swap.mix is None:
         return scale[:, None]
-    share = swap.mix.sigmoid().double().cpu()
+    share = swap.mix.detach().sigmoid().double().cpu()
     return torch.stack(((1 - share) * scale, share), dim=1)
 
 
@@ -194,8 +221,8 @@ def calibrate_stage(model: Any, stage: CalibrateStage, data: Iterable[dict[str, 
     start = time.monotonic()
     count = max(1, stage.tokens // stage.length)
     windows = torch.stack([item["input_ids"] for item in islice(data, count)])
-    found = calibrate_(model, torch.split(windows, 2), decay=stage.decay, output=stage.output)
-    names = [n for n, _ in model.named_parameters() if n.endswith((".swap.log_slope", ".swap.out_scale", ".swap.mix"))]
+    found = calibrate_(model, torch.split(windows, 2), decay=stage.decay, norms=stage.norms, output=stage.output)
+    names = [n for n, _ in model.named_parameters() if n.partition(".swap.")[2] in CALIBRATED]
     seconds = time.monotonic() - start
     figures: dict[str, Any] = {"stage": "calibrate", "tokens": found.tokens, "seconds": round(seconds, 2)}
     figures["tokens_per_second"] = round(found.tokens / max(seconds, 1e-9), 1)

@@ -38,6 +38,27 @@ class EluPlusOne(Identity):
         return F.elu(x) + 1
 
 
+class ReLU(Identity):
+    """φ(x) = max(x, 0), elementwise (cosFormer, arXiv 2202.08791, section 3.1). `[B, T, H, D] -> [B, T, H, D]`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `[B, T, H, D]` elementwise."""
+        return F.relu(x)
+
+
+class Exp(Identity):
+    """φ(x) = exp(x), elementwise (Hedgehog, arXiv 2402.04347, section 4.1, compares it; Performer, arXiv 2009.14794).
+
+    Arguments above 10 are cut to 10: exp(10) = 22026 is what fp16 can still hold.
+    """
+
+    largest = 10.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `[B, T, H, D]` elementwise."""
+        return x.clamp(max=self.largest).exp()
+
+
 class SoftmaxFeatures(Identity):
     """φ(x) = softmax(x) over the feature dimension (Liger, arXiv 2503.01496; Efficient Attention, arXiv 1812.01243)."""
 
@@ -65,10 +86,31 @@ class Hedgehog(nn.Module):
         return torch.cat((y, -y), dim=-1).softmax(dim=-1, dtype=torch.float32).to(x.dtype)
 
 
-FEATURE_MAPS: dict[str, type[Identity] | type[Hedgehog]] = {
+class T2R(nn.Module):
+    """φ(x) = max(xW + b, 0) with one learned D×D matrix and bias per head (T2R, arXiv 2103.13076, section 3.1).
+
+    `[B, T, H, D] -> [B, T, H, D]`. W starts as the identity and b as 0, so that the map starts as ReLU.
+    """
+
+    def __init__(self, heads: int, dim: int) -> None:
+        super().__init__()
+        self.out_dim = dim
+        self.weight = nn.Parameter(torch.eye(dim).repeat(heads, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(heads, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `[B, T, H, D]`."""
+        y = torch.einsum("bthd,hdf->bthf", x, self.weight.to(x.dtype))
+        return F.relu(y + self.bias.to(x.dtype))
+
+
+FEATURE_MAPS: dict[str, type[Identity] | type[Hedgehog] | type[T2R]] = {
     "identity": Identity,
     "silu": SiLU,
     "elu1": EluPlusOne,
+    "relu": ReLU,
+    "exp": Exp,
     "softmax": SoftmaxFeatures,
     "hedgehog": Hedgehog,
+    "t2r": T2R,
 }

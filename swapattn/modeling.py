@@ -26,9 +26,9 @@ from .cache import adopt
 from .errors import CheckpointError
 
 MODEL_TYPE_PREFIX = "swapattn_"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ENTRY = "modeling_swapattn"
-RUNTIME = ("modeling.py", "attention.py", "cache.py", "feature_map.py", "errors.py")
+RUNTIME = ("modeling.py", "attention.py", "cache.py", "feature_map.py", "norms.py", "errors.py")
 KERNEL_RUNTIME = ("op.py", "reference.py", "local.py")
 
 _ENTRY_TEXT = '''"""Loads this checkpoint in plain transformers: `from_pretrained(FOLDER, trust_remote_code=True)`.

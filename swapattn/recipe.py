@@ -19,10 +19,10 @@ from .errors import RecipeError
 
 SCHEMA_VERSION = 1
 
-FeatureMapName = Literal["identity", "silu", "elu1", "softmax", "hedgehog"]
-NormalizerName = Literal["none", "sum", "rms"]
+FeatureMapName = Literal["identity", "silu", "elu1", "relu", "exp", "softmax", "hedgehog", "t2r"]
+NormalizerName = Literal["none", "sum", "rms", "rms_all"]
 ScheduleName = Literal["alibi", "transnormer", "minimax", "retnet", "none"]
-POSITIVE_MAPS: frozenset[str] = frozenset({"elu1", "softmax", "hedgehog"})
+POSITIVE_MAPS: frozenset[str] = frozenset({"elu1", "relu", "exp", "softmax", "hedgehog", "t2r"})
 
 
 class Section(BaseModel):
@@ -55,6 +55,7 @@ class ConvertSpec(Section):
 
     keep_softmax: tuple[int, ...] = ()
     decay: DecaySpec = DecaySpec()
+    qk_norm: Literal["none", "rms"] = "none"
     feature_map: FeatureMapName = "hedgehog"
     normalizer: NormalizerName = "sum"
     local: LocalSpec | None = LocalSpec()
@@ -64,7 +65,7 @@ class ConvertSpec(Section):
         if self.normalizer == "sum" and self.feature_map not in POSITIVE_MAPS:
             raise ValueError(
                 f"normalizer 'sum' divides by the sum of the weights, which the feature map {self.feature_map!r} "
-                f"may make zero or negative; use one of {', '.join(sorted(POSITIVE_MAPS))} or normalizer 'rms'"
+                f"may make negative; use one of {', '.join(sorted(POSITIVE_MAPS))} or normalizer 'rms'"
             )
         return self
 
@@ -104,12 +105,17 @@ class TextSpec(Section):
 
 
 class CalibrateStage(Section):
-    """Closed-form start values from the teacher: decay from its attention distance, output scale by least squares."""
+    """Closed-form start values from the teacher.
+
+    `decay` sets the slopes from its attention distance, `norms` the gains of a q/k norm (where the recipe has one) so
+    that the mean norms of its queries and keys are kept, `output` scale and share by least squares.
+    """
 
     stage: Literal["calibrate"]
     tokens: int = Field(4096, gt=0)
     length: int = Field(512, gt=1)
     decay: bool = True
+    norms: bool = True
     output: bool = True
 
 

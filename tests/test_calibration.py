@@ -61,6 +61,29 @@ def test_slopes_halve_at_the_measured_distance(tiny_family, per):
         assert torch.allclose(-swap.log_decay, math.log(2) / distance, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma2"])
+def test_a_qk_norm_keeps_the_teachers_mean_norms(tiny_family, name):
+    model = build(tiny_family, name, qk_norm="rms")
+    ids = ids_of(4, 40)
+    calibrate_(model, ids.split(2), output=False)
+    seen = {}
+    with observing(model, lambda swap, call, _: seen.update({swap: call})), torch.no_grad():
+        model(input_ids=ids)
+    for swap, call in seen.items():
+        for norm, x in ((swap.q_norm, call.q), (swap.k_norm, call.k)):
+            teacher, normed = x.norm(dim=-1), norm(x).detach().norm(dim=-1)
+            assert torch.allclose(normed.mean((0, 1)), teacher.mean((0, 1)), rtol=1e-3)
+            assert float(normed.std(dim=(0, 1)).max()) < 1e-3 * float(teacher.max())
+            teacher = teacher.mean((0, 1))
+            assert float((teacher / teacher.mean() - 1).abs().max()) > 1e-3, "heads do not differ: it says nothing"
+
+
+def test_calibration_leaves_norms_alone_when_told_to(tiny_family):
+    model = build(tiny_family, qk_norm="rms")
+    calibrate_(model, [ids_of(2, 20)], norms=False)
+    assert all(bool((swap.q_norm.gain == 1).all()) for swap in swaps(model).values())
+
+
 @pytest.mark.parametrize("local", [None, {"window": 6, "sinks": 2}])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2", "mistral", "gpt_neox"])
 def test_the_error_of_every_layer_goes_down(tiny_family, name, local):

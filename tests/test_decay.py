@@ -54,8 +54,7 @@ def test_feature_maps_keep_dtype_and_say_their_width(name):
         assert y.dtype == dtype
         assert y.shape == (2, 5, 3, feature_map.out_dim)
         assert torch.isfinite(y).all()
-    if name in POSITIVE_MAPS:
-        assert bool((feature_map(x) > 0).all())
+    assert bool((feature_map(x) >= 0).all()) is (name in POSITIVE_MAPS)
 
 
 def test_feature_maps_are_their_formulas():
@@ -63,7 +62,25 @@ def test_feature_maps_are_their_formulas():
     assert torch.equal(FEATURE_MAPS["identity"](3, 8)(x), x)
     assert torch.allclose(FEATURE_MAPS["silu"](3, 8)(x), x / (1 + (-x).exp()))
     assert torch.allclose(FEATURE_MAPS["elu1"](3, 8)(x), torch.where(x > 0, x + 1, x.exp()))
+    assert torch.equal(FEATURE_MAPS["relu"](3, 8)(x), torch.where(x > 0, x, 0.0))
+    assert torch.allclose(FEATURE_MAPS["exp"](3, 8)(x), math.e**x)
     assert torch.allclose(FEATURE_MAPS["softmax"](3, 8)(x), x.exp() / x.exp().sum(-1, keepdim=True))
+
+
+def test_exp_is_finite_in_half_precision_whatever_comes():
+    assert torch.isfinite(FEATURE_MAPS["exp"](1, 2)(torch.tensor([60.0, 1e4], dtype=torch.float16))).all()
+
+
+def test_t2r_is_a_relu_of_one_affine_map_per_head_and_starts_as_relu():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, generator=generator)
+    t2r = FEATURE_MAPS["t2r"](3, 8)
+    assert torch.equal(t2r(x), x.relu())
+    t2r.weight.data = torch.randn(3, 8, 8, generator=generator)
+    t2r.bias.data = torch.randn(3, 8, generator=generator)
+    for h in range(3):
+        expected = (x[:, :, h] @ t2r.weight[h] + t2r.bias[h]).clamp(min=0)
+        assert torch.allclose(t2r(x)[:, :, h], expected, atol=1e-5)
 
 
 def test_hedgehog_has_one_matrix_per_head_and_starts_as_twice_the_identity():

@@ -18,7 +18,7 @@ from swapattn.attention import only_branch, swaps
 from swapattn.checkpoint import find
 from swapattn.conversion import convert
 from swapattn.errors import CheckpointError
-from swapattn.modeling import SCHEMA_VERSION, load, load_teacher
+from swapattn.modeling import KERNEL_RUNTIME, RUNTIME, SCHEMA_VERSION, load, load_teacher
 from swapattn.shards import INDEX, NEW_SHARD
 
 SPEC = ["convert.local={window: 5, sinks: 2}"]
@@ -266,7 +266,7 @@ def test_the_runtime_of_a_checkpoint_is_the_projects_own(checkpoint):
 
     homes = [Path(swapattn.__file__).parent, Path(lightning_attention.__file__).parent]
     copies = sorted(path for path in checkpoint.glob("*.py") if path.name != "modeling_swapattn.py")
-    assert len(copies) == 8
+    assert {path.name for path in copies} == {*RUNTIME, *KERNEL_RUNTIME}
     for path in copies:
         assert any(
             (home / path.name).is_file() and (home / path.name).read_text() == path.read_text() for home in homes

@@ -77,6 +77,7 @@ def test_an_unknown_key_is_named_with_its_path(sections, path):
         ({"convert": {"normalizer": "sum", "feature_map": "identity"}}, "normalizer 'sum'"),
         ({"convert": {"normalizer": "sum", "feature_map": "silu"}}, "normalizer 'rms'"),
         ({"convert": {"feature_map": "cosine"}}, "convert.feature_map"),
+        ({"convert": {"qk_norm": "layer"}}, "convert.qk_norm"),
         ({"convert": {"local": {"window": 0}}}, "convert.local.window"),
         ({"convert": {"local": {"share": 1.0}}}, "convert.local.share"),
         ({"distill": {"text": {"embedded": True, "hub": "a/b"}}}, "exactly one"),
