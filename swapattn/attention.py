@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from .cache import LightningCacheLayer, adopt
 from .feature_map import FEATURE_MAPS
+from .gates import DecayGate, OutputGate
 from .norms import OUTPUT_NORM_DIMS, HeadNorm, rms_normalized
 
 try:
@@ -52,13 +53,22 @@ class AttentionCall:
         scaling: softmax scale.
         tokens: bool `[B, T]`, False for padding, or None when every token is real.
         cu_seqlens: int64 `[N + 1]` when sequences are packed in the batch (then the batch is one row), else None.
+        hidden: `[B, T, M]`, the input of the attention module, for layers with gates; else None.
     """
 
     def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, mask: Any, seen: int
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float | None,
+        mask: Any,
+        seen: int,
+        hidden: torch.Tensor | None = None,
     ) -> None:
         self.q, self.k, self.v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         self.scaling = scaling if scaling is not None else q.shape[-1] ** -0.5
+        self.hidden = hidden
         self.tokens, starts = _read_mask(mask, q.shape[-2], seen)
         self.cu_seqlens: torch.Tensor | None = None
         if starts is not None:
@@ -70,6 +80,7 @@ class AttentionCall:
         self.cu_seqlens = torch.cat((starts.flatten().nonzero().flatten(), ends))
         self.q, self.k, self.v = (x.flatten(0, 1)[None] for x in (self.q, self.k, self.v))
         self.tokens = self.tokens.flatten()[None] if self.tokens is not None else None
+        self.hidden = self.hidden.flatten(0, 1)[None] if self.hidden is not None else None
 
 
 def _read_mask(mask: Any, length: int, seen: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -100,10 +111,11 @@ def _read_mask(mask: Any, length: int, seen: int) -> tuple[torch.Tensor | None, 
 class LightningSwap(nn.Module):
     """Lightning attention, optionally beside a softmax window, in the place of one softmax layer.
 
-    o_t = (1 − σ(m)) · g ⊙ norm(Σ_{s≤t} λ^{t−s} (φ(q_t)·φ(k_s)) v_s) + σ(m) · local_t
+    o_t = (1 − σ(m)) · g ⊙ u_t ⊙ norm(Σ_{s≤t} λ^{t−s} (φ(q_t)·φ(k_s)) v_s) + σ(m) · local_t
 
     with one decay λ per state, one mix m per head and a per-channel scale g (Lightning Attention-2,
-    arXiv 2401.04658; the window as in Liger, arXiv 2503.01496, and LoLCATs, arXiv 2410.10254).
+    arXiv 2401.04658; the window as in Liger, arXiv 2503.01496, and LoLCATs, arXiv 2410.10254). Where the recipe says
+    so, gates that read the input of the attention module give each token its own λ_t and an output factor u_t.
 
     Parameters, all fp32:
         log_slope `[Hs]`: ln of the slope s, λ = exp(−s); −inf means no decay.
@@ -111,20 +123,25 @@ class LightningSwap(nn.Module):
         mix `[Hq]`: m, only with a local branch.
         q_map, k_map: feature maps.
         q_norm, k_norm: RMS norms before the feature maps, or None.
+        decay_gate, output_gate: see `gates`, or None.
 
     Attributes:
         branch: "both", or one branch at full weight ("linear", "local") for baselines and ablations.
+        hidden: the input of the attention module between the pre-hook and the attention, where a gate needs it.
         observer: when set, the layer computes the teacher's softmax and shows each call to the observer.
     """
 
     def __init__(self, shape: Mapping[str, int], spec: Mapping[str, Any], slopes: torch.Tensor | None = None) -> None:
-        """Build from the shape {layer_idx, heads, kv_heads, head_dim, value_dim} and a recipe's convert section."""
+        """Build from the shape {layer_idx, heads, kv_heads, head_dim, value_dim, hidden_size} and a convert section.
+
+        Older checkpoints lack hidden_size, and the options that came with it.
+        """
         super().__init__()
         self.layer_idx = shape["layer_idx"]
         heads, kv_heads = shape["heads"], shape["kv_heads"]
         states = kv_heads if spec["decay"]["per"] == "kv_head" else heads
         self.normalizer: str = spec["normalizer"]
-        normed = spec.get("qk_norm", "none") == "rms"  # options that came later are absent in older checkpoints
+        normed = spec.get("qk_norm", "none") == "rms"
         self.q_norm = HeadNorm(heads) if normed else None
         self.k_norm = HeadNorm(kv_heads) if normed else None
         feature_map = FEATURE_MAPS[spec["feature_map"]]
@@ -139,14 +156,24 @@ class LightningSwap(nn.Module):
         self.sinks: int = local["sinks"] if local else 0
         share = torch.tensor(float(local["share"] if local else 0.5))
         self.mix = nn.Parameter(torch.logit(share).repeat(heads)) if local else None
+        self.decay_gate = DecayGate(shape["hidden_size"], states) if spec["decay"].get("gate") else None
+        gate = spec.get("output_gate", "none")
+        channels = shape["value_dim"] if gate == "channel" else 1
+        self.output_gate = OutputGate(shape["hidden_size"], heads, channels) if gate != "none" else None
+        self.hidden: torch.Tensor | None = None
         self.branch: Literal["both", "linear", "local"] = "both"
         self.observer: Observer | None = None
         self.cache_layer: LightningCacheLayer | None = None
 
     @property
     def log_decay(self) -> torch.Tensor:
-        """ln λ = −slope, fp32 `[Hs]`."""
+        """ln λ = −slope, fp32 `[Hs]`; with a decay gate that of Δ = 1."""
         return -self.log_slope.float().exp()
+
+    @property
+    def gated(self) -> bool:
+        """Whether the layer needs the input of the attention module."""
+        return self.decay_gate is not None or self.output_gate is not None
 
     def linear(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
         """The linear branch before its scale, `[B, T, Hq, Dv]`; reads and advances the cache's state."""
@@ -156,17 +183,20 @@ class LightningSwap(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.q_map(q * root), self.k_map(k * root)
         normalize = self.normalizer == "sum"
+        log_decay = self.log_decay
+        if self.decay_gate is not None:
+            log_decay = log_decay * self.decay_gate(call.hidden)
         past = cache.past() if cache is not None else None
         if past is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
             o = lightning_attention_step(
-                q, k, call.v, self.log_decay, past, scale=1.0, mask=call.tokens, normalize=normalize
+                q, k, call.v, log_decay, past, scale=1.0, mask=call.tokens, normalize=normalize
             )
         else:
             o, final = lightning_attention(
                 q,
                 k,
                 call.v,
-                self.log_decay,
+                log_decay,
                 scale=1.0,
                 initial_state=past,
                 output_final_state=cache is not None,
@@ -177,7 +207,8 @@ class LightningSwap(nn.Module):
             if cache is not None:
                 cache.keep(final)
         dims = OUTPUT_NORM_DIMS.get(self.normalizer)
-        return rms_normalized(o, dims) if dims else o
+        o = rms_normalized(o, dims) if dims else o
+        return o * self.output_gate(call.hidden) if self.output_gate is not None else o
 
     def local(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
         """Softmax over the window and the sinks, `[B, T, Hq, Dv]`; reads and advances the cache's ring."""
@@ -242,11 +273,14 @@ def _dispatcher(base: str) -> Callable[..., Any]:
         if swap is None or swap.observer is not None:
             output, weights = _softmax_function(base, module)(module, query, key, value, attention_mask, **kwargs)
             if swap is not None and swap.observer is not None:
-                swap.observer(swap, AttentionCall(query, key, value, kwargs.get("scaling"), attention_mask, 0), output)
+                hidden, swap.hidden = swap.hidden, None
+                call = AttentionCall(query, key, value, kwargs.get("scaling"), attention_mask, 0, hidden)
+                swap.observer(swap, call, output)
             return output, weights
         cache, swap.cache_layer = swap.cache_layer, None
+        hidden, swap.hidden = swap.hidden, None
         seen = cache.seen - query.shape[-2] if cache is not None else 0
-        call = AttentionCall(query, key, value, kwargs.get("scaling"), attention_mask, seen)
+        call = AttentionCall(query, key, value, kwargs.get("scaling"), attention_mask, seen, hidden)
         output = swap(call, cache)
         batch, _, length, _ = query.shape
         return output.reshape(batch, length, *output.shape[2:]), None
@@ -268,10 +302,21 @@ def register() -> None:
         AttentionMaskInterface.register(PREFIX + base, _mask_function(base))
 
 
+def module_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The hidden states `[B, T, M]` that an attention module is called with, or None."""
+    hidden = kwargs.get("hidden_states", args[0] if args else None)
+    return hidden if isinstance(hidden, torch.Tensor) and hidden.dim() == 3 else None
+
+
 def find_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a swapped attention module: find the `Cache` by type, whatever its argument is called."""
+    """Forward pre-hook of a swapped attention module: find what the attention function is not given.
+
+    That is the `Cache`, by type, whatever its argument is called, and the module's input where a gate reads it.
+    """
     swap = module.swap
     assert isinstance(swap, LightningSwap)
+    if swap.gated:
+        swap.hidden = module_input(args, kwargs)
     if swap.observer is None:
         cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
         swap.cache_layer = adopt(cache, swap.layer_idx) if cache is not None else None

@@ -87,7 +87,7 @@ def calibrate_(
     for swap in layers:
         if norms:
             _set_gains(swap, size[swap])
-        if decay:
+        if decay and bool(swap.log_decay.any()):  # without a decay (schedule none) there is none to set
             heads = distance[swap].value().log()
             shared = heads.view(swap.log_slope.numel(), -1).mean(1).exp()  # geometric mean over a group
             swap.log_slope.copy_(slope_of_distance(shared).log())

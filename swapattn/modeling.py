@@ -28,7 +28,7 @@ from .errors import CheckpointError
 MODEL_TYPE_PREFIX = "swapattn_"
 SCHEMA_VERSION = 2
 ENTRY = "modeling_swapattn"
-RUNTIME = ("modeling.py", "attention.py", "cache.py", "feature_map.py", "norms.py", "errors.py")
+RUNTIME = ("modeling.py", "attention.py", "cache.py", "feature_map.py", "norms.py", "gates.py", "errors.py")
 KERNEL_RUNTIME = ("op.py", "reference.py", "local.py")
 
 _ENTRY_TEXT = '''"""Loads this checkpoint in plain transformers: `from_pretrained(FOLDER, trust_remote_code=True)`.

@@ -32,11 +32,24 @@ class Section(BaseModel):
 
 
 class DecaySpec(Section):
-    """The exponential decay of each head; `calibrate` may replace the schedule's numbers by measured ones."""
+    """The exponential decay of each head; `calibrate` may replace the schedule's numbers by measured ones.
+
+    `learnable` trains the slopes; `gate` gives each token a decay of its own, which starts as that of the slopes.
+    """
 
     schedule: ScheduleName = "alibi"
     per: Literal["kv_head", "query_head"] = "kv_head"
     learnable: bool = False
+    gate: bool = False
+
+    @model_validator(mode="after")
+    def _something_to_change(self) -> Self:
+        for name, wanted in (("learnable", self.learnable), ("gate", self.gate)):
+            if wanted and self.schedule == "none":
+                raise ValueError(
+                    f"{name}: true cannot change a decay of schedule 'none'; start from another, as 'alibi'"
+                )
+        return self
 
 
 class LocalSpec(Section):
@@ -58,6 +71,7 @@ class ConvertSpec(Section):
     qk_norm: Literal["none", "rms"] = "none"
     feature_map: FeatureMapName = "hedgehog"
     normalizer: NormalizerName = "sum"
+    output_gate: Literal["none", "head", "channel"] = "none"
     local: LocalSpec | None = LocalSpec()
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ whoever calls it is an attention layer, whatever its module is called. Nothing d
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .attention import find_cache, swaps
+from .attention import find_cache, module_input, swaps
 from .audit import quadratic_sites
 from .decay import decay_slopes
 from .errors import RecipeError, UnsupportedModelError
@@ -44,10 +44,12 @@ class AttentionSite:
     sliding_window: int | None
     softcap: float | None
     sinks: bool
+    hidden_size: int = 0
 
     def shape(self) -> dict[str, int]:
-        """What `LightningSwap` needs to know."""
-        return {name: getattr(self, name) for name in ("layer_idx", "heads", "kv_heads", "head_dim", "value_dim")}
+        """What `LightningSwap` needs to know; hidden_size is 0 where the module's input is not known."""
+        names = ("layer_idx", "heads", "kv_heads", "head_dim", "value_dim", "hidden_size")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,11 @@ def attention_sites(config: Any) -> list[AttentionSite]:
     _check_config(config)
     kind = config.model_type
     calls: list[tuple[nn.Module, AttentionSite]] = []
+    widths: dict[nn.Module, int] = {}
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = module_input(args, kwargs)
+        widths[module] = hidden.shape[-1] if hidden is not None else 0
 
     def probe(
         module: nn.Module,
@@ -134,6 +141,8 @@ def attention_sites(config: Any) -> list[AttentionSite]:
     try:
         with torch.device("meta"):  # in bf16, the only dtype that fused experts multiply in there
             model = AutoModelForCausalLM.from_config(config, attn_implementation=PROBE, dtype=torch.bfloat16)
+        for module in model.modules():
+            module.register_forward_pre_hook(enter, with_kwargs=True)
         outside = quadratic_sites(model, device="meta")
     except Exception as error:  # whatever the code of a family raises without weights
         if error.args == (PROBE,):  # it looks its attention up in a table of its own
@@ -144,7 +153,7 @@ def attention_sites(config: Any) -> list[AttentionSite]:
     if any(getattr(module, "is_causal", True) is False for module, _ in calls):
         raise UnsupportedModelError(f"model type {kind!r} attends in both directions; swapattn converts causal models")
     names = {id(module): name for name, module in model.named_modules()}
-    sites = [AttentionSite(**{**asdict(site), "path": names[id(module)]}) for module, site in calls]
+    sites = [replace(site, path=names[id(module)], hidden_size=widths.get(module, 0)) for module, site in calls]
     _check_sites(kind, sites, outside)
     return sites
 
@@ -194,6 +203,16 @@ def _check_sites(kind: str, sites: list[AttentionSite], outside: dict[str, str])
         raise UnsupportedModelError(f"model type {kind!r}: query heads are no multiple of KV heads")
 
 
+def _check_options(kind: str, spec: ConvertSpec, swapped: tuple[AttentionSite, ...]) -> None:
+    """Refuse what the swapped layers of this model cannot do; UnsupportedModelError names the key of the recipe."""
+    gated = {"convert.decay.gate": spec.decay.gate, "convert.output_gate": spec.output_gate != "none"}
+    wanted = [key for key, value in gated.items() if value]
+    if wanted and not all(site.hidden_size for site in swapped):
+        raise UnsupportedModelError(
+            f"model type {kind!r} does not show the input of its attention modules, which {' and '.join(wanted)} reads"
+        )
+
+
 def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
     """Which layers of a model with this config are swapped under a recipe's convert section.
 
@@ -215,9 +234,11 @@ def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
         kept.add(index % count)
     if len(kept) == count:
         raise RecipeError(f"convert.keep_softmax names all {count} attention layers: nothing is left to swap")
+    swapped = tuple(site for i, site in enumerate(sites) if i not in kept)
+    _check_options(config.model_type, spec, swapped)
     return SwapPlan(
         base_model_type=config.model_type,
-        swap=tuple(site for i, site in enumerate(sites) if i not in kept),
+        swap=swapped,
         keep=tuple(site for i, site in enumerate(sites) if i in kept),
         spec=spec,
         layers=max(site.layer_idx for site in sites) + 1,

@@ -78,6 +78,13 @@ def test_a_qk_norm_keeps_the_teachers_mean_norms(tiny_family, name):
             assert float((teacher / teacher.mean() - 1).abs().max()) > 1e-3, "heads do not differ: it says nothing"
 
 
+def test_calibration_measures_no_decay_where_there_is_to_be_none(tiny_family):
+    model = build(tiny_family, decay={"schedule": "none"})
+    found = calibrate_(model, [ids_of(2, 20)])
+    assert all(bool((swap.log_decay == 0).all()) for swap in swaps(model).values())
+    assert all(after <= start + 1e-9 for start, after in zip(found.error_before, found.error_after, strict=True))
+
+
 def test_calibration_leaves_norms_alone_when_told_to(tiny_family):
     model = build(tiny_family, qk_norm="rms")
     calibrate_(model, [ids_of(2, 20)], norms=False)

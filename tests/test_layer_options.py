@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from swapattn.attention import AttentionCall, LightningSwap, swaps
 from swapattn.conversion import convert
 from swapattn.modeling import load
 from swapattn.norms import HeadNorm
+from swapattn.objectives import align_loss
 from swapattn.recipe import ConvertSpec, parse_recipe
 from swapattn.surgery import apply_, plan
 
@@ -22,7 +24,12 @@ OPTIONS = {
     "t2r": {"feature_map": "t2r", "normalizer": "sum", "local": LOCAL},
     "qk_norm": {"qk_norm": "rms", "feature_map": "identity", "normalizer": "rms", "local": LOCAL},
     "rms_all": {"feature_map": "silu", "normalizer": "rms_all", "local": None},
+    "decay_gate": {"feature_map": "elu1", "decay": {"gate": True}, "local": LOCAL},
+    "decay_gate_heads": {"feature_map": "elu1", "decay": {"gate": True, "per": "query_head"}, "local": None},
+    "head_gate": {"feature_map": "elu1", "output_gate": "head", "local": LOCAL},
+    "channel_gate": {"feature_map": "silu", "normalizer": "rms", "output_gate": "channel", "local": None},
 }
+TOGETHER = {"qk_norm": "rms", "feature_map": "elu1", "decay": {"gate": True}, "output_gate": "head", "local": LOCAL}
 
 
 @pytest.fixture(params=OPTIONS)
@@ -79,6 +86,28 @@ def test_prefill_chunk_and_single_steps_equal_the_full_forward(spec, name, tiny_
     assert torch.allclose(through_cache(model, ids, [9, 8, 2, 1, 1, 1]), full, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "opt", "phi3", "cohere", "qwen3", "mistral"])
+def test_gates_and_norms_together_in_other_families(name, tiny_family):
+    model = swapped(tiny_family(name), TOGETHER)
+    ids = ids_of(2, 18)
+    full = logits_of(model, ids)
+    assert torch.allclose(through_cache(model, ids, [9, 7, 1, 1]), full, rtol=0, atol=1e-6)
+    for swap in swaps(model).values():
+        swap.output_gate.weight.data.zero_()
+    assert not torch.allclose(logits_of(model, ids), full, rtol=0, atol=1e-3), "the gate reads nothing"
+
+
+def test_aligning_trains_the_gates_on_the_teachers_inputs(llama):
+    model = swapped(llama, TOGETHER, torch.float32, noise=0)
+    for recompute in (False, True):
+        model.zero_grad()
+        align_loss(model, ids_of(2, 20), recompute=recompute).backward()
+        for swap in swaps(model).values():
+            for gate in (swap.decay_gate, swap.output_gate):
+                assert gate.weight.grad.abs().sum() > 0
+            assert swap.hidden is None
+
+
 def test_padded_rows_equal_the_same_tokens_alone(spec, llama):
     model = swapped(llama, spec)
     ids = ids_of(3, 16)
@@ -130,10 +159,11 @@ def test_the_option_is_stored_and_survives_saving(spec, tiny_teacher, tmp_path):
     assert {parameter.dtype for swap in half.values() for parameter in swap.parameters()} == {torch.float32}
 
 
-def call_of(seed=0, length=9, **more):
+def call_of(seed=0, length=9):
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, h, length, 8, generator=generator, dtype=torch.float64) for h in (4, 2, 2))
-    return AttentionCall(q, k, v, 0.3, None, 0, **more)
+    hidden = torch.randn(2, length, 32, generator=generator, dtype=torch.float64)
+    return AttentionCall(q, k, v, 0.3, None, 0, hidden)
 
 
 def layer(slopes=(0.2, 0.7), **values):
@@ -179,3 +209,90 @@ def test_a_head_norm_commutes_with_a_rotation():
 def test_output_norms_average_over_a_head_or_over_all(normalizer, dims):
     call = call_of()
     assert torch.allclose(layer(normalizer=normalizer)(call), rms(plain(call.q, call.k, call.v), dims), atol=1e-7)
+
+
+def filled(parameter, seed=7, size=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    parameter.data = size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return parameter.data
+
+
+@pytest.mark.parametrize("per", ["kv_head", "query_head"])
+def test_the_decay_gate_is_the_step_size_of_mamba_2(per):
+    call = call_of()
+    slopes = (0.2, 0.7) if per == "kv_head" else (0.2, 0.3, 0.7, 1.1)
+    swap = layer(slopes, decay={"gate": True, "per": per})
+    weight = filled(swap.decay_gate.weight)
+    step = (1 + (call.hidden @ weight.T + swap.decay_gate.bias).exp()).log()  # [B, T, Hs]
+    expected = torch.zeros(2, 9, 4, 8, dtype=torch.float64)
+    for h in range(4):
+        state = h // 2 if per == "kv_head" else h
+        memory = torch.zeros(2, 8, 8, dtype=torch.float64)
+        for t in range(9):
+            memory *= (-slopes[state] * step[:, t, state]).exp()[:, None, None]
+            memory += call.k[:, t, h // 2, :, None] * call.v[:, t, h // 2, None, :]
+            expected[:, t, h] = 0.3 * (call.q[:, t, h, None] @ memory)[:, 0]
+    assert torch.allclose(swap(call), expected, atol=1e-7)
+    assert float(step.detach().std()) > 0.1
+
+
+@pytest.mark.parametrize("values", [{"decay": {"gate": True}}, {"output_gate": "head"}, {"output_gate": "channel"}])
+def test_a_gate_starts_as_the_layer_without_it(values):
+    call = call_of()
+    swap = layer(**values)
+    assert torch.allclose(swap(call), layer()(call), atol=1e-6)
+    for gate in (swap.decay_gate, swap.output_gate):
+        if gate is not None:
+            filled(gate.weight)
+    assert not torch.allclose(swap(call), layer()(call), atol=1e-2)
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("head", 1), ("channel", 8)])
+def test_the_output_gate_is_twice_a_sigmoid_of_the_input(kind, channels):
+    call = call_of()
+    swap = layer(output_gate=kind)
+    weight = filled(swap.output_gate.weight)
+    assert weight.shape == (4 * channels, 32)
+    factor = 2 / (1 + (-(call.hidden @ weight.T)).exp())
+    assert torch.allclose(swap(call), plain(call.q, call.k, call.v) * factor.view(2, 9, 4, channels), atol=1e-7)
+
+
+def test_under_autocast_the_decay_is_as_exact_as_without(llama):
+    gate = swapped(llama, OPTIONS["decay_gate"], torch.float32)
+    swap = next(iter(swaps(gate).values()))
+    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    expected = swap.decay_gate(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(swap.decay_gate(x), expected)
+
+
+def test_the_module_does_not_hold_on_to_its_input(llama):
+    model = swapped(llama, OPTIONS["head_gate"])
+    logits_of(model, ids_of(1, 5))
+    assert all(swap.hidden is None for swap in swaps(model).values())
+
+
+def test_a_gate_is_refused_where_the_input_is_not_shown(llama):
+    from swapattn.errors import UnsupportedModelError
+    from swapattn.surgery import AttentionSite, _check_options
+
+    site = AttentionSite("attn", 0, 4, 2, 8, 8, None, None, None, False)
+    _check_options("odd", ConvertSpec(), (site,))
+    for values in ({"decay": {"gate": True}}, {"output_gate": "head"}):
+        with pytest.raises(UnsupportedModelError, match=r"'odd' does not show the input .* convert\.(decay|output_)"):
+            _check_options("odd", ConvertSpec.model_validate(values), (site,))
+
+
+def test_a_checkpoint_of_the_first_schema_still_loads(tiny_teacher, tmp_path):
+    folder = convert(tiny_teacher, tmp_path / "c", recipe="smoke").path
+    expected = logits_of(load(folder)[0], ids_of(1, 12))
+    config = json.loads((folder / "config.json").read_text())
+    block = config["swapattn"]
+    block["version"] = 1
+    for key in ("qk_norm", "output_gate"):
+        del block["spec"][key]
+    del block["spec"]["decay"]["gate"]
+    for shape in block["layers"].values():
+        del shape["hidden_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits_of(load(folder)[0], ids_of(1, 12)), expected)
