@@ -19,10 +19,12 @@ from click.testing import CliRunner
 
 from swapattn import __version__, environment, errors
 from swapattn.cli import COMMANDS, common, main
+from swapattn.cli.bench import bench_command
 from swapattn.recipe import load_recipe, recipe_names
 
 RECIPE_COMMANDS = ("list", "show", "check")
-LEAVES = [(name,) for name in COMMANDS if name != "recipes"] + [("recipes", name) for name in RECIPE_COMMANDS]
+GROUPS = {"recipes": RECIPE_COMMANDS, "bench": tuple(bench_command.commands)}
+LEAVES = [(name,) for name in COMMANDS if name not in GROUPS] + [(g, name) for g in GROUPS for name in GROUPS[g]]
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +49,7 @@ def failing(error: BaseException, *arguments: str):
 
 
 class TestHelp:
-    @pytest.mark.parametrize("words", [*LEAVES, ("recipes",), ()], ids=" ".join)
+    @pytest.mark.parametrize("words", [*LEAVES, *((group,) for group in GROUPS), ()], ids=" ".join)
     def test_every_command_has_an_example(self, words):
         result = run(*words, "--help")
         assert result.exit_code == 0

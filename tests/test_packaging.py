@@ -21,9 +21,9 @@ KERNELS = ROOT / "kernels" / "lightning_attention"
 LAYERS = (
     {"cli"},
     {"quickstart"},
-    {"distillation", "evaluation", "generation", "conversion", "bench", "report"},
+    {"distillation", "evaluation", "generation", "conversion", "bench", "report", "throughput"},
     {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
-    | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost"}
+    | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
     | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"},
     {"recipe", "decay", "feature_map", "norms", "gates", "errors", "wheels", "environment"},
 )

@@ -1,0 +1,223 @@
+"""`bench train`: how fast the stages of a recipe train, beside plain fine-tuning of the teacher at the same shape.
+
+Weights are random (speed does not depend on them), tokens too; everything else is what `distill` runs: the Trainer,
+the optimiser, the losses, the progress line.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import IterableDataset
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from . import sources
+from .environment import default_device, hardware, say, versions
+from .errors import RecipeError, UsageError
+from .objectives import align_loss, distill_loss
+from .peak import forward_flops, share_of_peak, step_flops
+from .recipe import AlignStage, DistillStage, Recipe, TrainStage
+from .surgery import apply_, plan
+from .training import LossFunction, run_stage
+
+KINDS = ("align", "distill", "finetune")
+_TOP_KERNELS = 25
+
+
+class RandomTokens(IterableDataset[dict[str, torch.Tensor]]):
+    """Endless windows of random token ids, made beforehand so that they cost nothing."""
+
+    def __init__(self, vocabulary: int, length: int, windows: int = 64) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.windows = torch.randint(vocabulary, (windows, length), generator=generator)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            for window in self.windows:
+                yield {"input_ids": window}
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What `measure` found: one row per length and kind of step."""
+
+    model: str
+    recipe: str
+    hardware: str
+    rows: tuple[dict[str, Any], ...]
+    kernels: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        rows = list(self.rows)
+        found = {"model": self.model, "recipe": self.recipe, "hardware": self.hardware, "rows": rows}
+        return {**found, "versions": versions(), "kernels": self.kernels}
+
+    def to_table(self) -> str:
+        """The same as text."""
+        lines = [
+            f"{'step':<10}{'tokens':>12}{'ms/step':>10}{'tokens/s':>12}{'of peak':>9}{'memory':>11}{'to finetune':>13}"
+        ]
+        for row in self.rows:
+            share, ratio, memory = row["share_of_peak"], row["of_finetune"], row["memory_bytes"]
+            shape = f"{row['batch']} x {row['length']}"
+            lines.append(
+                f"{row['step']:<10}{shape:>12}{row['milliseconds']:>10,.1f}{row['tokens_per_second']:>12,.0f}"
+                f"{'-' if share is None else f'{share:.1%}':>9}"
+                f"{'-' if memory is None else f'{memory / 2**30:.1f} GiB':>11}"
+                f"{'-' if ratio is None else f'{ratio:.2f}x':>13}"
+            )
+        lines += ["", f"{self.model}, random weights, recipe {self.recipe}, {self.hardware}"]
+        return "\n".join(lines + [f"\n{title}\n{table}" for title, table in self.kernels.items()])
+
+
+def finetune_loss(model: Any, ids: torch.Tensor, *, amp: bool) -> torch.Tensor:
+    """Mean next-token cross-entropy as transformers computes it: what plain fine-tuning costs."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
+        logits = model(input_ids=ids, use_cache=False).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def measure(
+    model: str,
+    recipe: Recipe,
+    *,
+    lengths: Sequence[int] = (512, 2048),
+    kinds: Sequence[str] = KINDS,
+    steps: int = 20,
+    warmup: int = 5,
+    profile: bool = False,
+    device: str | None = None,
+) -> Throughput:
+    """Time training steps of each kind at each length; the batch shrinks so that a step keeps its tokens.
+
+    Args:
+        model: as for `convert`; of a local folder only config.json is read.
+        recipe: its convert section and the settings of its first align and distill stages.
+        lengths: tokens in a window.
+        kinds: of `KINDS`.
+        steps: timed optimiser steps.
+        warmup: steps before them, in which kernels are compiled.
+        profile: also record the CUDA kernels (on a CPU the operators) that take the most time.
+        device: default "cuda" if there is one.
+
+    Raises:
+        RecipeError: the recipe has no such stage.
+        UsageError, SourceError: no such model.
+    """
+    device = device or default_device()
+    config = _config(model)
+    rows: list[dict[str, Any]] = []
+    kernels: dict[str, str] = {}
+    for length in lengths:
+        found: list[dict[str, Any]] = []
+        for kind in kinds:
+            stage = _stage(recipe, kind, length)
+            say(f"{kind} at {stage.batch} x {length}")
+            row, table = _measure_one(config, recipe, stage, kind, (steps, warmup, profile), device)
+            found.append(row)
+            if table:
+                kernels[f"{kind}, {stage.batch} x {length}"] = table
+        plain = next((row["tokens_per_second"] for row in found if row["step"] == "finetune"), None)
+        rows += [{**row, "of_finetune": row["tokens_per_second"] / plain if plain else None} for row in found]
+    return Throughput(model, recipe.name, hardware(device), tuple(rows), kernels)
+
+
+def _config(model: str) -> Any:
+    path = Path(model).expanduser()
+    if not (path / "config.json").is_file():
+        path = sources.materialize(sources.resolve(model)).path
+    config = AutoConfig.from_pretrained(path)
+    if hasattr(config, "swapattn"):
+        raise UsageError(f"{model} is converted already: name its teacher, which the recipe's convert section changes")
+    return config
+
+
+def _stage(recipe: Recipe, kind: str, length: int) -> TrainStage:
+    wanted = AlignStage if kind == "align" else DistillStage
+    found = next((stage for stage in recipe.distill.stages if isinstance(stage, wanted)), None)
+    if found is None:
+        raise RecipeError(f"recipe {recipe.name} has no stage {wanted.__name__.removesuffix('Stage').lower()}")
+    batch = max(1, found.batch * found.length // length)
+    micro = found.micro_batch and max(1, found.micro_batch * found.length // length)
+    changed: dict[str, Any] = {"length": length, "batch": batch, "micro_batch": micro, "tokens": batch * length}
+    if kind == "finetune":
+        changed |= {"train": "all", "backbone_learning_rate": found.backbone_learning_rate or 1e-6}
+    values = {**found.model_dump(), **changed}
+    if micro and batch % micro:
+        values["micro_batch"] = 1
+    return type(found).model_validate(values)
+
+
+def _measure_one(
+    config: Any, recipe: Recipe, stage: TrainStage, kind: str, counts: tuple[int, int, bool], device: str
+) -> tuple[dict[str, Any], str]:
+    steps, warmup, profile = counts
+    model, loss = _prepared(config, recipe, stage, kind, device)
+    flops = step_flops(kind, forward_flops(model, stage.length))
+    with tempfile.TemporaryDirectory() as folder:
+        runs = iter(range(3))
+
+        def run(count: int) -> dict[str, Any]:
+            timed = stage.model_copy(update={"tokens": count * stage.batch * stage.length})
+            place = Path(folder) / f"run-{next(runs)}"
+            data = RandomTokens(model.config.get_text_config().vocab_size, stage.length)
+            log = Path(folder) / "log.jsonl"
+            return run_stage(model, timed, loss, data, title=kind, folder=place, log=log, device=device, seed=0)
+
+        run(warmup)
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        figures = run(steps)
+        memory = torch.cuda.max_memory_allocated() if device != "cpu" else None
+        table = _profiled(functools.partial(run, 2), device) if profile else ""
+    rate = figures["tokens_per_second"]
+    row = {
+        "step": kind,
+        "batch": stage.batch,
+        "micro_batch": stage.micro_batch or stage.batch,
+        "length": stage.length,
+        "steps": steps,
+        "milliseconds": 1000 * figures["seconds"] / steps,
+        "tokens_per_second": rate,
+        "flops_per_token": flops,
+        "share_of_peak": share_of_peak(rate, flops, device),
+        "memory_bytes": memory,
+    }
+    return row, table
+
+
+def _prepared(config: Any, recipe: Recipe, stage: TrainStage, kind: str, device: str) -> tuple[Any, LossFunction]:
+    amp = device != "cpu"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if kind == "finetune":
+        return model.to(device), functools.partial(finetune_loss, amp=amp)
+    teacher = None
+    if isinstance(stage, DistillStage) and stage.train != "new":
+        teacher = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if amp else torch.float32)
+        teacher = teacher.to(device).eval().requires_grad_(False)
+    apply_(model, plan(model.config, recipe.convert))
+    model.to(device)
+    if isinstance(stage, DistillStage):
+        return model, functools.partial(distill_loss, stage=stage, teacher=teacher, amp=amp)
+    return model, functools.partial(align_loss, amp=amp, recompute=stage.gradient_checkpointing)
+
+
+def _profiled(run: Any, device: str) -> str:
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device != "cpu"
+    activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    with profile(activities=activities) as recorded:
+        run()
+    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    averages = recorded.key_averages()
+    return str(averages.table(sort_by=order, row_limit=_TOP_KERNELS, max_name_column_width=80))
