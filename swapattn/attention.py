@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from .cache import LightningCacheLayer, adopt
 from .feature_map import FEATURE_MAPS
 from .gates import DecayGate, OutputGate
+from .inputs import LayerInputs, NoRotary, Rotate, layer_inputs, unrotated
 from .norms import OUTPUT_NORM_DIMS, HeadNorm, rms_normalized
 
 try:
@@ -50,6 +51,7 @@ class AttentionCall:
 
     Attributes:
         q, k, v: `[B, T, Hq, D]`, `[B, T, Hkv, D]`, `[B, T, Hkv, Dv]`, rotary embedding applied.
+        linear_q, linear_k: those of the linear branch: q and k, or without their rotary embedding.
         scaling: softmax scale.
         tokens: bool `[B, T]`, False for padding, or None when every token is real.
         cu_seqlens: int64 `[N + 1]` when sequences are packed in the batch (then the batch is one row), else None.
@@ -64,9 +66,12 @@ class AttentionCall:
         scaling: float | None,
         mask: Any,
         seen: int,
+        *,
         hidden: torch.Tensor | None = None,
+        linear: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         self.q, self.k, self.v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        self.linear_q, self.linear_k = (self.q, self.k) if linear is None else (x.transpose(1, 2) for x in linear)
         self.scaling = scaling if scaling is not None else q.shape[-1] ** -0.5
         self.hidden = hidden
         self.tokens, starts = _read_mask(mask, q.shape[-2], seen)
@@ -79,6 +84,7 @@ class AttentionCall:
         ends = starts.new_tensor([starts.numel()], dtype=torch.long)
         self.cu_seqlens = torch.cat((starts.flatten().nonzero().flatten(), ends))
         self.q, self.k, self.v = (x.flatten(0, 1)[None] for x in (self.q, self.k, self.v))
+        self.linear_q, self.linear_k = (x.flatten(0, 1)[None] for x in (self.linear_q, self.linear_k))
         self.tokens = self.tokens.flatten()[None] if self.tokens is not None else None
         self.hidden = self.hidden.flatten(0, 1)[None] if self.hidden is not None else None
 
@@ -127,14 +133,15 @@ class LightningSwap(nn.Module):
 
     Attributes:
         branch: "both", or one branch at full weight ("linear", "local") for baselines and ablations.
-        hidden: the input of the attention module between the pre-hook and the attention, where a gate needs it.
+        inputs: what the pre-hook found for the attention that follows, where the layer needs it.
+        rotate: the model's own rotation, where the linear branch goes without.
         observer: when set, the layer computes the teacher's softmax and shows each call to the observer.
     """
 
     def __init__(self, shape: Mapping[str, int], spec: Mapping[str, Any], slopes: torch.Tensor | None = None) -> None:
-        """Build from the shape {layer_idx, heads, kv_heads, head_dim, value_dim, hidden_size} and a convert section.
+        """Build from the shape {layer_idx, heads, kv_heads, head_dim, value_dim, hidden_size, rotary} and a recipe.
 
-        Older checkpoints lack hidden_size, and the options that came with it.
+        Older checkpoints lack hidden_size and rotary, and the options that came with them.
         """
         super().__init__()
         self.layer_idx = shape["layer_idx"]
@@ -160,7 +167,10 @@ class LightningSwap(nn.Module):
         gate = spec.get("output_gate", "none")
         channels = shape["value_dim"] if gate == "channel" else 1
         self.output_gate = OutputGate(shape["hidden_size"], heads, channels) if gate != "none" else None
-        self.hidden: torch.Tensor | None = None
+        self.inputs: LayerInputs | None = None
+        dropped = spec.get("rope", {}).get("linear") == "drop"
+        self.rotary_dims: int = shape["rotary"] if dropped else 0
+        self.rotate: Rotate | None = None
         self.branch: Literal["both", "linear", "local"] = "both"
         self.observer: Observer | None = None
         self.cache_layer: LightningCacheLayer | None = None
@@ -171,14 +181,28 @@ class LightningSwap(nn.Module):
         return -self.log_slope.float().exp()
 
     @property
-    def gated(self) -> bool:
-        """Whether the layer needs the input of the attention module."""
-        return self.decay_gate is not None or self.output_gate is not None
+    def reads_inputs(self) -> bool:
+        """Whether the layer needs what its attention module is called with."""
+        return self.decay_gate is not None or self.output_gate is not None or self.rotary_dims > 0
+
+    def call(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: Any, mask: Any, seen: int
+    ) -> AttentionCall:
+        """One call of the attention function, q `[B, Hq, T, D]`, k and v, with the inputs that the pre-hook found."""
+        inputs, self.inputs = self.inputs, None
+        hidden = inputs.hidden if inputs is not None else None
+        linear = None
+        if self.rotary_dims:
+            assert self.rotate is not None
+            assert inputs is not None
+            assert inputs.rotary is not None
+            linear = unrotated(self.rotate, self.rotary_dims, q, k, inputs.rotary)
+        return AttentionCall(q, k, v, scaling, mask, seen, hidden=hidden, linear=linear)
 
     def linear(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
         """The linear branch before its scale, `[B, T, Hq, Dv]`; reads and advances the cache's state."""
         root = call.scaling**0.5  # the softmax scale goes into the features, half to each side
-        q, k = call.q, call.k
+        q, k = call.linear_q, call.linear_k
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.q_map(q * root), self.k_map(k * root)
@@ -273,15 +297,11 @@ def _dispatcher(base: str) -> Callable[..., Any]:
         if swap is None or swap.observer is not None:
             output, weights = _softmax_function(base, module)(module, query, key, value, attention_mask, **kwargs)
             if swap is not None and swap.observer is not None:
-                hidden, swap.hidden = swap.hidden, None
-                call = AttentionCall(query, key, value, kwargs.get("scaling"), attention_mask, 0, hidden)
-                swap.observer(swap, call, output)
+                swap.observer(swap, swap.call(query, key, value, kwargs.get("scaling"), attention_mask, 0), output)
             return output, weights
         cache, swap.cache_layer = swap.cache_layer, None
-        hidden, swap.hidden = swap.hidden, None
         seen = cache.seen - query.shape[-2] if cache is not None else 0
-        call = AttentionCall(query, key, value, kwargs.get("scaling"), attention_mask, seen, hidden)
-        output = swap(call, cache)
+        output = swap(swap.call(query, key, value, kwargs.get("scaling"), attention_mask, seen), cache)
         batch, _, length, _ = query.shape
         return output.reshape(batch, length, *output.shape[2:]), None
 
@@ -302,21 +322,15 @@ def register() -> None:
         AttentionMaskInterface.register(PREFIX + base, _mask_function(base))
 
 
-def module_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """The hidden states `[B, T, M]` that an attention module is called with, or None."""
-    hidden = kwargs.get("hidden_states", args[0] if args else None)
-    return hidden if isinstance(hidden, torch.Tensor) and hidden.dim() == 3 else None
-
-
 def find_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a swapped attention module: find what the attention function is not given.
 
-    That is the `Cache`, by type, whatever its argument is called, and the module's input where a gate reads it.
+    That is the `Cache`, by type, whatever its argument is called, and the module's inputs where the layer reads them.
     """
     swap = module.swap
     assert isinstance(swap, LightningSwap)
-    if swap.gated:
-        swap.hidden = module_input(args, kwargs)
+    if swap.reads_inputs:
+        swap.inputs = layer_inputs(args, kwargs)
     if swap.observer is None:
         cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
         swap.cache_layer = adopt(cache, swap.layer_idx) if cache is not None else None
@@ -333,13 +347,18 @@ def swaps(model: nn.Module) -> dict[str, LightningSwap]:
 def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
     """Let the model compute its own softmax attention, and show each call of a swapped layer to the observer."""
     layers = list(swaps(model).values())
+    nopes = [module for module in model.modules() if isinstance(module, NoRotary)]  # the teacher has its embedding
     for swap in layers:
         swap.observer = observer
+    for nope in nopes:
+        nope.active = False
     try:
         yield
     finally:
         for swap in layers:
             swap.observer = None
+        for nope in nopes:
+            nope.active = True
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def calibrate_(
     def measure_inputs(swap: LightningSwap, call: AttentionCall, _: torch.Tensor) -> None:
         if decay:
             distance[swap].add(attention_distance(call))
-        for mean, x in zip(size[swap], (call.q, call.k), strict=True):
+        for mean, x in zip(size[swap], (call.linear_q, call.linear_k), strict=True):
             mean.add(mean_norm(x))
 
     def measure_output(swap: LightningSwap, call: AttentionCall, target: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,21 @@ from transformers.utils.logging import disable_progress_bar
 from .attention import BASES, KERNEL_FOLDER, PREFIX, LightningSwap, find_cache, register, swaps
 from .cache import adopt
 from .errors import CheckpointError
+from .inputs import NoRotary, drop_rotary, rotation_of
 
 MODEL_TYPE_PREFIX = "swapattn_"
 SCHEMA_VERSION = 2
 ENTRY = "modeling_swapattn"
-RUNTIME = ("modeling.py", "attention.py", "cache.py", "feature_map.py", "norms.py", "gates.py", "errors.py")
+RUNTIME = (
+    "modeling.py",
+    "attention.py",
+    "cache.py",
+    "feature_map.py",
+    "norms.py",
+    "gates.py",
+    "inputs.py",
+    "errors.py",
+)
 KERNEL_RUNTIME = ("op.py", "reference.py", "local.py")
 
 _ENTRY_TEXT = '''"""Loads this checkpoint in plain transformers: `from_pretrained(FOLDER, trust_remote_code=True)`.
@@ -50,6 +60,7 @@ def attach(
     layers: Mapping[str, Mapping[str, int]],
     spec: Mapping[str, Any],
     slopes: Mapping[str, torch.Tensor] | None = None,
+    nope: Sequence[str] = (),
 ) -> None:
     """Give the named attention modules a `swap` and route the model's attention through the dispatcher, in place.
 
@@ -58,12 +69,18 @@ def attach(
         layers: path of each attention module to swap -> its shape (see `LightningSwap`).
         spec: the convert section of a recipe as plain values.
         slopes: path -> fp32 `[Hs]` start slopes, each 1 where left out.
+        nope: paths of kept attention modules that go without rotary embedding.
     """
     register()
     for path, shape in layers.items():
         module = model.get_submodule(path)
         module.swap = LightningSwap(shape, spec, slopes[path] if slopes else None)
+        module.swap.rotate = rotation_of(module)
         module.register_forward_pre_hook(find_cache, with_kwargs=True)
+    for path in nope:
+        module = model.get_submodule(path)
+        module.nope = NoRotary()
+        module.register_forward_pre_hook(drop_rotary, with_kwargs=True)
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
@@ -86,7 +103,7 @@ class SwapMixin:
                 "update swapattn"
             )
         assert isinstance(self, nn.Module)
-        attach(self, block["layers"], block["spec"])
+        attach(self, block["layers"], block["spec"], nope=block.get("nope", ()))
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Choose what the kept layers use; the swapped ones stay swapped."""

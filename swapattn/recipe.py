@@ -52,6 +52,17 @@ class DecaySpec(Section):
         return self
 
 
+class RopeSpec(Section):
+    """Which layers keep the model's rotary embedding: the linear branch of swapped ones, and the kept softmax ones.
+
+    The softmax window of a swapped layer always keeps it. Dropped on the linear branch: RADLADS compares it (arXiv
+    2505.03005), Liger does (arXiv 2503.01496). Dropped on kept layers: NoPE, as in HALO (arXiv 2601.22156).
+    """
+
+    linear: Literal["keep", "drop"] = "keep"
+    kept: Literal["keep", "drop"] = "keep"
+
+
 class LocalSpec(Section):
     """The softmax branch beside the linear one: the last `window` and the first `sinks` tokens.
 
@@ -72,6 +83,7 @@ class ConvertSpec(Section):
     feature_map: FeatureMapName = "hedgehog"
     normalizer: NormalizerName = "sum"
     output_gate: Literal["none", "head", "channel"] = "none"
+    rope: RopeSpec = RopeSpec()
     local: LocalSpec | None = LocalSpec()
 
     @model_validator(mode="after")
@@ -81,6 +93,12 @@ class ConvertSpec(Section):
                 f"normalizer 'sum' divides by the sum of the weights, which the feature map {self.feature_map!r} "
                 f"may make negative; use one of {', '.join(sorted(POSITIVE_MAPS))} or normalizer 'rms'"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nope_needs_kept_layers(self) -> Self:
+        if self.rope.kept == "drop" and not self.keep_softmax:
+            raise ValueError("rope.kept: drop is about the layers that stay softmax, and keep_softmax names none")
         return self
 
 

@@ -16,12 +16,14 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .attention import find_cache, module_input, swaps
+from .attention import find_cache, swaps
 from .audit import quadratic_sites
 from .decay import decay_slopes
 from .errors import RecipeError, UnsupportedModelError
+from .inputs import NoRotary, drop_rotary, layer_inputs
 from .modeling import SCHEMA_VERSION, attach
 from .recipe import ConvertSpec
+from .rotary_check import rotary_dims
 
 PROBE = "swapattn_probe"
 _OUTSIDE = (
@@ -45,10 +47,14 @@ class AttentionSite:
     softcap: float | None
     sinks: bool
     hidden_size: int = 0
+    rotary: int = 0
 
     def shape(self) -> dict[str, int]:
-        """What `LightningSwap` needs to know; hidden_size is 0 where the module's input is not known."""
-        names = ("layer_idx", "heads", "kv_heads", "head_dim", "value_dim", "hidden_size")
+        """What `LightningSwap` needs to know.
+
+        hidden_size is 0 where the module's input is not known, rotary where no rotary embedding is to be undone.
+        """
+        names = ("layer_idx", "heads", "kv_heads", "head_dim", "value_dim", "hidden_size", "rotary")
         return {name: getattr(self, name) for name in names}
 
 
@@ -69,7 +75,12 @@ class SwapPlan:
             "base_model_type": self.base_model_type,
             "spec": self.spec.model_dump(mode="json"),
             "layers": {site.path: site.shape() for site in self.swap},
+            "nope": self.nope(),
         }
+
+    def nope(self) -> list[str]:
+        """Paths of the kept layers that go without rotary embedding."""
+        return [site.path for site in self.keep] if self.spec.rope.kept == "drop" else []
 
     def slopes(self) -> dict[str, torch.Tensor]:
         """Start slopes of every swapped layer by the recipe's schedule, fp32 `[Hs]`."""
@@ -121,7 +132,7 @@ def attention_sites(config: Any) -> list[AttentionSite]:
     widths: dict[nn.Module, int] = {}
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = module_input(args, kwargs)
+        hidden = layer_inputs(args, kwargs).hidden
         widths[module] = hidden.shape[-1] if hidden is not None else 0
 
     def probe(
@@ -213,6 +224,16 @@ def _check_options(kind: str, spec: ConvertSpec, swapped: tuple[AttentionSite, .
         )
 
 
+def _with_rotary(
+    config: Any, spec: ConvertSpec, swapped: tuple[AttentionSite, ...], keep: tuple[AttentionSite, ...]
+) -> tuple[AttentionSite, ...]:
+    """The swapped sites with what is needed to drop the rotary embedding, where the recipe says so."""
+    undone = [site.path for site in swapped] if spec.rope.linear == "drop" else []
+    silenced = [site.path for site in keep] if spec.rope.kept == "drop" else []
+    dims = rotary_dims(config, undone, silenced) if undone or silenced else {}
+    return tuple(replace(site, rotary=dims.get(site.path, 0)) for site in swapped)
+
+
 def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
     """Which layers of a model with this config are swapped under a recipe's convert section.
 
@@ -236,10 +257,11 @@ def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
         raise RecipeError(f"convert.keep_softmax names all {count} attention layers: nothing is left to swap")
     swapped = tuple(site for i, site in enumerate(sites) if i not in kept)
     _check_options(config.model_type, spec, swapped)
+    keep = tuple(site for i, site in enumerate(sites) if i in kept)
     return SwapPlan(
         base_model_type=config.model_type,
-        swap=swapped,
-        keep=tuple(site for i, site in enumerate(sites) if i in kept),
+        swap=_with_rotary(config, spec, swapped, keep),
+        keep=keep,
         spec=spec,
         layers=max(site.layer_idx for site in sites) + 1,
     )
@@ -258,7 +280,7 @@ def apply_(model: nn.Module, plan: SwapPlan) -> None:
     if missing:
         raise UnsupportedModelError(f"the plan does not fit the model: no module {missing[0]}")
     block = plan.config_block()
-    attach(model, block["layers"], block["spec"], plan.slopes())
+    attach(model, block["layers"], block["spec"], plan.slopes(), block["nope"])
 
 
 def revert_(model: nn.Module) -> None:
@@ -266,6 +288,14 @@ def revert_(model: nn.Module) -> None:
     for path in swaps(model):
         module = model.get_submodule(path)
         del module.swap
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is find_cache]:
-            del module._forward_pre_hooks[key]
-            del module._forward_pre_hooks_with_kwargs[key]
+        _remove_hook(module, find_cache)
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "nope", None), NoRotary):
+            del module.nope
+            _remove_hook(module, drop_rotary)
+
+
+def _remove_hook(module: nn.Module, wanted: Any) -> None:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is wanted]:
+        del module._forward_pre_hooks[key]
+        del module._forward_pre_hooks_with_kwargs[key]

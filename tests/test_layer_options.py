@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from swapattn.attention import AttentionCall, LightningSwap, swaps
+from swapattn.attention import AttentionCall, LightningSwap, observing, only_branch, swaps
 from swapattn.conversion import convert
+from swapattn.errors import UnsupportedModelError
 from swapattn.modeling import load
 from swapattn.norms import HeadNorm
 from swapattn.objectives import align_loss
 from swapattn.recipe import ConvertSpec, parse_recipe
-from swapattn.surgery import apply_, plan
+from swapattn.surgery import AttentionSite, _check_options, apply_, plan, revert_
 
 LOCAL = {"window": 5, "sinks": 2, "share": 0.4}
 OPTIONS = {
@@ -28,6 +30,13 @@ OPTIONS = {
     "decay_gate_heads": {"feature_map": "elu1", "decay": {"gate": True, "per": "query_head"}, "local": None},
     "head_gate": {"feature_map": "elu1", "output_gate": "head", "local": LOCAL},
     "channel_gate": {"feature_map": "silu", "normalizer": "rms", "output_gate": "channel", "local": None},
+    "rope_linear": {"feature_map": "elu1", "rope": {"linear": "drop"}, "local": LOCAL},
+    "rope_both": {
+        "feature_map": "elu1",
+        "rope": {"linear": "drop", "kept": "drop"},
+        "keep_softmax": [1],
+        "local": None,
+    },
 }
 TOGETHER = {"qk_norm": "rms", "feature_map": "elu1", "decay": {"gate": True}, "output_gate": "head", "local": LOCAL}
 
@@ -77,7 +86,7 @@ def llama(tiny_family):
     return tiny_family("llama")  # 4 query heads on 2 KV heads
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_prefill_chunk_and_single_steps_equal_the_full_forward(spec, name, tiny_family):
     model = swapped(tiny_family(name), spec)
     ids = ids_of(2, 22)
@@ -86,7 +95,7 @@ def test_prefill_chunk_and_single_steps_equal_the_full_forward(spec, name, tiny_
     assert torch.allclose(through_cache(model, ids, [9, 8, 2, 1, 1, 1]), full, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "opt", "phi3", "cohere", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "gpt2", "opt", "phi3", "cohere", "qwen3", "mistral"])
 def test_gates_and_norms_together_in_other_families(name, tiny_family):
     model = swapped(tiny_family(name), TOGETHER)
     ids = ids_of(2, 18)
@@ -105,7 +114,7 @@ def test_aligning_trains_the_gates_on_the_teachers_inputs(llama):
         for swap in swaps(model).values():
             for gate in (swap.decay_gate, swap.output_gate):
                 assert gate.weight.grad.abs().sum() > 0
-            assert swap.hidden is None
+            assert swap.inputs is None
 
 
 def test_padded_rows_equal_the_same_tokens_alone(spec, llama):
@@ -163,7 +172,7 @@ def call_of(seed=0, length=9):
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, h, length, 8, generator=generator, dtype=torch.float64) for h in (4, 2, 2))
     hidden = torch.randn(2, length, 32, generator=generator, dtype=torch.float64)
-    return AttentionCall(q, k, v, 0.3, None, 0, hidden)
+    return AttentionCall(q, k, v, 0.3, None, 0, hidden=hidden)
 
 
 def layer(slopes=(0.2, 0.7), **values):
@@ -269,13 +278,10 @@ def test_under_autocast_the_decay_is_as_exact_as_without(llama):
 def test_the_module_does_not_hold_on_to_its_input(llama):
     model = swapped(llama, OPTIONS["head_gate"])
     logits_of(model, ids_of(1, 5))
-    assert all(swap.hidden is None for swap in swaps(model).values())
+    assert all(swap.inputs is None for swap in swaps(model).values())
 
 
-def test_a_gate_is_refused_where_the_input_is_not_shown(llama):
-    from swapattn.errors import UnsupportedModelError
-    from swapattn.surgery import AttentionSite, _check_options
-
+def test_a_gate_is_refused_where_the_input_is_not_shown():
     site = AttentionSite("attn", 0, 4, 2, 8, 8, None, None, None, False)
     _check_options("odd", ConvertSpec(), (site,))
     for values in ({"decay": {"gate": True}}, {"output_gate": "head"}):
@@ -289,10 +295,109 @@ def test_a_checkpoint_of_the_first_schema_still_loads(tiny_teacher, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     block = config["swapattn"]
     block["version"] = 1
-    for key in ("qk_norm", "output_gate"):
+    for key in ("qk_norm", "output_gate", "rope"):
         del block["spec"][key]
+    del block["nope"]
     del block["spec"]["decay"]["gate"]
     for shape in block["layers"].values():
-        del shape["hidden_size"]
+        del shape["hidden_size"], shape["rotary"]
     (folder / "config.json").write_text(json.dumps(config))
     assert torch.equal(logits_of(load(folder)[0], ids_of(1, 12)), expected)
+
+
+ROTARY = ["llama", "qwen3", "gemma2", "gemma3_text", "phi3", "phi", "gpt_neox", "cohere", "glm", "stablelm", "gpt_oss"]
+
+
+def precision(name):
+    """gpt_oss multiplies its experts in fp32 at most, cohere rotates in fp32."""
+    return (torch.float32, 1e-4) if name == "gpt_oss" else (torch.float64, 1e-6)
+
+
+@contextmanager
+def rotated_by_nothing(model, layers):
+    """The model with cos = 1 and sin = 0 for the attention of the given layers."""
+
+    def still(_module, args, kwargs):
+        cos, sin = kwargs["position_embeddings"]
+        return args, {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+
+    modules = [m for m in model.modules() if getattr(m, "layer_idx", None) in layers and hasattr(m, "config")]
+    handles = [m.register_forward_pre_hook(still, with_kwargs=True) for m in modules if hasattr(m, "is_causal")]
+    assert len(handles) == len(layers)
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_a_linear_layer_without_rope_sees_what_was_not_rotated(name, tiny_family):
+    model = tiny_family(name)
+    dtype, near = precision(name)
+    values = {"feature_map": "elu1", "local": None}
+    ids = ids_of(2, 14)
+    kept = swapped(model, values, dtype)
+    with rotated_by_nothing(kept, [0, 1, 2]):
+        expected = logits_of(kept, ids)
+    dropped = swapped(model, {**values, "rope": {"linear": "drop"}}, dtype)
+    assert torch.allclose(logits_of(dropped, ids), expected, rtol=0, atol=near)
+    assert not torch.allclose(logits_of(kept, ids), expected, rtol=0, atol=1e-3)
+
+
+def test_the_window_beside_it_keeps_its_rope(llama):
+    ids = ids_of(2, 14)
+    with_rope, without = (swapped(llama, {"local": LOCAL, "rope": {"linear": how}}) for how in ("keep", "drop"))
+    assert not torch.allclose(logits_of(with_rope, ids), logits_of(without, ids), atol=1e-3)
+    with only_branch(with_rope, "local"), only_branch(without, "local"):
+        assert torch.equal(logits_of(with_rope, ids), logits_of(without, ids))
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_kept_layers_without_rope_are_rotated_by_nothing(name, tiny_family):
+    model = tiny_family(name)
+    dtype, _ = precision(name)
+    values = {"feature_map": "elu1", "keep_softmax": [0, 2], "local": None}
+    ids = ids_of(2, 14)
+    kept = swapped(model, values, dtype)
+    with rotated_by_nothing(kept, [0, 2]):
+        expected = logits_of(kept, ids)
+    dropped = swapped(model, {**values, "rope": {"kept": "drop"}}, dtype)
+    assert torch.equal(logits_of(dropped, ids), expected)
+    assert not torch.allclose(logits_of(kept, ids), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma3_text"])
+def test_a_model_without_rope_is_still_its_own_teacher_and_can_be_reverted(name, tiny_family):
+    teacher = tiny_family(name)
+    model = swapped(teacher, OPTIONS["rope_both"], torch.float32)
+    ids = ids_of(2, 14)
+    with observing(model, lambda *_: None):
+        assert torch.equal(logits_of(model, ids), logits_of(teacher, ids))
+    assert not torch.allclose(logits_of(model, ids), logits_of(teacher, ids), atol=1e-3)
+    revert_(model)
+    assert torch.equal(logits_of(model, ids), logits_of(teacher, ids))
+    assert not any("nope" in path for path, _ in model.named_modules())
+
+
+def test_layers_that_never_rotate_are_left_as_they_are(tiny_family):
+    found = plan(tiny_family("smollm3", num_hidden_layers=4).config, ConvertSpec.model_validate(OPTIONS["rope_linear"]))
+    assert [site.rotary for site in found.swap] == [8, 8, 8, 0]
+
+
+@pytest.mark.parametrize("rope", [{"linear": "drop"}, {"kept": "drop"}])
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_dropping_rope_is_refused_where_there_is_none_to_drop(name, rope, tiny_family):
+    spec = ConvertSpec.model_validate({"keep_softmax": [0], "rope": rope})
+    with pytest.raises(UnsupportedModelError, match=f"'{name}' hands no rotary embedding .* convert.rope"):
+        plan(tiny_family(name).config, spec)
+
+
+def test_a_rotation_that_is_not_undone_is_refused(tiny_family, monkeypatch):
+    def turned_at_the_end(q, k, cos, sin, unsqueeze_dim=1):
+        cos, sin = (x.unsqueeze(unsqueeze_dim)[..., :4] for x in (cos, sin))
+        half = lambda x: torch.cat((-x[..., 2:], x[..., :2]), -1)  # noqa: E731
+        turn = lambda x: torch.cat((x[..., :4], x[..., 4:] * cos + half(x[..., 4:]) * sin + sin), -1)  # noqa: E731
+        return turn(q), turn(k)
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", turned_at_the_end)
+    with pytest.raises(UnsupportedModelError, match=r"rotary embedding of model.layers.0.self_attn cannot be undone"):
+        plan(tiny_family("llama").config, ConvertSpec.model_validate(OPTIONS["rope_linear"]))

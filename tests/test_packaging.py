@@ -24,8 +24,9 @@ LAYERS = (
     {"distillation", "evaluation", "generation", "conversion", "bench", "report", "throughput"},
     {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
     | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
+    | {"rotary_check"}
     | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"},
-    {"recipe", "decay", "feature_map", "norms", "gates", "errors", "wheels", "environment"},
+    {"recipe", "decay", "feature_map", "norms", "gates", "inputs", "errors", "wheels", "environment"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 OWNERS_OF_KERNELS = {"attention"}

@@ -78,6 +78,8 @@ def test_an_unknown_key_is_named_with_its_path(sections, path):
         ({"convert": {"normalizer": "sum", "feature_map": "silu"}}, "normalizer 'rms'"),
         ({"convert": {"feature_map": "cosine"}}, "convert.feature_map"),
         ({"convert": {"qk_norm": "layer"}}, "convert.qk_norm"),
+        ({"convert": {"rope": {"kept": "drop"}}}, "rope.kept: drop is about the layers that stay softmax"),
+        ({"convert": {"rope": {"linear": "no"}}}, "convert.rope.linear"),
         ({"convert": {"output_gate": "silu"}}, "convert.output_gate"),
         ({"convert": {"decay": {"schedule": "none", "gate": True}}}, "convert.decay: gate: true cannot change"),
         ({"convert": {"decay": {"schedule": "none", "learnable": True}}}, "convert.decay: learnable: true cannot"),
