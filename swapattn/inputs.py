@@ -5,6 +5,7 @@ A file of the checkpoint runtime: it imports torch only, so that a saved checkpo
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -43,17 +44,17 @@ def _is_rotary(value: Any) -> bool:
 
 
 def rotation_of(module: nn.Module) -> Rotate | None:
-    """The function of the model's own file by which an attention module rotates queries and keys, or None."""
+    """The function (q, k, cos, sin) -> (q, k) by which the model's own file rotates `[B, H, T, D]`, or None."""
     function = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    names = list(inspect.signature(function).parameters) if function is not None else []
-    return function if names[:4] == ["q", "k", "cos", "sin"] or names[:3] == ["x", "cos", "sin"] else None
+    if function is None:
+        return None
+    names = list(inspect.signature(function).parameters)
+    if names[:4] == ["q", "k", "cos", "sin"]:
+        return function  # type: ignore[no-any-return]
+    return functools.partial(_one_by_one, function) if names[:3] == ["x", "cos", "sin"] else None
 
 
-def rotated(rotate: Rotate, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Rotary:
-    """q, k `[B, H, T, D]` through a model's own rotation, which takes both at once or one at a time."""
-    if "k" in inspect.signature(rotate).parameters:
-        q, k = rotate(q, k, cos, sin)
-        return q, k
+def _one_by_one(rotate: Rotate, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Rotary:
     return rotate(q, cos, sin, unsqueeze_dim=1), rotate(k, cos, sin, unsqueeze_dim=1)
 
 
@@ -61,7 +62,7 @@ def unrotated(rotate: Rotate, dims: int, q: torch.Tensor, k: torch.Tensor, rotar
     """Queries and keys before their rotary embedding (arXiv 2104.09864), by the inverse rotation.
 
     Args:
-        rotate: the model's own rotation, so that its layout of pairs is the right one.
+        rotate: the model's own rotation (see `rotation_of`), so that its layout of pairs is the right one.
         dims: leading dimensions that the model hands to it.
         q, k: `[B, H, T, D]`, rotated.
         rotary: cos and sin `[B or 1, T, R]`; a length other than 1 (scaled embeddings, as YaRN's) is undone too.
@@ -69,7 +70,7 @@ def unrotated(rotate: Rotate, dims: int, q: torch.Tensor, k: torch.Tensor, rotar
     cos, sin = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in rotary)
     power = cos.square() + sin.square()
     first_q, first_k = (x[..., :dims].to(torch.promote_types(x.dtype, cos.dtype)) for x in (q, k))
-    first_q, first_k = rotated(rotate, first_q, first_k, cos / power, -sin / power)
+    first_q, first_k = rotate(first_q, first_k, cos / power, -sin / power)
     return torch.cat((first_q.to(q.dtype), q[..., dims:]), -1), torch.cat((first_k.to(k.dtype), k[..., dims:]), -1)
 
 

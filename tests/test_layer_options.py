@@ -117,6 +117,28 @@ def test_aligning_trains_the_gates_on_the_teachers_inputs(llama):
             assert swap.inputs is None
 
 
+def test_recomputed_activations_give_the_same_gradients(llama):
+    found = []
+    for recompute in (False, True):
+        model = swapped(llama, {**TOGETHER, "rope": {"linear": "drop"}}, torch.float32)
+        model.train()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=ids_of(2, 20), use_cache=False).logits.square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(found[1][name], grad, rtol=1e-4, atol=1e-9) for name, grad in found[0].items())
+
+
+def test_every_option_compiles_into_one_graph(llama):
+    model = swapped(llama, {**TOGETHER, "rope": {"linear": "drop", "kept": "drop"}, "keep_softmax": [1]}, torch.float32)
+    ids = ids_of(2, 1)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(model, fullgraph=True, backend="eager")(input_ids=ids, use_cache=False).logits
+    assert torch.allclose(found, logits_of(model, ids), rtol=0, atol=1e-5)
+
+
 def test_padded_rows_equal_the_same_tokens_alone(spec, llama):
     model = swapped(llama, spec)
     ids = ids_of(3, 16)

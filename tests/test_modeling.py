@@ -259,6 +259,25 @@ def test_plain_transformers_gives_the_same_logits_and_text(checkpoint, tmp_path,
     assert found["module"].startswith("swapattn." if importable else "transformers_modules.")
 
 
+def test_plain_transformers_loads_a_checkpoint_with_every_option(tiny_teacher, tmp_path):
+    options = ["qk_norm=rms", "decay.gate=true", "output_gate=channel", "feature_map=t2r", "keep_softmax=[1]"]
+    options += ["rope={linear: drop, kept: drop}", "local={window: 5, sinks: 2}"]
+    convert(tiny_teacher, tmp_path / "first", recipe="smoke", overrides=[f"convert.{option}" for option in options])
+    model, _ = load(tmp_path / "first")
+    for swap in swaps(model).values():
+        for name, parameter in swap.named_parameters():
+            if name != "log_slope":
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(tmp_path / "c")
+    out = tmp_path / "out.pt"
+    code = _BLOCKER.format(blocked=("swapattn", "lightning_attention"), folder=str(tmp_path / "c"))
+    run_python(code + _LOAD.format(prompt=PROMPT, out=str(out), importable=False), tmp_path)
+    found = torch.load(out, weights_only=True)
+    assert torch.equal(found["logits"], logits_of(model))
+    ids = torch.tensor(PROMPT)
+    assert torch.equal(found["tokens"], model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None))
+
+
 def test_the_runtime_of_a_checkpoint_is_the_projects_own(checkpoint):
     import lightning_attention
 
