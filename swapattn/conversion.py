@@ -48,14 +48,14 @@ class ConvertResult:
         plan = self.plan
         spec = plan.spec
         local = f"window {spec.local.window} + {spec.local.sinks} sinks" if spec.local else "none"
-        linear = f"{spec.feature_map}, normalizer {spec.normalizer}, decay {spec.decay.schedule} per {spec.decay.per}"
         state, kv = plan.state_bytes() / 2**20, plan.kv_bytes_per_token() * 4096 / 2**20
         kept = ", ".join(str(site.layer_idx) for site in plan.keep) or "none"
+        kept += ", without RoPE" if plan.nope() else ""
         rows = [
             ("would write" if self.dry_run else "wrote", str(self.path)),
             ("model type", plan.base_model_type + (f" ({self.teacher_note})" if self.teacher_note else "")),
             ("layers swapped", f"{len(plan.swap)} of {len(plan.swap) + len(plan.keep)} (kept softmax: {kept})"),
-            ("linear branch", linear),
+            ("linear branch", spec.linear_branch()),
             ("softmax branch", local),
             ("new parameters", f"{self.new_parameters:,}"),
             ("memory a sequence", f"{state:.2f} MiB at any length (KV cache at 4K: {kv:.1f} MiB)"),

@@ -39,7 +39,7 @@ class EluPlusOne(Identity):
 
 
 class ReLU(Identity):
-    """φ(x) = max(x, 0), elementwise (cosFormer, arXiv 2202.08791, section 3.1). `[B, T, H, D] -> [B, T, H, D]`."""
+    """φ(x) = max(x, 0), elementwise (cosFormer, arXiv 2202.08791). `[B, T, H, D] -> [B, T, H, D]`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[B, T, H, D]` elementwise."""
@@ -47,7 +47,7 @@ class ReLU(Identity):
 
 
 class Exp(Identity):
-    """φ(x) = exp(x), elementwise (Hedgehog, arXiv 2402.04347, section 4.1, compares it; Performer, arXiv 2009.14794).
+    """φ(x) = exp(x), elementwise (compared in Hedgehog, arXiv 2402.04347).
 
     Arguments above 10 are cut to 10: exp(10) = 22026 is what fp16 can still hold.
     """
@@ -87,7 +87,7 @@ class Hedgehog(nn.Module):
 
 
 class T2R(nn.Module):
-    """φ(x) = max(xW + b, 0) with one learned D×D matrix and bias per head (T2R, arXiv 2103.13076, section 3.1).
+    """φ(x) = max(xW + b, 0) with one learned D×D matrix and bias per head (T2R, Kasai et al., arXiv 2103.13076).
 
     `[B, T, H, D] -> [B, T, H, D]`. W starts as the identity and b as 0, so that the map starts as ReLU.
     """

@@ -40,7 +40,7 @@ class DecayGate(nn.Module):
 class OutputGate(nn.Module):
     """Factor 2σ(W x_t) of the output, one per head or per channel; starts at 1.
 
-    Source: Gated Attention, arXiv 2505.06708, section 2.2 (headwise and elementwise, from the layer's input), as in
+    Source: Gated Attention, arXiv 2505.06708 (headwise and elementwise, from the layer's input), as in
     Qwen3-Next, MiniMax-01 (arXiv 2501.08313) and HALO (arXiv 2601.22156). The 2 keeps the output at the start the
     same; published gates start at random, which scrambles the output of a converted layer.
 

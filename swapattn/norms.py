@@ -40,6 +40,6 @@ class HeadNorm(nn.Module):
 
 
 OUTPUT_NORM_DIMS: dict[str, tuple[int, ...]] = {"rms": (-1,), "rms_all": (-2, -1)}
-"""Dimensions of `[B, T, H, Dv]` that an output norm averages over: each head by itself (RetNet's group norm, arXiv
-2307.08621, section 2.3, as RMS), or all heads together (TransNormer, arXiv 2405.17381; MiniMax-01, arXiv 2501.08313;
+"""Dimensions of `[B, T, H, Dv]` that an output norm averages over: each head by itself (as RetNet's group norm,
+arXiv 2307.08621), or all heads together (TransNormer, arXiv 2405.17381; MiniMax-01, arXiv 2501.08313;
 HALO, arXiv 2601.22156)."""

@@ -34,7 +34,8 @@ class Section(BaseModel):
 class DecaySpec(Section):
     """The exponential decay of each head; `calibrate` may replace the schedule's numbers by measured ones.
 
-    `learnable` trains the slopes; `gate` gives each token a decay of its own, which starts as that of the slopes.
+    `learnable` trains the slopes, as Mamba-2 its A (arXiv 2405.21060); `gate` gives each token a decay of its own, which
+    starts as that of the slopes (`gates.DecayGate`).
     """
 
     schedule: ScheduleName = "alibi"
@@ -55,8 +56,8 @@ class DecaySpec(Section):
 class RopeSpec(Section):
     """Which layers keep the model's rotary embedding: the linear branch of swapped ones, and the kept softmax ones.
 
-    The softmax window of a swapped layer always keeps it. Dropped on the linear branch: RADLADS compares it (arXiv
-    2505.03005), Liger does (arXiv 2503.01496). Dropped on kept layers: NoPE, as in HALO (arXiv 2601.22156).
+    The softmax window of a swapped layer always keeps it. Dropped on the linear branch: Liger (arXiv 2503.01496); HALO
+    (arXiv 2601.22156) and RADLADS (arXiv 2505.03005) compare it. Dropped on kept layers: NoPE, as in HALO.
     """
 
     linear: Literal["keep", "drop"] = "keep"
@@ -66,7 +67,8 @@ class RopeSpec(Section):
 class LocalSpec(Section):
     """The softmax branch beside the linear one: the last `window` and the first `sinks` tokens.
 
-    `share` is the share of the local branch in each head's output before calibration.
+    `share` is the share of the local branch in each head's output before calibration. Sources: window and mix as in
+    LoLCATs, arXiv 2410.10254, and Liger, arXiv 2503.01496; sinks as in StreamingLLM, arXiv 2309.17453.
     """
 
     window: int = Field(64, ge=1)
@@ -75,7 +77,18 @@ class LocalSpec(Section):
 
 
 class ConvertSpec(Section):
-    """What a swapped layer is made of, and which layers stay softmax (negative indices count from the end)."""
+    """What a swapped layer is made of, and which layers stay softmax (negative indices count from the end).
+
+    Every option is stored in the checkpoint; sources and formulas are where it is computed:
+        decay: `decay.decay_slopes`; with `gate` also `gates.DecayGate` (Mamba-2, arXiv 2405.21060).
+        qk_norm: `norms.HeadNorm` before the feature map (HALO, arXiv 2601.22156).
+        feature_map: `feature_map.FEATURE_MAPS`.
+        normalizer: `none`; `sum` of the weights (Katharopoulos et al., arXiv 2006.16236); `rms` of each head (RetNet,
+            arXiv 2307.08621); `rms_all` of all heads together (TransNormer, arXiv 2405.17381).
+        output_gate: `gates.OutputGate`, one number per head or per channel (Gated Attention, arXiv 2505.06708).
+        rope: whether linear branch and kept layers have the rotary embedding.
+        local: the softmax window beside the linear branch.
+    """
 
     keep_softmax: tuple[int, ...] = ()
     decay: DecaySpec = DecaySpec()
@@ -100,6 +113,14 @@ class ConvertSpec(Section):
         if self.rope.kept == "drop" and not self.keep_softmax:
             raise ValueError("rope.kept: drop is about the layers that stay softmax, and keep_softmax names none")
         return self
+
+    def linear_branch(self) -> str:
+        """One line on the linear branch, for tables."""
+        extras = [f"{self.qk_norm} q/k norm"] if self.qk_norm != "none" else []
+        extras += [f"output gate per {self.output_gate}"] if self.output_gate != "none" else []
+        extras += ["no RoPE"] if self.rope.linear == "drop" else []
+        decay = f"decay {self.decay.schedule} per {self.decay.per}" + (", gated" if self.decay.gate else "")
+        return ", ".join([self.feature_map, f"normalizer {self.normalizer}", decay, *extras])
 
 
 class TextSpec(Section):

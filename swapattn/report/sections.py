@@ -126,7 +126,8 @@ def _plan(runs: Sequence[Node], labels: Sequence[str]) -> Section:
         if not found:
             return text(NONE)
         learnable = Part(", learnable" if found.at("learnable").value else ", fixed")
-        return (*plain(found.at("schedule")), Part(", one per "), *plain(found.at("per")), learnable)
+        gated = Part(", times a gate of each token" if found.at("gate").value else "")
+        return (*plain(found.at("schedule")), Part(", one per "), *plain(found.at("per")), learnable, gated)
 
     def local(run: Node) -> Cell:
         if not run.at("plan"):
@@ -148,8 +149,12 @@ def _plan(runs: Sequence[Node], labels: Sequence[str]) -> Section:
         ("swapped, by index", lambda run: ranges(run.at("plan", "swapped")) if run.at("plan") else text(NONE)),
         ("kept softmax", lambda run: ranges(run.at("plan", "kept")) if run.at("plan") else text(NONE)),
         ("heads of a swapped layer", shape),
+        ("q/k norm", lambda run: spec(run, "qk_norm")),
         ("feature map", lambda run: spec(run, "feature_map")),
         ("normalizer", lambda run: spec(run, "normalizer")),
+        ("output gate", lambda run: spec(run, "output_gate")),
+        ("RoPE on linear branches", lambda run: spec(run, "rope", "linear")),
+        ("RoPE on kept layers", lambda run: spec(run, "rope", "kept")),
         ("decay", decay),
         ("softmax branch", local),
         ("new parameters", lambda run: count(run.at("plan", "new_parameters"))),
