@@ -34,7 +34,7 @@ class Section(BaseModel):
 class DecaySpec(Section):
     """The exponential decay of each head; `calibrate` may replace the schedule's numbers by measured ones.
 
-    `learnable` trains the slopes, as Mamba-2 its A (arXiv 2405.21060); `gate` gives each token a decay of its own, which
+    `learnable` trains the slopes, as Mamba-2 its A (arXiv 2405.21060); `gate` gives each token a decay of its own that
     starts as that of the slopes (`gates.DecayGate`).
     """
 
