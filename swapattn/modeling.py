@@ -241,6 +241,11 @@ def from_folder(model_class: Any, path: Path, dtype: torch.dtype | None) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file raises what it likes
+        if "conversion of the weights" in str(error):  # transformers' message only points to a report on the terminal
+            raise CheckpointError(
+                f"{path}: tensors that are stacked on loading, as those of experts, do not fit together: "
+                "one is missing, unexpected or of another shape"
+            ) from error
         raise CheckpointError(f"{path} does not load: {' '.join(str(error).split())[:300]}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         found = sorted(map(str, info.get(kind) or ()))
