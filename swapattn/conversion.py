@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import sources
-from .checkpoint import RECORD, atomic_folder, new_record, write_json
+from .checkpoint import atomic_folder, new_record
 from .environment import default_device
 from .errors import CheckpointError, UsageError
 from .recipe import CalibrateStage, Recipe, load_recipe
 
 if TYPE_CHECKING:
+    import torch
+
     from .surgery import SwapPlan
 
 
@@ -121,11 +123,10 @@ def convert(
         "note": teacher.note,
     }
     with atomic_folder(target, overwrite=overwrite) as folder:
-        shards.write_checkpoint(folder, teacher.path, plan, tensors, weight_map)
-        trained = _calibrate(folder, resolved) if calibrate else []
+        trained = _calibrate(teacher.path, plan, tensors, resolved) if calibrate else []
         name = record_name or source.name
         record = new_record("converted", name, resolved, origin, calibrated=calibrate, trained=trained)
-        write_json(folder / RECORD, record)
+        shards.write_checkpoint(folder, teacher.path, plan, tensors, weight_map, record)
     return result
 
 
@@ -139,20 +140,23 @@ def _planned(target: Path, source: sources.Source, recipe: Recipe) -> ConvertRes
     return ConvertResult(target, plan, source.note, True, shards.count(shards.new_parameters(plan)), None)
 
 
-def _calibrate(folder: Path, recipe: Recipe) -> list[str]:
-    """Run the recipe's calibrate stage on a checkpoint that is being written; returns the names that it set."""
+def _calibrate(teacher: Path, plan: SwapPlan, tensors: dict[str, torch.Tensor], recipe: Recipe) -> list[str]:
+    """Run the recipe's calibrate stage and set its numbers among the new parameters; returns the names it set."""
     import torch
 
+    from . import surgery
     from .calibration import calibrate_stage
     from .data import PackedTokens
-    from .modeling import load
-    from .shards import write_new_parameters
+    from .modeling import load_teacher
 
     stage = next((s for s in recipe.distill.stages if isinstance(s, CalibrateStage)), CalibrateStage(stage="calibrate"))
-    model, tokenizer = load(folder, device=default_device(), dtype=torch.float32)
+    model, tokenizer = load_teacher(teacher, device=default_device(), dtype=torch.float32)
     if tokenizer is None:
         raise CheckpointError("calibration needs a tokenizer, and the model has none")
+    surgery.apply_(model, plan)
+    model.to(default_device())  # the new parameters too
     data = PackedTokens(recipe.distill.text, tokenizer, stage.length, seed=recipe.distill.seed)
     names: list[str] = calibrate_stage(model, stage, data)["trained"]
-    write_new_parameters(folder, {name: value for name, value in model.state_dict().items() if ".swap." in name})
+    state = model.state_dict()
+    tensors.update({name: state[name].cpu() for name in names})
     return names

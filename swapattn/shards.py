@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from . import surgery
 from .attention import LightningSwap
-from .checkpoint import write_json
+from .checkpoint import RECORD, write_json
 from .errors import CheckpointError, SourceError, UnsupportedModelError
 from .modeling import MODEL_TYPE_PREFIX, write_runtime
 
@@ -94,9 +94,17 @@ def new_parameters(plan: surgery.SwapPlan) -> dict[str, torch.Tensor]:
 
 
 def write_checkpoint(
-    folder: Path, teacher: Path, plan: surgery.SwapPlan, tensors: dict[str, torch.Tensor], weight_map: dict[str, str]
+    folder: Path,
+    teacher: Path,
+    plan: surgery.SwapPlan,
+    tensors: dict[str, torch.Tensor],
+    weight_map: dict[str, str],
+    record: dict[str, Any],
 ) -> None:
-    """Write everything but the record: linked shards, the new shard, index, config, tokenizer, runtime files."""
+    """Write a checkpoint: linked shards, the new shard, index, tokenizer, runtime files, record, config.
+
+    The config comes last, because nothing loads a folder without one: what a killed process leaves is whole or dead.
+    """
     # transformers prefers a file called model.safetensors to an index, so the teacher's gets another name here.
     names = {name: "teacher.safetensors" if name == "model.safetensors" else name for name in set(weight_map.values())}
     for old, new in names.items():
@@ -114,6 +122,7 @@ def write_checkpoint(
         auto_map=auto_map,
         swapattn=plan.config_block(),
     )
+    write_json(folder / RECORD, record)
     write_json(folder / "config.json", data)
 
 
@@ -136,12 +145,28 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file, following symbolic links; copy it where the file system cannot link."""
+    """Hard-link a file, following symbolic links; copy it where the file system cannot link, as across devices."""
     source = source.resolve()
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        try:
+            _clone(source, target)
+        except OSError:  # not every pair of file systems can do that
+            shutil.copyfile(source, target)
+
+
+def _clone(source: Path, target: Path) -> None:
+    """Copy inside the kernel; where the file system can (btrfs, XFS), the copy shares its blocks with the source.
+
+    Raises:
+        OSError: the kernel cannot, or stopped early.
+    """
+    with source.open("rb") as old, target.open("wb") as new:
+        while os.copy_file_range(old.fileno(), new.fileno(), 1 << 30):
+            pass
+    if target.stat().st_size != source.stat().st_size:
+        raise OSError(f"{target} is shorter than {source}")
 
 
 def count_parameters(folder: Path, weight_map: dict[str, str]) -> int:

@@ -84,6 +84,18 @@ def test_shards_are_copied_where_the_file_system_cannot_link(tiny_teacher, tmp_p
 
     monkeypatch.setattr("os.link", refuse)
     assert_taken_over(tiny_teacher, convert(tiny_teacher, tmp_path / "c", recipe="smoke").path)
+    monkeypatch.setattr("os.copy_file_range", refuse)
+    assert_taken_over(tiny_teacher, convert(tiny_teacher, tmp_path / "d", recipe="smoke").path)
+    monkeypatch.setattr("os.copy_file_range", lambda *_: 0)  # as some file systems do, without an error
+    assert_taken_over(tiny_teacher, convert(tiny_teacher, tmp_path / "e", recipe="smoke").path)
+
+
+def test_a_single_file_gets_an_index_and_another_name(tiny_teacher, converted):
+    assert (converted.path / "teacher.safetensors").samefile(tiny_teacher / "model.safetensors")
+    assert not (converted.path / "model.safetensors").exists()
+    weight_map = json.loads((converted.path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(weight_map.values()) == {"teacher.safetensors", "swap.safetensors"}
+    assert weight_map.keys() == tensors(converted.path).keys()
 
 
 def test_the_record_names_teacher_recipe_and_kind(tiny_teacher, converted):
