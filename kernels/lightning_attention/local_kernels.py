@@ -1,0 +1,372 @@
+"""Triton kernels of `local_attention`: forward, backward and a few new tokens on a ring of keys.
+
+Tokens are numbered along a stream: each row alone where nothing is hidden or packed; else one stream of all real
+tokens, sequence after sequence, so that window and sinks are plain differences of numbers whatever the mask. `begin`
+gives the first number of a token's sequence, `place` where the token lies among the B * T. A block of queries may
+span several sequences: only those of its first token can have sinks before the keys it loops over.
+
+Dimensions: B rows, T tokens, N sequences, Hq query heads, Hkv key/value heads, D features of q and k, V of v, BM
+tokens in a block, BN in an inner step, BS places for sinks. Scores are in base 2: `scale` times log2(e).
+"""
+
+from __future__ import annotations
+
+try:  # in a try block: transformers demands what the files of a checkpoint import outside one
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the kernels of local_attention need triton") from error
+
+NOWHERE = tl.constexpr(2147483647)  # `begin` of a number that no token has: no key is seen from there
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _starts(index, begin, total, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """First number of the sequence of each token, NOWHERE beyond the last one."""
+    if STREAM:
+        return tl.load(begin + index, mask=index < total, other=NOWHERE)
+    else:
+        return tl.where(index < total, 0, NOWHERE)
+
+
+@triton.jit
+def _offsets(index, valid, place, row, length, stride_row, stride, PLACED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where tokens lie in a tensor `[B, T, ...]`."""
+    if PLACED:
+        spot = tl.load(place + index, mask=valid, other=0)
+        return (spot // length).to(tl.int64) * stride_row + (spot % length).to(tl.int64) * stride
+    else:
+        return row * stride_row + index.to(tl.int64) * stride
+
+
+@triton.jit
+def _load(pointer, offsets, valid, dims, D: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
+    if D == BD:
+        return tl.load(pointer + offsets[:, None] + dims[None, :], mask=valid[:, None], other=0.0)
+    else:
+        keep = valid[:, None] & (dims < D)[None, :]
+        return tl.load(pointer + offsets[:, None] + dims[None, :], mask=keep, other=0.0)
+
+
+@triton.jit
+def _tile(  # type: ignore[no-untyped-def]
+    pointer, index, valid, place, row, length, stride_row, stride, dims,
+    D: tl.constexpr, BD: tl.constexpr, PLACED: tl.constexpr,
+):  # fmt: skip
+    """Tokens `index` of one head, 0 where not valid."""
+    return _load(pointer, _offsets(index, valid, place, row, length, stride_row, stride, PLACED), valid, dims, D, BD)
+
+
+@triton.jit
+def _put(pointer, offsets, x, valid, dims, D: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
+    keep = valid[:, None] & (dims < D)[None, :]
+    tl.store(pointer + offsets[:, None] + dims[None, :], x.to(pointer.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _near(i, start, j, block, window, sinks, SINKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether query i sees key j among the keys that its block (first token `block`) loops over; shapes broadcast."""
+    seen = i - j < window
+    if SINKS:
+        seen = seen | ((j - start < sinks) & (j > block - window))
+    return seen & (j <= i) & (j >= start)
+
+
+@triton.jit
+def _softmax_step(acc, top, total, q, k, v, seen, factor, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One block of keys into the running output, maximum and sum."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+    scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # a query may have seen no key yet
+    p = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, higher, total
+
+
+@triton.jit(do_not_specialize=["scale", "length", "total", "tokens", "window", "sinks"])
+def forward_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, o, lse, begin, place,
+    scale, length, total, tokens, window, sinks, query_heads, group,
+    stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
+    D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BS: tl.constexpr, STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o and log2 of the sum of weights `[Hq, B * T]`, by one program per block of queries and head."""
+    blocks = tl.cdiv(total, BM)
+    pid = tl.program_id(0)
+    head, block, row = pid % query_heads, pid // query_heads % blocks, (pid // (query_heads * blocks)).to(tl.int64)
+    first_token = block * BM
+    count, first = total, 0
+    if STREAM:
+        count, first = tl.load(begin + total), tl.load(begin + first_token)
+        if first > first_token:  # only hidden tokens are left
+            return
+    i = first_token + tl.arange(0, BM)
+    start = _starts(i, begin, total, STREAM)
+    real = start <= i
+    dims, columns, places = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BS)
+    head_k, head_v = k + head // group * stride_k_head, v + head // group * stride_v_head
+    queries = _tile(q + head * stride_q_head, i, real, place, row, length, stride_q_row, stride_q, dims, D, BD, PLACED)
+    factor = scale * LOG2_E
+    acc = tl.zeros([BM, BV], tl.float32)
+    top, weight = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    low, high = tl.maximum(first_token - window + 1, first), tl.minimum(first_token + BM, count)
+    if SINKS:
+        if low > first:  # the sinks among the keys below are seen there
+            j = first + places
+            valid = (places < sinks) & (j < low)
+            keys = _tile(head_k, j, valid, place, row, length, stride_k_row, stride_k, dims, D, BD, PLACED)
+            values = _tile(head_v, j, valid, place, row, length, stride_v_row, stride_v, columns, V, BV, PLACED)
+            seen = valid[None, :] & (j[None, :] >= start[:, None])
+            acc, top, weight = _softmax_step(acc, top, weight, queries, keys, values, seen, factor, PRECISION)
+    for key in range(low, high, BN):
+        j = key + tl.arange(0, BN)
+        valid = j < high
+        keys = _tile(head_k, j, valid, place, row, length, stride_k_row, stride_k, dims, D, BD, PLACED)
+        values = _tile(head_v, j, valid, place, row, length, stride_v_row, stride_v, columns, V, BV, PLACED)
+        seen = _near(i[:, None], start[:, None], j[None, :], first_token, window, sinks, SINKS)
+        acc, top, weight = _softmax_step(acc, top, weight, queries, keys, values, seen, factor, PRECISION)
+    weight = tl.where(real, weight, 1.0)
+    there = _offsets(i, real, place, row, length, length.to(tl.int64) * query_heads * V, query_heads * V, PLACED)
+    _put(o + head * V, there, acc / weight[:, None], real, columns, V, BV)
+    tl.store(lse + head.to(tl.int64) * tokens + row * length + i, top + tl.log2(weight), mask=real)
+
+
+@triton.jit
+def _key_side(  # type: ignore[no-untyped-def]
+    q, k, v, o, do, lse, dk, dv, near, begin, owner, place,
+    head, first_token, row, count, scale, length, total, tokens, window, sinks, query_heads, group, shared,
+    stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
+    stride_do_row, stride_do, stride_do_head,
+    D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a block of keys from the queries that loop over it; those of sinks go to `near`."""
+    j = first_token + tl.arange(0, BM)
+    start_j = _starts(j, begin, total, STREAM)
+    real = start_j <= j
+    dims, columns = tl.arange(0, BD), tl.arange(0, BV)
+    keys = _tile(k + head * stride_k_head, j, real, place, row, length, stride_k_row, stride_k, dims, D, BD, PLACED)
+    values = _tile(v + head * stride_v_head, j, real, place, row, length, stride_v_row, stride_v, columns, V, BV, PLACED)
+    sink = real & (j - start_j < sinks)
+    high = first_token + BM - 1 + window
+    if SINKS:  # the rest of a block that loops over a sink still sees it
+        if tl.max(sink.to(tl.int32), 0) > 0:
+            high = ((high - 1) // BM + 1) * BM
+    high = tl.minimum(high, count)
+    acc_k, acc_v = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BV], tl.float32)
+    factor = scale * LOG2_E
+    stride_o = query_heads * V
+    wide_o = length.to(tl.int64) * stride_o
+    for member in range(0, group):
+        query_head = head * group + member
+        head_lse = lse + query_head.to(tl.int64) * tokens + row * length
+        for query in range(first_token, high, BN):
+            i = query + tl.arange(0, BN)
+            start = _starts(i, begin, total, STREAM)
+            valid = start <= i
+            queries = _tile(q + query_head * stride_q_head, i, valid, place, row, length, stride_q_row, stride_q, dims, D, BD, PLACED)
+            gradient = _tile(do + query_head * stride_do_head, i, valid, place, row, length, stride_do_row, stride_do, columns, V, BV, PLACED)
+            output = _tile(o + query_head * V, i, valid, place, row, length, wide_o, stride_o, columns, V, BV, PLACED)
+            delta = tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
+            weight = tl.load(head_lse + i, mask=valid, other=0.0)
+            # Transposed scores by a dot of their own: a transposed accumulator as operand is miscompiled on sm_90.
+            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * factor - weight[None, :]
+            block = i // BM * BM
+            seen = _near(i[None, :], start[None, :], j[:, None], block[None, :], window, sinks, SINKS)
+            p = tl.exp2(tl.where(seen, scores, float("-inf")))
+            acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v, input_precision=PRECISION)
+            slope = tl.dot(values, tl.trans(gradient), input_precision=PRECISION) - delta[None, :]
+            acc_k = tl.dot((p * slope).to(queries.dtype), queries, acc_k, input_precision=PRECISION)
+    acc_k *= scale
+    plain = real
+    if SINKS:
+        plain = real & (sink == 0)
+        if tl.max(sink.to(tl.int32), 0) > 0:
+            sequence = row + tl.zeros([BM], tl.int64)
+            if STREAM:
+                sequence = tl.load(owner + j, mask=sink, other=0).to(tl.int64)
+            there = ((sequence * shared + head) * sinks + tl.where(sink, j - start_j, 0)) * (D + V)
+            _put(near, there, acc_k, sink, dims, D, BD)
+            _put(near + D, there, acc_v, sink, columns, V, BV)
+    there = _offsets(j, real, place, row, length, length.to(tl.int64) * shared * D, shared * D, PLACED)
+    _put(dk + head * D, there, acc_k, plain, dims, D, BD)
+    there = _offsets(j, real, place, row, length, length.to(tl.int64) * shared * V, shared * V, PLACED)
+    _put(dv + head * V, there, acc_v, plain, columns, V, BV)
+
+
+@triton.jit
+def _query_side(  # type: ignore[no-untyped-def]
+    q, k, v, o, do, lse, dq, far, begin, place,
+    head, first_token, first, slot, row, count, scale, length, total, tokens, window, sinks, query_heads, group,
+    stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
+    stride_do_row, stride_do, stride_do_head,
+    D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BS: tl.constexpr, STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of a block of queries, and its part of the dk and dv of sinks before the keys it loops over, to `far`."""
+    i = first_token + tl.arange(0, BM)
+    start = _starts(i, begin, total, STREAM)
+    real = start <= i
+    dims, columns, places = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BS)
+    head_k, head_v = k + head // group * stride_k_head, v + head // group * stride_v_head
+    queries = _tile(q + head * stride_q_head, i, real, place, row, length, stride_q_row, stride_q, dims, D, BD, PLACED)
+    gradient = _tile(do + head * stride_do_head, i, real, place, row, length, stride_do_row, stride_do, columns, V, BV, PLACED)
+    stride_o = query_heads * V
+    wide_o = length.to(tl.int64) * stride_o
+    output = _tile(o + head * V, i, real, place, row, length, wide_o, stride_o, columns, V, BV, PLACED)
+    delta = tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
+    weight = tl.load(lse + head.to(tl.int64) * tokens + row * length + i, mask=real, other=0.0)
+    factor = scale * LOG2_E
+    acc = tl.zeros([BM, BD], tl.float32)
+    low, high = tl.maximum(first_token - window + 1, first), tl.minimum(first_token + BM, count)
+    for key in range(low, high, BN):
+        j = key + tl.arange(0, BN)
+        valid = j < high
+        keys = _tile(head_k, j, valid, place, row, length, stride_k_row, stride_k, dims, D, BD, PLACED)
+        values = _tile(head_v, j, valid, place, row, length, stride_v_row, stride_v, columns, V, BV, PLACED)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor - weight[:, None]
+        seen = _near(i[:, None], start[:, None], j[None, :], first_token, window, sinks, SINKS)
+        p = tl.exp2(tl.where(seen, scores, float("-inf")))
+        slope = tl.dot(gradient, tl.trans(values), input_precision=PRECISION) - delta[:, None]
+        acc = tl.dot((p * slope).to(keys.dtype), keys, acc, input_precision=PRECISION)
+    if SINKS:
+        if low > first:
+            j = first + places
+            valid = (places < sinks) & (j < low)
+            keys = _tile(head_k, j, valid, place, row, length, stride_k_row, stride_k, dims, D, BD, PLACED)
+            values = _tile(head_v, j, valid, place, row, length, stride_v_row, stride_v, columns, V, BV, PLACED)
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor - weight[:, None]
+            seen = valid[None, :] & (j[None, :] >= start[:, None])
+            p = tl.exp2(tl.where(seen, scores, float("-inf")))
+            slope = tl.dot(gradient, tl.trans(values), input_precision=PRECISION) - delta[:, None]
+            acc = tl.dot((p * slope).to(keys.dtype), keys, acc, input_precision=PRECISION)
+            # The same transposed, by dots of their own.
+            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * factor - weight[None, :]
+            seen = valid[:, None] & (j[:, None] >= start[None, :])
+            p = tl.exp2(tl.where(seen, scores, float("-inf")))
+            slope = tl.dot(values, tl.trans(gradient), input_precision=PRECISION) - delta[None, :]
+            part_v = tl.dot(p.to(gradient.dtype), gradient, input_precision=PRECISION)
+            part_k = tl.dot((p * slope).to(queries.dtype), queries, input_precision=PRECISION) * scale
+            there = ((slot * query_heads + head) * sinks + places) * (D + V)
+            _put(far, there, part_k, places < sinks, dims, D, BD)
+            _put(far + D, there, part_v, places < sinks, columns, V, BV)
+    there = _offsets(i, real, place, row, length, length.to(tl.int64) * query_heads * D, query_heads * D, PLACED)
+    _put(dq + head * D, there, acc * scale, real, dims, D, BD)
+
+
+@triton.jit(do_not_specialize=["scale", "length", "total", "tokens", "window", "sinks"])
+def backward_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, o, do, lse, dq, dk, dv, near, far, begin, owner, place,
+    scale, length, total, tokens, window, sinks, query_heads, shared,
+    stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
+    stride_do_row, stride_do, stride_do_head,
+    D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BS: tl.constexpr, STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All gradients: programs of a block of keys and of a block of queries side by side, so that both find in the
+    L2 cache what the other has read.
+    """
+    blocks = tl.cdiv(total, BM)
+    pid = tl.program_id(0)
+    kinds, group = query_heads + shared, query_heads // shared
+    kind, block, row = pid % kinds, pid // kinds % blocks, (pid // (kinds * blocks)).to(tl.int64)
+    first_token = block * BM
+    count, first = total, 0
+    if STREAM:
+        count, first = tl.load(begin + total), tl.load(begin + first_token)
+        if first > first_token:
+            return
+    if kind < shared:
+        _key_side(
+            q, k, v, o, do, lse, dk, dv, near, begin, owner, place,
+            kind, first_token, row, count, scale, length, total, tokens, window, sinks, query_heads, group, shared,
+            stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head,
+            stride_v_row, stride_v, stride_v_head, stride_do_row, stride_do, stride_do_head,
+            D, V, BD, BV, BM, BN, STREAM, PLACED, SINKS, PRECISION,
+        )  # fmt: skip
+    else:
+        _query_side(
+            q, k, v, o, do, lse, dq, far, begin, place,
+            kind - shared, first_token, first, row * blocks + block, row, count,
+            scale, length, total, tokens, window, sinks, query_heads, group,
+            stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head,
+            stride_v_row, stride_v, stride_v_head, stride_do_row, stride_do, stride_do_head,
+            D, V, BD, BV, BM, BN, BS, STREAM, PLACED, SINKS, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["length", "blocks", "window", "sinks"])
+def sink_kernel(  # type: ignore[no-untyped-def]
+    near, far, dk, dv, starts, place,
+    length, blocks, window, sinks, query_heads, shared,
+    D: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+    STREAM: tl.constexpr, PLACED: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of the sinks: `near` and the sum of `far` over a sequence's blocks and a group's heads, in order."""
+    pieces = tl.cdiv(sinks * (D + V), COLUMNS)
+    pid = tl.program_id(0)
+    piece, head, sequence = pid % pieces, pid // pieces % shared, (pid // (pieces * shared)).to(tl.int64)
+    group = query_heads // shared
+    first, last, slots, row = 0, length, sequence * blocks, sequence
+    if STREAM:
+        first, last = tl.load(starts + sequence), tl.load(starts + sequence + 1)
+        slots, row = sequence * 0, sequence * 0
+    column = piece * COLUMNS + tl.arange(0, COLUMNS)
+    token, dim = first + column // (D + V), column % (D + V)
+    valid = (column < sinks * (D + V)) & (token < last)
+    here = (sequence * shared + head) * sinks * (D + V)
+    total = tl.load(near + here + column, mask=valid, other=0.0)
+    begin, end = tl.cdiv(first + window, BM), tl.cdiv(last, BM)
+    for step in range(0, (end - begin) * group, PARTS):
+        part = step + tl.arange(0, PARTS)
+        slot = (slots + begin + part // group) * query_heads + head * group + part % group
+        keep = (part < (end - begin) * group)[:, None] & valid[None, :]
+        there = (slot * sinks * (D + V))[:, None] + column[None, :]
+        total += tl.sum(tl.load(far + there, mask=keep, other=0.0), 0)
+    there = _offsets(token, valid, place, row, length, length.to(tl.int64) * shared * D, shared * D, PLACED)
+    tl.store(dk + there + head * D + dim, total.to(dk.dtype.element_ty), mask=valid & (dim < D))
+    there = _offsets(token, valid, place, row, length, length.to(tl.int64) * shared * V, shared * V, PLACED)
+    tl.store(dv + there + head * V + dim - D, total.to(dv.dtype.element_ty), mask=valid & (dim >= D))
+
+
+@triton.jit(do_not_specialize=["scale", "length", "slots", "window", "sinks"])
+def cached_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, o, q_position, k_position,
+    scale, length, slots, window, sinks, query_heads, group,
+    stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
+    D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o of a few new tokens on keys in any order; the rows of a tile are the tokens and heads of a group."""
+    pieces, shared = tl.cdiv(length * group, BM), query_heads // group
+    pid = tl.program_id(0)
+    piece, head, row = pid % pieces, pid // pieces % shared, (pid // (pieces * shared)).to(tl.int64)
+    index = piece * BM + tl.arange(0, BM)
+    token, query_head = index // group, head * group + index % group
+    position = tl.load(q_position + row * length + token, mask=token < length, other=-1)
+    real, here = position >= 0, token < length
+    dims, columns = tl.arange(0, BD), tl.arange(0, BV)
+    there = row * stride_q_row + token.to(tl.int64) * stride_q + query_head * stride_q_head
+    queries = _load(q, there, real, dims, D, BD)
+    factor = scale * LOG2_E
+    acc = tl.zeros([BM, BV], tl.float32)
+    top, weight = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    for slot in range(0, slots, BN):
+        j = slot + tl.arange(0, BN)
+        number = tl.load(k_position + row * slots + j, mask=j < slots, other=-1)
+        held = number >= 0  # an empty slot may hold NaN: it is not read
+        spot = row * stride_k_row + j.to(tl.int64) * stride_k + head * stride_k_head
+        keys = _load(k, spot, held, dims, D, BD)
+        spot = row * stride_v_row + j.to(tl.int64) * stride_v + head * stride_v_head
+        values = _load(v, spot, held, columns, V, BV)
+        distance = position[:, None] - number[None, :]
+        seen = (distance >= 0) & ((distance < window) | (number < sinks)[None, :]) & (held[None, :] & real[:, None])
+        acc, top, weight = _softmax_step(acc, top, weight, queries, keys, values, seen, factor, PRECISION)
+    acc = acc / tl.where(weight > 0, weight, 1.0)[:, None]
+    there = ((row * length + token) * query_heads + query_head) * V
+    _put(o, there, acc, here, columns, V, BV)

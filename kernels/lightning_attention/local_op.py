@@ -1,0 +1,260 @@
+"""Launchers of the kernels of `local_attention`, as operators of torch.library; nothing is read on the host.
+
+Dimensions: B rows, T tokens, N sequences, Hq query heads, Hkv key/value heads, D features of q and k, Dv of v.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .local_kernels import NOWHERE, backward_kernel, cached_kernel, forward_kernel, sink_kernel
+
+_Maybe = Tensor | None
+# Of this copy of the file: the one that travels with a checkpoint may be loaded beside the installed one.
+_NAMESPACE = __name__.replace(".", "_")
+
+LARGEST_DIM = 256
+MOST_SINKS = 64
+
+
+class LocalConfig(NamedTuple):
+    """How a kernel is cut."""
+
+    block: int  # tokens of a program
+    step: int  # tokens of an inner step
+    warps: int
+    stages: int
+
+
+def local_config(kind: str, dim: int, value_dim: int, dtype: torch.dtype) -> LocalConfig:
+    """Launch parameters of the forward ("forward") and backward ("backward") kernels."""
+    size = max(dim, value_dim)
+    if dtype == torch.float32:
+        return LocalConfig(32, 32, 4, 1) if size <= 128 else LocalConfig(16, 16, 4, 1)
+    if kind == "forward":
+        return LocalConfig(64, 64, 4, 2 if size <= 128 else 1)
+    if size <= 128:
+        return LocalConfig(64, 64, 4, 1)
+    return LocalConfig(64, 32, 8, 1)
+
+
+class Stream(NamedTuple):
+    """Real tokens of packed or masked sequences, numbered one sequence after the other; int32."""
+
+    begin: Tensor  # [B * T + 1] first number of the sequence of each token, and their count at the end
+    owner: Tensor  # [B * T] sequence of each token
+    starts: Tensor  # [N + 1] first number of each sequence
+    place: Tensor | None  # [B * T] where a token lies among the B * T; None where none is hidden
+
+
+def stream_of(rows: int, length: int, cu_seqlens: _Maybe, mask: _Maybe, device: torch.device) -> Stream:
+    """Number the real tokens."""
+    tokens = rows * length
+    token = torch.arange(tokens, device=device)
+    starts = torch.arange(rows + 1, device=device) * length if cu_seqlens is None else cu_seqlens.long()
+    place = None
+    if mask is not None:
+        real = mask.flatten()
+        before = F.pad(real.cumsum(0), (1, 0))
+        starts = before[starts]
+        number = torch.where(real, before[:-1], tokens)
+        place = torch.zeros(tokens + 1, dtype=torch.int32, device=device).scatter(0, number, token.int())[:-1]
+    owner = torch.searchsorted(starts[1:].contiguous(), token, right=True).clamp(max=starts.shape[0] - 2)
+    begin = torch.where(token < starts[-1], starts[owner], NOWHERE.value)
+    return Stream(torch.cat((begin, starts[-1:])).int(), owner.int(), starts.int(), place)
+
+
+def padded(size: int) -> int:
+    """Tile size of a dimension: a power of 2, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _constants(q: Tensor, v: Tensor, config: LocalConfig, begin: _Maybe, place: _Maybe, sinks: int) -> dict[str, Any]:
+    return {
+        **_sizes(q, v),
+        "BM": config.block,
+        "BN": config.step,
+        "BS": padded(sinks),
+        "STREAM": begin is not None,
+        "PLACED": place is not None,
+        "SINKS": sinks > 0,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def _sizes(q: Tensor, v: Tensor) -> dict[str, Any]:
+    dim, value_dim = q.shape[3], v.shape[3]
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"  # of dots of fp32, the only ones that it concerns
+    return {"D": dim, "V": value_dim, "BD": padded(dim), "BV": padded(value_dim), "PRECISION": precision}
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+def _extent(q: Tensor, begin: _Maybe, block: int) -> tuple[int, int, int]:
+    """Tokens of a stream, blocks of them, and streams."""
+    total, streams = (q.shape[1], q.shape[0]) if begin is None else (q.shape[0] * q.shape[1], 1)
+    return total, -(-total // block), streams
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe,
+    scale: float, window: int, sinks: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o `[B, T, Hq, Dv]` and log2 of the sum of weights, fp32 `[Hq, B * T]` in the order of the stream."""
+    rows, length, heads = q.shape[:3]
+    config = local_config("forward", q.shape[3], v.shape[3], q.dtype)
+    o = (v.new_empty if place is None else v.new_zeros)(rows, length, heads, v.shape[3])
+    lse = v.new_empty(heads, rows * length, dtype=torch.float32)
+    total, blocks, streams = _extent(q, begin, config.block)
+    forward_kernel[(heads * blocks * streams,)](
+        q, k, v, o, lse, o if begin is None else begin, o if place is None else place,
+        scale, length, total, rows * length, window, sinks, heads, heads // k.shape[2], *_strides(q, k, v),
+        **_constants(q, v, config, begin, place, sinks),
+    )  # fmt: skip
+    return o, lse
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe,
+    scale: float, window: int, sinks: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, length, heads = q.shape[:3]
+    o = v.new_empty(rows, length, heads, v.shape[3])
+    return o, v.new_empty(heads, rows * length, dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor,
+    begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe, scale: float, window: int, sinks: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv."""
+    rows, length, heads, dim = q.shape
+    shared, value_dim = k.shape[2], v.shape[3]
+    config = local_config("backward", dim, value_dim, q.dtype)
+    fill = torch.empty if place is None else torch.zeros
+    dq, dk, dv = (fill(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    total, blocks, streams = _extent(q, begin, config.block)
+    sequences = rows if starts is None else starts.shape[0] - 1
+    sums = {"dtype": torch.float32, "device": q.device}
+    near = torch.empty((sequences, shared, sinks, dim + value_dim), **sums)
+    far = torch.empty((streams * blocks, heads, sinks, dim + value_dim), **sums)
+    constants = _constants(q, v, config, begin, place, sinks)
+    table = [o if x is None else x for x in (begin, owner, starts, place)]  # what is not read still has to be a pointer
+    backward_kernel[((heads + shared) * blocks * streams,)](
+        q, k, v, o, do, lse, dq, dk, dv, near, far, table[0], table[1], table[3],
+        scale, length, total, rows * length, window, sinks, heads, shared, *_strides(q, k, v, do), **constants,
+    )  # fmt: skip
+    if sinks:
+        columns = 128
+        sink_kernel[(-(-sinks * (dim + value_dim) // columns) * shared * sequences,)](
+            near, far, dk, dv, table[2], table[3], length, blocks, window, sinks, heads, shared,
+            D=dim, V=value_dim, BM=config.block, PARTS=16, COLUMNS=columns,
+            STREAM=begin is not None, PLACED=place is not None, num_warps=4,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor,
+    begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe, scale: float, window: int, sinks: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *table, scale, window, sinks = inputs
+    ctx.save_for_backward(q, k, v, *output, *table)
+    ctx.sizes = scale, window, sinks
+
+
+def _differentiate(ctx: Any, do: Tensor, _: Tensor) -> tuple[Any, ...]:
+    q, k, v, o, lse, *table = ctx.saved_tensors
+    return *_backward(q, k, v, o, _rows(do), lse, *table, *ctx.sizes), *[None] * 7
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::cached", mutates_args=())
+def _cached(
+    q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor, scale: float, window: int, sinks: int
+) -> Tensor:
+    """`[B, T, Hq, Dv]`."""
+    rows, length, heads = q.shape[:3]
+    shared = k.shape[2]
+    group = heads // shared
+    wide = max(q.shape[3], v.shape[3]) > 128 or q.dtype == torch.float32
+    block = min(padded(length * group), 32 if wide else 64)
+    o = v.new_empty(rows, length, heads, v.shape[3])
+    cached_kernel[(-(-length * group // block) * shared * rows,)](
+        q, k, v, o, q_positions, k_positions, scale, length, k.shape[1], window, sinks, heads, group,
+        *_strides(q, k, v), **_sizes(q, v), BM=block, BN=32 if wide else 64, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return o
+
+
+@_cached.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor, scale: float, window: int, sinks: int
+) -> Tensor:
+    return v.new_empty(*q.shape[:3], v.shape[3])
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _inputs(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """One dtype, last dimension contiguous."""
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    return [_rows(x.to(dtype)) for x in (q, k, v)]
+
+
+def local_attention_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    sinks: int,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`local_attention` by the kernels; arguments checked by the caller, T > 0."""
+    rows, length = q.shape[:2]
+    window, sinks = min(window, rows * length), min(sinks, length)
+    table: tuple[_Maybe, ...] = (None, None, None, None)
+    if cu_seqlens is not None or mask is not None:
+        table = tuple(stream_of(rows, length, cu_seqlens, mask, q.device))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    o, _ = _forward(*_inputs(q, k, v), *table, scale, window, sinks)
+    return o.to(v.dtype)
+
+
+def local_attention_cached_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    k_positions: Tensor,
+    q_positions: Tensor,
+    window: int,
+    sinks: int,
+    scale: float | None = None,
+) -> Tensor:
+    """`local_attention_cached` by one kernel, without a gradient; arguments checked by the caller."""
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    positions = q_positions.contiguous(), k_positions.contiguous()
+    return _cached(*_inputs(q, k, v), *positions, scale, window, sinks).to(v.dtype)
