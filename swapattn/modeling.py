@@ -39,7 +39,7 @@ RUNTIME = (
     "inputs.py",
     "errors.py",
 )
-KERNEL_RUNTIME = ("op.py", "reference.py", "local.py")
+KERNEL_RUNTIME = ("op.py", "reference.py", "local.py", "local_op.py", "local_kernels.py")
 
 _ENTRY_TEXT = '''"""Loads this checkpoint in plain transformers: `from_pretrained(FOLDER, trust_remote_code=True)`.
 

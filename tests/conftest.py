@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ _TRAINING_TEXT = [
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want.",
     "Fellow-Citizens of the Senate and House of Representatives: I embrace with great satisfaction the opportunity",
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without a GPU Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported."""
+    if "not gpu" in config.getoption("markexpr"):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

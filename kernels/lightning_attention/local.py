@@ -1,7 +1,7 @@
 """Causal softmax attention over the last `window` and the first `sinks` tokens, O(T * window) in time and memory.
 
 The softmax branch that may stand beside the linear one: sinks as in StreamingLLM, arXiv 2309.17453, blocks as in
-Longformer, arXiv 2004.05150.
+Longformer, arXiv 2004.05150. This is the plain PyTorch form; on a GPU the Triton kernels of `local_op` take over.
 
 Dimensions: B rows, T tokens, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D features of q and k, Dv of v,
 W tokens in a block, NB blocks, N sequences, S keys given to the cached form.
@@ -9,6 +9,8 @@ W tokens in a block, NB blocks, N sequences, S keys given to the cached form.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .reference import no_autocast
+
+# Where the kernels run: "torch" nowhere, "triton" everywhere (an error where they cannot), "auto" on CUDA tensors.
+SWITCH = "SWAPATTN_KERNELS"
+LARGEST_DIM = 256
+MOST_SINKS = 64
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Blocks shorter than this cost more in small matmuls than they save in hidden scores.
 _SMALLEST_BLOCK = 32
@@ -69,6 +77,12 @@ def local_attention(
         raise ValueError(f"q: expected one row beside cu_seqlens, found {q.shape[0]}")
     if q.shape[1] == 0:
         return v.new_zeros(*q.shape[:3], v.shape[-1])
+    if _on_kernels(q, k, v, sinks):
+        from .local_op import local_attention_kernel
+
+        return local_attention_kernel(
+            q, k, v, window=window, sinks=sinks, scale=scale, cu_seqlens=cu_seqlens, mask=mask
+        )
     rows, length = q.shape[:2]
     width = min(max(window, _SMALLEST_BLOCK), length)
     blocks = _padded_rows(q, width) if cu_seqlens is None and mask is None else _place(q, width, cu_seqlens, mask)
@@ -117,6 +131,13 @@ def local_attention_cached(
     for name, positions, tokens in (("k_positions", k_positions, k), ("q_positions", q_positions, q)):
         if positions.shape != tokens.shape[:2]:
             raise ValueError(f"{name}: expected shape {list(tokens.shape[:2])}, found {list(positions.shape)}")
+    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if q.numel() > 0 and not differentiated and _on_kernels(q, k, v, 0):
+        from .local_op import local_attention_cached_kernel
+
+        return local_attention_cached_kernel(
+            q, k, v, k_positions=k_positions, q_positions=q_positions, window=window, sinks=sinks, scale=scale
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     held, real = k_positions >= 0, q_positions >= 0
     # Filling, not weighting by 0: an empty slot may hold NaN.
@@ -129,6 +150,23 @@ def local_attention_cached(
     hidden = ~(seen | blind)
     out = _attend(q, k, v, hidden, scale)
     return out.masked_fill((blind.squeeze(-1) | ~real)[..., None, None], 0)
+
+
+def _on_kernels(q: Tensor, k: Tensor, v: Tensor, sinks: int) -> bool:
+    """Whether the Triton kernels take this call; see `SWITCH`."""
+    choice = os.environ.get(SWITCH, "auto")
+    if choice not in ("torch", "triton", "auto"):
+        raise ValueError(f"{SWITCH}: expected torch, triton or auto, found {choice}")
+    if choice == "torch" or (choice == "auto" and not q.is_cuda):
+        return False
+    small = max(q.shape[3], v.shape[3]) <= LARGEST_DIM and sinks <= MOST_SINKS
+    able = _HAS_TRITON and small and torch.float64 not in (q.dtype, k.dtype, v.dtype)
+    if choice == "triton" and not able:
+        raise ValueError(
+            f"{SWITCH}=triton: the kernels need triton, at most {LARGEST_DIM} features and {MOST_SINKS} sinks, and no "
+            f"float64; found {q.shape[3]} and {v.shape[3]} features, {sinks} sinks, {q.dtype}"
+        )
+    return able
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> None:

@@ -22,7 +22,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _starts(index, begin, total, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _starts(index, begin, total, STREAM: tl.constexpr):
     """First number of the sequence of each token, NOWHERE beyond the last one."""
     if STREAM:
         return tl.load(begin + index, mask=index < total, other=NOWHERE)
@@ -31,7 +31,7 @@ def _starts(index, begin, total, STREAM: tl.constexpr):  # type: ignore[no-untyp
 
 
 @triton.jit
-def _offsets(index, valid, place, row, length, stride_row, stride, PLACED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _offsets(index, valid, place, row, length, stride_row, stride, PLACED: tl.constexpr):
     """Where tokens lie in a tensor `[B, T, ...]`."""
     if PLACED:
         spot = tl.load(place + index, mask=valid, other=0)
@@ -41,7 +41,7 @@ def _offsets(index, valid, place, row, length, stride_row, stride, PLACED: tl.co
 
 
 @triton.jit
-def _load(pointer, offsets, valid, dims, D: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load(pointer, offsets, valid, dims, D: tl.constexpr, BD: tl.constexpr):
     if D == BD:
         return tl.load(pointer + offsets[:, None] + dims[None, :], mask=valid[:, None], other=0.0)
     else:
@@ -50,7 +50,7 @@ def _load(pointer, offsets, valid, dims, D: tl.constexpr, BD: tl.constexpr):  # 
 
 
 @triton.jit
-def _tile(  # type: ignore[no-untyped-def]
+def _tile(
     pointer, index, valid, place, row, length, stride_row, stride, dims,
     D: tl.constexpr, BD: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
@@ -59,13 +59,13 @@ def _tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _put(pointer, offsets, x, valid, dims, D: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
+def _put(pointer, offsets, x, valid, dims, D: tl.constexpr, BD: tl.constexpr):
     keep = valid[:, None] & (dims < D)[None, :]
     tl.store(pointer + offsets[:, None] + dims[None, :], x.to(pointer.dtype.element_ty), mask=keep)
 
 
 @triton.jit
-def _near(i, start, j, block, window, sinks, SINKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _near(i, start, j, block, window, sinks, SINKS: tl.constexpr):
     """Whether query i sees key j among the keys that its block (first token `block`) loops over; shapes broadcast."""
     seen = i - j < window
     if SINKS:
@@ -74,7 +74,7 @@ def _near(i, start, j, block, window, sinks, SINKS: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def _softmax_step(acc, top, total, q, k, v, seen, factor, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+def _softmax_step(acc, top, total, q, k, v, seen, factor, PRECISION: tl.constexpr):
     """One block of keys into the running output, maximum and sum."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
     scores = tl.where(seen, scores, float("-inf"))
@@ -88,7 +88,7 @@ def _softmax_step(acc, top, total, q, k, v, seen, factor, PRECISION: tl.constexp
 
 
 @triton.jit(do_not_specialize=["scale", "length", "total", "tokens", "window", "sinks"])
-def forward_kernel(  # type: ignore[no-untyped-def]
+def forward_kernel(
     q, k, v, o, lse, begin, place,
     scale, length, total, tokens, window, sinks, query_heads, group,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
@@ -137,7 +137,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _key_side(  # type: ignore[no-untyped-def]
+def _key_side(
     q, k, v, o, do, lse, dk, dv, near, begin, owner, place,
     head, first_token, row, count, scale, length, total, tokens, window, sinks, query_heads, group, shared,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
@@ -151,7 +151,9 @@ def _key_side(  # type: ignore[no-untyped-def]
     real = start_j <= j
     dims, columns = tl.arange(0, BD), tl.arange(0, BV)
     keys = _tile(k + head * stride_k_head, j, real, place, row, length, stride_k_row, stride_k, dims, D, BD, PLACED)
-    values = _tile(v + head * stride_v_head, j, real, place, row, length, stride_v_row, stride_v, columns, V, BV, PLACED)
+    values = _tile(
+        v + head * stride_v_head, j, real, place, row, length, stride_v_row, stride_v, columns, V, BV, PLACED
+    )
     sink = real & (j - start_j < sinks)
     high = first_token + BM - 1 + window
     if SINKS:  # the rest of a block that loops over a sink still sees it
@@ -169,8 +171,34 @@ def _key_side(  # type: ignore[no-untyped-def]
             i = query + tl.arange(0, BN)
             start = _starts(i, begin, total, STREAM)
             valid = start <= i
-            queries = _tile(q + query_head * stride_q_head, i, valid, place, row, length, stride_q_row, stride_q, dims, D, BD, PLACED)
-            gradient = _tile(do + query_head * stride_do_head, i, valid, place, row, length, stride_do_row, stride_do, columns, V, BV, PLACED)
+            queries = _tile(
+                q + query_head * stride_q_head,
+                i,
+                valid,
+                place,
+                row,
+                length,
+                stride_q_row,
+                stride_q,
+                dims,
+                D,
+                BD,
+                PLACED,
+            )
+            gradient = _tile(
+                do + query_head * stride_do_head,
+                i,
+                valid,
+                place,
+                row,
+                length,
+                stride_do_row,
+                stride_do,
+                columns,
+                V,
+                BV,
+                PLACED,
+            )
             output = _tile(o + query_head * V, i, valid, place, row, length, wide_o, stride_o, columns, V, BV, PLACED)
             delta = tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
             weight = tl.load(head_lse + i, mask=valid, other=0.0)
@@ -200,7 +228,7 @@ def _key_side(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _query_side(  # type: ignore[no-untyped-def]
+def _query_side(
     q, k, v, o, do, lse, dq, far, begin, place,
     head, first_token, first, slot, row, count, scale, length, total, tokens, window, sinks, query_heads, group,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
@@ -215,7 +243,9 @@ def _query_side(  # type: ignore[no-untyped-def]
     dims, columns, places = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BS)
     head_k, head_v = k + head // group * stride_k_head, v + head // group * stride_v_head
     queries = _tile(q + head * stride_q_head, i, real, place, row, length, stride_q_row, stride_q, dims, D, BD, PLACED)
-    gradient = _tile(do + head * stride_do_head, i, real, place, row, length, stride_do_row, stride_do, columns, V, BV, PLACED)
+    gradient = _tile(
+        do + head * stride_do_head, i, real, place, row, length, stride_do_row, stride_do, columns, V, BV, PLACED
+    )
     stride_o = query_heads * V
     wide_o = length.to(tl.int64) * stride_o
     output = _tile(o + head * V, i, real, place, row, length, wide_o, stride_o, columns, V, BV, PLACED)
@@ -260,7 +290,7 @@ def _query_side(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["scale", "length", "total", "tokens", "window", "sinks"])
-def backward_kernel(  # type: ignore[no-untyped-def]
+def backward_kernel(
     q, k, v, o, do, lse, dq, dk, dv, near, far, begin, owner, place,
     scale, length, total, tokens, window, sinks, query_heads, shared,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
@@ -301,7 +331,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["length", "blocks", "window", "sinks"])
-def sink_kernel(  # type: ignore[no-untyped-def]
+def sink_kernel(
     near, far, dk, dv, starts, place,
     length, blocks, window, sinks, query_heads, shared,
     D: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -335,7 +365,7 @@ def sink_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["scale", "length", "slots", "window", "sinks"])
-def cached_kernel(  # type: ignore[no-untyped-def]
+def cached_kernel(
     q, k, v, o, q_position, k_position,
     scale, length, slots, window, sinks, query_heads, group,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,

@@ -5,6 +5,7 @@ Dimensions: B rows, T tokens, N sequences, Hq query heads, Hkv key/value heads, 
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +16,7 @@ from .local_kernels import NOWHERE, backward_kernel, cached_kernel, forward_kern
 
 _Maybe = Tensor | None
 # Of this copy of the file: the one that travels with a checkpoint may be loaded beside the installed one.
-_NAMESPACE = __name__.replace(".", "_")
-
-LARGEST_DIM = 256
-MOST_SINKS = 64
+_NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 class LocalConfig(NamedTuple):
@@ -40,6 +38,12 @@ def local_config(kind: str, dim: int, value_dim: int, dtype: torch.dtype) -> Loc
     if size <= 128:
         return LocalConfig(64, 64, 4, 1)
     return LocalConfig(64, 32, 8, 1)
+
+
+def cached_config(rows: int, dim: int, value_dim: int, dtype: torch.dtype) -> LocalConfig:
+    """Launch parameters for `rows` = new tokens times query heads of a group."""
+    wide = max(dim, value_dim) > 128 or dtype == torch.float32
+    return LocalConfig(min(padded(rows), 32 if wide else 64), 32 if wide else 64, 4, 2)
 
 
 class Stream(NamedTuple):
@@ -145,9 +149,8 @@ def _backward(
     dq, dk, dv = (fill(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     total, blocks, streams = _extent(q, begin, config.block)
     sequences = rows if starts is None else starts.shape[0] - 1
-    sums = {"dtype": torch.float32, "device": q.device}
-    near = torch.empty((sequences, shared, sinks, dim + value_dim), **sums)
-    far = torch.empty((streams * blocks, heads, sinks, dim + value_dim), **sums)
+    near = q.new_empty((sequences, shared, sinks, dim + value_dim), dtype=torch.float32)
+    far = q.new_empty((streams * blocks, heads, sinks, dim + value_dim), dtype=torch.float32)
     constants = _constants(q, v, config, begin, place, sinks)
     table = [o if x is None else x for x in (begin, owner, starts, place)]  # what is not read still has to be a pointer
     backward_kernel[((heads + shared) * blocks * streams,)](
@@ -194,12 +197,12 @@ def _cached(
     rows, length, heads = q.shape[:3]
     shared = k.shape[2]
     group = heads // shared
-    wide = max(q.shape[3], v.shape[3]) > 128 or q.dtype == torch.float32
-    block = min(padded(length * group), 32 if wide else 64)
+    config = cached_config(length * group, q.shape[3], v.shape[3], q.dtype)
     o = v.new_empty(rows, length, heads, v.shape[3])
-    cached_kernel[(-(-length * group // block) * shared * rows,)](
+    cached_kernel[(-(-length * group // config.block) * shared * rows,)](
         q, k, v, o, q_positions, k_positions, scale, length, k.shape[1], window, sinks, heads, group,
-        *_strides(q, k, v), **_sizes(q, v), BM=block, BN=32 if wide else 64, num_warps=4, num_stages=2,
+        *_strides(q, k, v), **_sizes(q, v), BM=config.block, BN=config.step,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return o
 
@@ -239,7 +242,7 @@ def local_attention_kernel(
     if cu_seqlens is not None or mask is not None:
         table = tuple(stream_of(rows, length, cu_seqlens, mask, q.device))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    o, _ = _forward(*_inputs(q, k, v), *table, scale, window, sinks)
+    o: Tensor = _forward(*_inputs(q, k, v), *table, scale, window, sinks)[0]
     return o.to(v.dtype)
 
 
@@ -257,4 +260,5 @@ def local_attention_cached_kernel(
     """`local_attention_cached` by one kernel, without a gradient; arguments checked by the caller."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     positions = q_positions.contiguous(), k_positions.contiguous()
-    return _cached(*_inputs(q, k, v), *positions, scale, window, sinks).to(v.dtype)
+    o: Tensor = _cached(*_inputs(q, k, v), *positions, scale, window, sinks)
+    return o.to(v.dtype)

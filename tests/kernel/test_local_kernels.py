@@ -1,0 +1,343 @@
+"""The Triton kernels of the softmax window: in the interpreter, compiled for GPUs that are not here, and on one."""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from lightning_attention import local_attention, local_attention_cached
+
+
+def make(length, *, rows=1, heads=2, shared=1, dim=16, value_dim=16, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((heads, dim), (shared, dim), (shared, value_dim), (heads, value_dim))
+    return [torch.randn(rows, length, *shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def numbers(rows, length, cu_seqlens, mask):
+    """Sequence of each token and its number among the real ones, `[B, T]`; -1 for hidden tokens."""
+    real = torch.ones(rows, length, dtype=torch.bool) if mask is None else mask.cpu()
+    owner = torch.arange(rows)[:, None].expand(rows, length).clone()
+    if cu_seqlens is not None:
+        for sequence, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+            owner[0, start:stop] = sequence
+    number = torch.full((rows, length), -1)
+    for row in range(rows):
+        seen = {}
+        for t in range(length):
+            if real[row, t]:
+                number[row, t] = seen.setdefault(int(owner[row, t]), 0)
+                seen[int(owner[row, t])] += 1
+    return owner, number
+
+
+def quadratic(q, k, v, window, sinks, scale=None, cu_seqlens=None, mask=None):
+    """The definition with all T x T scores; needs finite inputs."""
+    owner, number = numbers(*q.shape[:2], cu_seqlens, mask)
+    distance = number[:, :, None] - number[:, None]
+    seen = (owner[:, :, None] == owner[:, None]) & (number >= 0)[:, :, None] & (number >= 0)[:, None]
+    seen &= (distance >= 0) & ((distance < window) | (number < sinks)[:, None])
+    seen = seen.to(q.device)
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    blind = ~seen.any(-1)
+    weights = scores.masked_fill(~(seen | blind[..., None])[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhts,bshe->bthe", weights, v).masked_fill(blind[..., None, None], 0)
+
+
+def with_gradients(function, inputs, **options):
+    q, k, v, do = inputs
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = function(*leaves, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, do)]
+
+
+def compare(function, inputs, *, limit, **options):
+    """Output and gradients within `limit` of the definition in float64, relative L2; hidden tokens exactly 0."""
+    mask = options.get("mask")
+    found = with_gradients(function, inputs, **options)
+    clean = [x if mask is None else x.masked_fill(~mask[..., None, None], 0) for x in inputs]
+    wanted = with_gradients(quadratic, [x.double() for x in clean], **options)
+    for name, x, y, given in zip(("o", "dq", "dk", "dv"), found, wanted, (inputs[3], *inputs[:3]), strict=True):
+        assert x.dtype == given.dtype
+        assert x.shape == given.shape
+        assert (x - y).norm() <= limit * max(y.norm(), given.norm() / 4), name  # a gradient may be 0
+        assert mask is None or not x[~mask].any(), name
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels on the CPU. float32 and float16 only: the interpreter multiplies bfloat16 as integers."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled, not interpreted")
+    monkeypatch.setenv("SWAPATTN_KERNELS", "triton")
+
+
+SIZES = [
+    (1, 1, 4),
+    (2, 16, 4),
+    (63, 64, 0),
+    (64, 64, 4),
+    (65, 1, 0),
+    (65, 1, 4),
+    (130, 100, 16),
+    (130, 16, 4),
+    (300, 64, 4),
+    (300, 100, 0),
+]
+
+
+@pytest.mark.parametrize(("length", "window", "sinks"), SIZES)
+@pytest.mark.usefixtures("interpreted")
+def test_equals_the_definition(length, window, sinks):
+    compare(local_attention, make(length, dim=16, value_dim=32), window=window, sinks=sinks, limit=2e-6)
+
+
+@pytest.mark.parametrize(("length", "window", "sinks"), [(65, 16, 4), (150, 64, 0), (200, 64, 4)])
+@pytest.mark.usefixtures("interpreted")
+def test_half_precision_loses_no_more_than_plain_torch(length, window, sinks):
+    inputs = make(length, dim=32, value_dim=32, dtype=torch.float16)
+    sizes = {"window": window, "sinks": sinks}
+    compare(local_attention, inputs, limit=1e-3, **sizes)
+    wanted = with_gradients(quadratic, [x.double() for x in inputs], **sizes)
+    plain = with_gradients(quadratic, inputs, **sizes)
+    for x, y, z in zip(with_gradients(local_attention, inputs, **sizes), plain, wanted, strict=True):
+        assert (x - z).norm() <= 2 * (y - z).norm()
+
+
+@pytest.mark.parametrize(("heads", "shared", "dim", "value_dim"), [(4, 2, 80, 24), (6, 1, 16, 16)])
+@pytest.mark.usefixtures("interpreted")
+def test_shared_heads_and_sizes_that_are_no_power_of_two(heads, shared, dim, value_dim):
+    inputs = make(100, rows=2, heads=heads, shared=shared, dim=dim, value_dim=value_dim)
+    compare(local_attention, inputs, window=20, sinks=3, scale=0.3, limit=2e-6)
+
+
+def masks(length):
+    left, right, holes, none = (torch.ones(2, length, dtype=torch.bool) for _ in range(4))
+    left[0, :70] = False
+    right[1, 40:] = False
+    holes[0, 10:75] = False
+    holes[1, ::3] = False
+    none[0] = False
+    return {"left": left, "right": right, "holes": holes, "whole row": none}
+
+
+@pytest.mark.parametrize("where", masks(1))
+@pytest.mark.parametrize(("window", "sinks"), [(8, 3), (40, 0)])
+@pytest.mark.usefixtures("interpreted")
+def test_masked_tokens_are_as_absent(where, window, sinks):
+    mask = masks(110)[where]
+    inputs = [x.masked_fill(~mask[..., None, None], torch.nan) for x in make(110, rows=2)]
+    compare(local_attention, inputs, window=window, sinks=sinks, mask=mask, limit=2e-6)
+
+
+@pytest.mark.parametrize("bounds", [[0, 130], [0, 0, 1, 2, 66, 66, 130], [0, 5, 9, 100, 101, 130, 130]])
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.usefixtures("interpreted")
+def test_packed_sequences(bounds, holes):
+    mask = torch.arange(130)[None] % 4 != 0 if holes else None
+    options = {"cu_seqlens": torch.tensor(bounds), "mask": mask, "window": 20, "sinks": 4}
+    compare(local_attention, make(130), limit=2e-6, **options)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_views_of_one_projection_and_nan_around_them():
+    """q, k, v are slices of one tensor whose rows go on with NaN behind the last token."""
+    heads, dim, length = 2, 16, 70
+    packed = torch.full((2, length + 30, 3 * heads * dim + 16), torch.nan)
+    views = [torch.unflatten(packed[:, :length, i * 32 : i * 32 + 32], 2, (heads, dim)) for i in range(3)]
+    for view, x in zip(views, make(length, rows=2, shared=2), strict=False):
+        view.copy_(x)
+    do = make(length, rows=2)[3].transpose(1, 2).contiguous().transpose(1, 2)
+    compare(local_attention, [*views, do], window=16, sinks=2, limit=2e-6)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_gradients_are_equal_bit_for_bit_between_runs():
+    inputs = make(200, heads=4)
+    first, second = (with_gradients(local_attention, inputs, window=16, sinks=4) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_causal_to_the_bit():
+    """Neither later tokens nor those between the sinks and the window change a bit."""
+    q, k, v, _ = make(150)
+    out = local_attention(q, k, v, window=30, sinks=3)
+    k[:, 100:], v[:, 100:] = 9, -9
+    assert torch.equal(local_attention(q, k, v, window=30, sinks=3)[:, :100], out[:, :100])
+    k[:, 3:30], v[:, 3:30] = 9, -9
+    changed = local_attention(q, k, v, window=30, sinks=3)
+    assert torch.equal(changed[:, 60:100], out[:, 60:100])
+    assert not torch.equal(changed[:, :60], out[:, :60])
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.usefixtures("interpreted")
+def test_cached_form_equals_full_form(step):
+    """Some tokens at a time from a ring whose empty slots hold NaN; row 0 is left-padded by two tokens."""
+    window, sinks, length = 5, 3, 18
+    q, k, v, _ = make(length, rows=2, heads=4, shared=2, dim=24)
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[0, :2] = False
+    wanted = quadratic(q.double(), k.double(), v.double(), window, sinks, mask=mask)
+    positions = (mask.cumsum(1) - 1).masked_fill(~mask, -1)
+    slots = sinks + window + step
+    held_k, held_v = (torch.full((2, slots, *x.shape[2:]), torch.nan) for x in (k, v))
+    held = torch.full((2, slots), -1)
+    for t in range(0, length, step):
+        now = slice(t, t + step)
+        found = local_attention_cached(
+            q[:, now],
+            torch.cat([held_k, k[:, now]], 1),
+            torch.cat([held_v, v[:, now]], 1),
+            k_positions=torch.cat([held, positions[:, now]], 1),
+            q_positions=positions[:, now],
+            window=window,
+            sinks=sinks,
+        )
+        assert (found - wanted[:, now]).abs().max() <= 2e-6
+        for row in range(2):
+            for new in range(t, t + step):
+                p = int(positions[row, new])
+                if p >= 0:
+                    place = p if p < sinks else sinks + p % (window + step)
+                    held_k[row, place], held_v[row, place], held[row, place] = k[row, new], v[row, new], p
+
+
+def test_operators_are_traceable(interpreted):
+    """Fake implementations, autograd, and one graph for torch.compile."""
+    from lightning_attention import local_op as module
+
+    q, k, v, do = make(40)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    mask = torch.arange(40)[None] > 3
+    for table in ((None,) * 4, tuple(module.stream_of(1, 40, None, mask, q.device))):
+        torch.library.opcheck(module._forward, (*leaves, *table, 0.25, 8, 2), test_utils="test_faketensor")
+        torch.library.opcheck(module._forward, (*leaves, *table, 0.25, 8, 2), test_utils="test_autograd_registration")
+    positions = torch.arange(40)[None]
+    torch.library.opcheck(module._cached, (q, k, v, positions, positions, 0.25, 8, 2), test_utils="test_faketensor")
+    compiled = torch.compile(local_attention, fullgraph=True, backend="aot_eager")
+    options = {"window": 8, "sinks": 2, "mask": mask}
+    found = with_gradients(compiled, (q, k, v, do), **options)
+    wanted = with_gradients(local_attention, (q, k, v, do), **options)
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
+def test_switch(monkeypatch):
+    q, k, v, _ = make(8)
+    monkeypatch.setenv("SWAPATTN_KERNELS", "fast")
+    with pytest.raises(ValueError, match="SWAPATTN_KERNELS: expected torch, triton or auto, found fast"):
+        local_attention(q, k, v, window=4, sinks=1)
+    monkeypatch.setenv("SWAPATTN_KERNELS", "triton")
+    with pytest.raises(ValueError, match="SWAPATTN_KERNELS=triton: the kernels need triton"):
+        local_attention(q.double(), k.double(), v.double(), window=4, sinks=1)
+
+
+def compiled(*options):
+    """Compile in a process of its own, in which kernels are not interpreted."""
+    script = Path(__file__).with_name("compile_local.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *options],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def test_compiles_for_hopper():
+    pytest.importorskip("triton")
+    assert len(compiled("--arch", "90", "--dtype", "bf16", "--dim", "64", "128")) == 14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_compiles_for_every_gpu(arch):
+    assert len(compiled("--arch", arch)) == 3 * 6 * 7
+
+
+DTYPES = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
+def test_on_gpu(dtype, dim, value_dim):
+    inputs = make(1000, rows=2, heads=4, shared=2, dim=dim, value_dim=value_dim, dtype=dtype, device="cuda")
+    for window, sinks in ((64, 4), (1, 0), (100, 16), (1024, 4)):
+        compare(local_attention, inputs, window=window, sinks=sinks, limit=DTYPES[dtype])
+    compare(local_attention, inputs, window=64, sinks=4, scale=1.0, limit=DTYPES[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 1000])
+def test_on_gpu_any_length_mask_and_packing(length):
+    inputs = make(length, rows=2, heads=4, dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda")
+    options = {"window": 64, "sinks": 4, "limit": DTYPES[torch.bfloat16]}
+    for mask in masks(length).values():
+        poisoned = [x.masked_fill(~mask.cuda()[..., None, None], torch.nan) for x in inputs]
+        compare(local_attention, poisoned, mask=mask.cuda(), **options)
+    bounds = sorted({0, length // 3, length // 2, length})
+    cu_seqlens = torch.tensor([0, *bounds, length], device="cuda")
+    compare(local_attention, [x[:1] for x in inputs], cu_seqlens=cu_seqlens, **options)
+
+
+@pytest.mark.gpu
+def test_on_gpu_runs_are_equal_and_independent_of_what_lies_behind():
+    inputs = make(4097, rows=2, heads=4, dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda")
+    room = [torch.full((2, 4200, *x.shape[2:]), torch.nan, dtype=x.dtype, device="cuda") for x in inputs]
+    for space, x in zip(room, inputs, strict=True):
+        space[:, :4097] = x
+    views = [space[:, :4097] for space in room]
+    first, second, third = (with_gradients(local_attention, x, window=64, sinks=4) for x in (inputs, inputs, views))
+    for x, y, z in zip(first, second, third, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(x, z)
+
+
+@pytest.mark.gpu
+def test_on_gpu_graph_capture_and_compile():
+    q, k, v, do = make(500, rows=2, heads=4, dim=64, value_dim=64, dtype=torch.bfloat16, device="cuda")
+    mask = masks(500)["left"].cuda()
+    options = {"window": 64, "sinks": 4, "mask": mask}
+    wanted = with_gradients(local_attention, (q, k, v, do), **options)
+    found = with_gradients(torch.compile(local_attention, fullgraph=True), (q, k, v, do), **options)
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = with_gradients(local_attention, (q, k, v, do), **options)
+    mask.copy_(masks(500)["holes"])
+    graph.replay()
+    wanted = with_gradients(local_attention, (q, k, v, do), **options)
+    assert all(torch.equal(x, y) for x, y in zip(captured, wanted, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [8, 32])
+def test_on_gpu_cached_form(heads):
+    q, k, v, _ = make(80, rows=3, heads=heads, shared=8, dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda")
+    positions = torch.arange(80, device="cuda").expand(3, 80).clone()
+    positions[1] -= 11
+    positions.clamp_(min=-1)
+    mask = positions >= 0
+    wanted = quadratic(q.double(), k.double(), v.double(), 64, 4, mask=mask)
+    order = torch.randperm(80, device="cuda")
+    for start in (79, 60):
+        found = local_attention_cached(
+            q[:, start:],
+            k[:, order],
+            v[:, order],
+            k_positions=positions[:, order],
+            q_positions=positions[:, start:],
+            window=64,
+            sinks=4,
+        )
+        assert (found - wanted[:, start:]).norm() <= 6e-3 * wanted[:, start:].norm()
