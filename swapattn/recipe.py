@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from .errors import RecipeError
 
@@ -76,10 +76,53 @@ class LocalSpec(Section):
     share: float = Field(0.5, gt=0, lt=1)
 
 
+class KeepSpec(Section):
+    """Attention layers that stay softmax, by number: `count` of them or a `share` of all.
+
+    The `first` and the `last` ones are protected; what is left of the number is spread evenly between them.
+    """
+
+    count: int | None = Field(None, ge=1)
+    share: float | None = Field(None, gt=0, lt=1)
+    first: int = Field(0, ge=0)
+    last: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_number(self) -> Self:
+        if (self.count is None) == (self.share is None):
+            raise ValueError("say exactly one of: count, share")
+        return self
+
+    def positions(self, layers: int) -> tuple[int, ...]:
+        """The kept positions among so many attention layers, ascending; a share keeps at least one.
+
+        Raises:
+            RecipeError: fewer are to be kept than are protected, or more than there are.
+        """
+        count = self.count if self.count is not None else max(1, round((self.share or 0) * layers))
+        middle, between = count - self.first - self.last, layers - self.first - self.last
+        if middle < 0:
+            raise RecipeError(
+                f"convert.keep_softmax: {count} of {layers} layers are kept, fewer than the {self.first} first and "
+                f"{self.last} last ones"
+            )
+        if middle > between:
+            raise RecipeError(f"convert.keep_softmax: {count} layers are to be kept, the model has {layers}")
+        spread = (self.first + (2 * i + 1) * between // (2 * middle) for i in range(middle))
+        return (*range(self.first), *spread, *range(layers - self.last, layers))
+
+
+Keep = Annotated[
+    Annotated[tuple[int, ...], Tag("list")] | Annotated[KeepSpec, Tag("number")],
+    Discriminator(lambda value: "number" if isinstance(value, Mapping | KeepSpec) else "list"),
+]
+
+
 class ConvertSpec(Section):
     """What a swapped layer is made of, and which layers stay softmax (negative indices count from the end).
 
     Every option is stored in the checkpoint; sources and formulas are where it is computed:
+        keep_softmax: positions among the attention layers, or how many of them (`KeepSpec`).
         decay: `decay.decay_slopes`; with `gate` also `gates.DecayGate` (Mamba-2, arXiv 2405.21060).
         qk_norm: `norms.HeadNorm` before the feature map (HALO, arXiv 2601.22156).
         feature_map: `feature_map.FEATURE_MAPS`.
@@ -90,7 +133,7 @@ class ConvertSpec(Section):
         local: the softmax window beside the linear branch.
     """
 
-    keep_softmax: tuple[int, ...] = ()
+    keep_softmax: Keep = ()
     decay: DecaySpec = DecaySpec()
     qk_norm: Literal["none", "rms"] = "none"
     feature_map: FeatureMapName = "hedgehog"
@@ -328,7 +371,7 @@ def parse_recipe(data: Mapping[str, Any], label: str = "recipe") -> Recipe:
 
 
 def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+    where = ".".join(str(part) for part in error["loc"] if part not in ("list", "number"))  # tags of `Keep`
     if error["type"] == "extra_forbidden":
         return f"unknown key {where}"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}"

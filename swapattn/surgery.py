@@ -22,7 +22,7 @@ from .decay import decay_slopes
 from .errors import RecipeError, UnsupportedModelError
 from .inputs import NoRotary, drop_rotary, layer_inputs
 from .modeling import SCHEMA_VERSION, attach
-from .recipe import ConvertSpec
+from .recipe import ConvertSpec, KeepSpec
 from .rotary_check import rotary_dims
 
 PROBE = "swapattn_probe"
@@ -240,7 +240,7 @@ def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
     Args:
         config: a transformers config of a causal LM.
         spec: the recipe's convert section; `keep_softmax` holds positions in the order of the attention layers,
-            negative ones from the end.
+            negative ones from the end, or says how many there are; the plan's own spec holds the positions.
 
     Raises:
         UnsupportedModelError: see `attention_sites`.
@@ -248,6 +248,9 @@ def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
     """
     sites = sorted(attention_sites(config), key=lambda site: site.layer_idx)
     count = len(sites)
+    if isinstance(spec.keep_softmax, KeepSpec):
+        spec = spec.model_copy(update={"keep_softmax": spec.keep_softmax.positions(count)})
+    assert isinstance(spec.keep_softmax, tuple)
     kept = set()
     for index in spec.keep_softmax:
         if not -count <= index < count:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from swapattn.errors import RecipeError
 from swapattn.recipe import (
     AlignStage,
+    KeepSpec,
     LocalSpec,
     Recipe,
     TextSpec,
@@ -80,6 +81,11 @@ def test_an_unknown_key_is_named_with_its_path(sections, path):
         ({"convert": {"qk_norm": "layer"}}, "convert.qk_norm"),
         ({"convert": {"rope": {"kept": "drop"}}}, "rope.kept: drop is about the layers that stay softmax"),
         ({"convert": {"rope": {"linear": "no"}}}, "convert.rope.linear"),
+        ({"convert": {"keep_softmax": {"count": 2, "share": 0.5}}}, "convert.keep_softmax: say exactly one of"),
+        ({"convert": {"keep_softmax": {"first": 1}}}, "convert.keep_softmax: say exactly one of"),
+        ({"convert": {"keep_softmax": {"cuont": 1}}}, "unknown key convert.keep_softmax.cuont"),
+        ({"convert": {"keep_softmax": ["one"]}}, "convert.keep_softmax.0"),
+        ({"convert": {"keep_softmax": "all"}}, "convert.keep_softmax"),
         ({"convert": {"output_gate": "silu"}}, "convert.output_gate"),
         ({"convert": {"decay": {"schedule": "none", "gate": True}}}, "convert.decay: gate: true cannot change"),
         ({"convert": {"decay": {"schedule": "none", "learnable": True}}}, "convert.decay: learnable: true cannot"),
@@ -166,6 +172,12 @@ def test_overrides_reach_every_level():
     assert changed.distill.stages[2].temperature == 2
     assert changed.distill.text == TextSpec(files=("my.txt",))
     assert changed.convert.decay.schedule == "retnet"
+
+
+def test_kept_layers_may_be_a_number_and_survive_yaml():
+    changed = override("convert.keep_softmax={share: 0.25, first: 1}")
+    assert changed.convert.keep_softmax == KeepSpec(share=0.25, first=1)
+    assert Recipe.model_validate(yaml.safe_load(changed.to_yaml())) == changed
 
 
 def test_an_override_may_switch_the_local_branch_off():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from transformers import AutoConfig, MambaConfig
@@ -9,7 +11,7 @@ from transformers import AutoConfig, MambaConfig
 from swapattn.attention import swaps
 from swapattn.audit import quadratic_sites
 from swapattn.errors import RecipeError, UnsupportedModelError
-from swapattn.recipe import ConvertSpec
+from swapattn.recipe import ConvertSpec, KeepSpec
 from swapattn.surgery import apply_, attention_sites, plan, revert_
 
 SMALL = {
@@ -47,6 +49,50 @@ def test_kept_layers_count_from_either_end(tiny_family, keep, kept):
     assert [site.layer_idx for site in planned.keep] == kept
     apply_(model, planned)
     assert [swap.layer_idx for swap in swaps(model).values()] == [i for i in range(3) if i not in kept]
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        ({"count": 1}, [1]),
+        ({"count": 2}, [0, 2]),
+        ({"share": 0.01}, [1]),
+        ({"share": 0.6}, [0, 2]),
+        ({"count": 1, "first": 1}, [0]),
+        ({"count": 2, "first": 1, "last": 1}, [0, 2]),
+        ({"count": 2, "last": 1}, [1, 2]),
+    ],
+)
+def test_a_number_of_layers_is_kept(tiny_family, keep, kept):
+    planned = plan(tiny_family("llama").config, spec(keep_softmax=keep))
+    assert [site.layer_idx for site in planned.keep] == kept
+    assert planned.config_block()["spec"]["keep_softmax"] == kept
+
+
+def test_numbers_are_spread_evenly_between_the_protected_ends():
+    assert KeepSpec(count=6).positions(24) == (2, 6, 10, 14, 18, 22)
+    assert KeepSpec(share=0.25, first=2, last=2).positions(32) == (0, 1, 5, 12, 19, 26, 30, 31)
+    assert KeepSpec(count=8, first=1, last=1).positions(30) == (0, 3, 8, 12, 17, 22, 26, 29)
+    for layers in range(2, 40):
+        for count in range(1, layers):
+            found = KeepSpec(count=count).positions(layers)
+            assert len(set(found)) == count
+            assert set(found) <= set(range(layers))
+            gaps = [b - a for a, b in itertools.pairwise(found)]
+            assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"count": 3}, "nothing is left to swap"),
+        ({"count": 4}, "4 layers are to be kept, the model has 3"),
+        ({"count": 1, "first": 1, "last": 1}, "fewer than the 1 first and 1 last"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(tiny_family, keep, message):
+    with pytest.raises(RecipeError, match=message):
+        plan(tiny_family("llama").config, spec(keep_softmax=keep))
 
 
 @pytest.mark.parametrize("keep", [(3,), (-4,), (0, 17)])

@@ -187,6 +187,7 @@ def _plan(path: Path, block: Any) -> dict[str, Any]:
         spec = ConvertSpec.model_validate(block["spec"])
         sites = tuple(AttentionSite(path=name, **shape, **unknown) for name, shape in block["layers"].items())
         swapped = sorted(site.layer_idx for site in sites)
+        assert isinstance(spec.keep_softmax, tuple)  # a plan has resolved it
         kept = _kept(len(sites), spec.keep_softmax)
         plan = SwapPlan(str(block["base_model_type"]), sites, (), spec, swapped[-1] + 1)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
