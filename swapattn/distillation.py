@@ -22,7 +22,7 @@ from .data import PackedTokens, documents
 from .environment import default_device, hardware, say
 from .errors import CheckpointError, RecipeError, UsageError
 from .modeling import load, load_teacher
-from .objectives import align_loss, check_head, distill_loss
+from .objectives import align_loss, check_head, distill_loss, mixture_of
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TextSpec, load_recipe
 from .shards import trained_keys, write_trained
 from .training import LossFunction, run_stage, trainable_parameters
@@ -132,7 +132,8 @@ def _check_request(recipe: Recipe, teacher: Path, device: str, named: bool) -> N
         raise UsageError(f"device {device!r}: say cpu or cuda, and choose the GPU with CUDA_VISIBLE_DEVICES")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("distill runs in one process so far: start it without torchrun or accelerate launch")
-    needed = named or any(isinstance(s, DistillStage) and s.train != "new" for s in recipe.distill.stages)
+    taught = [s for s in recipe.distill.stages if isinstance(s, DistillStage) and mixture_of(s).needs_teacher]
+    needed = named or any(stage.train != "new" for stage in taught)
     if needed and not (teacher / "config.json").is_file():
         raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; convert again, or name another")
     for text in {_text_of(stage, recipe) for stage in recipe.distill.stages}:
@@ -254,10 +255,11 @@ class _Run:
         )
 
     def _distill_loss(self, stage: DistillStage, model: Any) -> LossFunction:
-        """KL against the same weights in softmax mode while they are frozen, else against a separate teacher."""
+        """The teacher is the same weights in softmax mode while they are frozen, else a separate model, if any."""
         check_head(model)
         changed = any(".swap." not in name for name in self._trained() | set(self.start.record.get("trained", ())))
-        if stage.train == "new" and not changed and self.teacher == self.start.teacher_path:
+        own = stage.train == "new" and not changed and self.teacher == self.start.teacher_path
+        if own or not mixture_of(stage).needs_teacher:
             return functools.partial(distill_loss, stage=stage, teacher=None, amp=self.device != "cpu")
         dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
         teacher, _ = load_teacher(self.teacher, device=self.device, dtype=dtype)

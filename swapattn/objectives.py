@@ -6,11 +6,12 @@ import contextlib
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from .attention import AttentionCall, LightningSwap, observing
 from .errors import UnsupportedModelError
-from .losses import Head, chunked_kl, normalized_mse
+from .losses import Mixture, OutputEmbedding, linear_loss, normalized_mse
 from .modeling import MODEL_TYPE_PREFIX
 from .recipe import DistillStage
 
@@ -40,27 +41,40 @@ def align_loss(model: Any, ids: torch.Tensor, *, amp: bool = False, recompute: b
 def distill_loss(
     model: Any, ids: torch.Tensor, *, stage: DistillStage, teacher: Any | None, amp: bool = False
 ) -> torch.Tensor:
-    """Mean over tokens of KL(teacher ‖ student) on full-vocabulary logits, chunked over tokens.
+    """The stage's mixture of losses on full-vocabulary logits, a mean over tokens, chunked over tokens.
 
     Args:
         model: the student.
-        ids: `[B, T]`.
-        stage: temperature and chunk size.
+        ids: `[B, T]`; in a cross-entropy the label of each token is the next one.
+        stage: losses, temperature and chunk size.
         teacher: a separate model, or None for the student's own weights with softmax attention.
         amp: bf16 autocast.
     """
+    mixture = mixture_of(stage)
+    target, target_head, labels = None, None, None
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
-        with torch.no_grad(), observing(model, lambda *_: None) if teacher is None else contextlib.nullcontext():
-            target = hidden_states(teacher or model, ids)
-        student = hidden_states(model, ids)
-        return chunked_kl(
-            student,
-            target,
-            logits_head(model),
-            logits_head(teacher or model),
-            temperature=stage.temperature,
+        if mixture.needs_teacher:
+            own = observing(model, lambda *_: None) if teacher is None else contextlib.nullcontext()
+            with torch.no_grad(), own:
+                target = hidden_states(teacher or model, ids)
+            target_head = output_embedding(teacher or model)
+        if mixture.cross_entropy > 0:
+            labels = torch.full_like(ids, -100)
+            labels[:, :-1] = ids[:, 1:]
+        return linear_loss(
+            hidden_states(model, ids),
+            output_embedding(model),
+            mixture,
+            teacher_hidden=target,
+            teacher_head=target_head,
+            labels=labels,
             chunk=stage.chunk,
         )
+
+
+def mixture_of(stage: DistillStage) -> Mixture:
+    """The stage's losses as `linear_loss` takes them."""
+    return Mixture(**stage.losses.model_dump(), temperature=stage.temperature)
 
 
 def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -69,30 +83,33 @@ def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-def logits_head(model: Any) -> Head:
-    """From last hidden states to logits, with the scales and soft caps that some families put behind the matrix."""
+def output_embedding(model: Any) -> OutputEmbedding:
+    """What makes logits of last hidden states, with the scales and soft caps that some families put behind the matrix.
+
+    Raises:
+        UnsupportedModelError: it is something else than one matrix.
+    """
     config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        kind = str(model.config.model_type).removeprefix(MODEL_TYPE_PREFIX)
+        raise UnsupportedModelError(f"the output embedding of model type {kind!r} is no plain matrix: {type(head)}")
     divisor = getattr(config, "logits_scaling", None) or 1.0  # granite
     factor = getattr(config, "logit_scale", None) or 1.0  # cohere
-
-    def head(hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = model.get_output_embeddings()(hidden) * (factor / divisor)
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    return head
+    cap = getattr(config, "final_logit_softcapping", None) or 0.0
+    return OutputEmbedding(head.weight, head.bias, factor / divisor, cap)
 
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Make sure that `logits_head` says what the model itself says.
+    """Make sure that `output_embedding` says what the model itself says.
 
     Raises:
         UnsupportedModelError: the family does something else between hidden states and logits.
     """
     ids = torch.arange(8, device=model.device)[None]
     own = model(input_ids=ids, use_cache=False).logits.float()
-    found = logits_head(model)(hidden_states(model, ids)).float()
+    found = output_embedding(model)(hidden_states(model, ids)).float()
     if (found - own).norm() > 1e-2 * own.norm():
         kind = str(model.config.model_type).removeprefix(MODEL_TYPE_PREFIX)
         raise UnsupportedModelError(f"model type {kind!r} scales its logits in a way that `distill` does not know")

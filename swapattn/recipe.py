@@ -268,12 +268,33 @@ class AlignStage(TrainStage):
         return self
 
 
+class LossSpec(Section):
+    """Weights of the losses on logits; `beta` is that of the generalised Jensen-Shannon divergence `jsd`."""
+
+    forward_kl: float = Field(0.0, ge=0)
+    reverse_kl: float = Field(0.0, ge=0)
+    jsd: float = Field(0.0, ge=0)
+    cross_entropy: float = Field(0.0, ge=0)
+    beta: float = Field(0.5, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.forward_kl + self.reverse_kl + self.jsd + self.cross_entropy:
+            raise ValueError("give a weight to at least one of forward_kl, reverse_kl, jsd, cross_entropy")
+        return self
+
+
 class DistillStage(TrainStage):
-    """The whole model learns the teacher's next-token distribution: forward KL over the full vocabulary."""
+    """The whole model learns the teacher's next-token distribution over the full vocabulary, or the text itself.
+
+    `losses` are weights, of which those left out are 0; without it the loss is the forward KL. `chunk` is how many
+    tokens' logits exist at a time; null chooses as many as 512 MiB hold (on a CPU 64 MiB).
+    """
 
     stage: Literal["distill"]
+    losses: LossSpec = LossSpec(forward_kl=1.0)
     temperature: float = Field(1.0, gt=0)
-    chunk: int = Field(1024, gt=0, description="tokens whose logits exist at a time")
+    chunk: int | None = Field(None, gt=0)
 
 
 Stage = Annotated[CalibrateStage | AlignStage | DistillStage, Field(discriminator="stage")]

@@ -24,7 +24,7 @@ LAYERS = (
     {"distillation", "evaluation", "generation", "conversion", "bench", "report", "throughput"},
     {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
     | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
-    | {"rotary_check"}
+    | {"rotary_check", "loss_kernel"}
     | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"},
     {"recipe", "decay", "feature_map", "norms", "gates", "inputs", "errors", "wheels", "environment"},
 )

@@ -228,3 +228,18 @@ def test_a_pattern_is_a_value_and_broken_yaml_an_error_of_the_recipe():
     assert load_recipe("smoke", ["distill.text=*.jsonl"]).distill.text.files == ("*.jsonl",)
     with pytest.raises(RecipeError, match=r"--set convert\.keep_softmax: not valid YAML"):
         load_recipe("smoke", ["convert.keep_softmax=[0"])
+
+
+def test_losses_are_weights_and_old_recipes_mean_forward_kl():
+    stage = {"stage": "distill", "tokens": 10**6, "learning_rate": 1e-3}
+    weights = lambda losses: {k: v for k, v in losses.model_dump().items() if v and k != "beta"}  # noqa: E731
+    (plain,) = parse_recipe({"name": "x", "distill": {"stages": [stage]}}).distill.stages
+    assert weights(plain.losses) == {"forward_kl": 1.0}
+    mixed = parse_recipe(
+        {"name": "x", "distill": {"stages": [{**stage, "losses": {"jsd": 0.9, "cross_entropy": 0.1}}]}}
+    )
+    assert weights(mixed.distill.stages[0].losses) == {"jsd": 0.9, "cross_entropy": 0.1}
+    assert parse_recipe(mixed.to_dict()) == mixed
+    for wrong, message in (({"beta": 0.3}, "give a weight"), ({"kl": 1}, "unknown key"), ({"jsd": -1}, "greater than")):
+        with pytest.raises(RecipeError, match=message):
+            parse_recipe({"name": "x", "distill": {"stages": [{**stage, "losses": wrong}]}})

@@ -12,7 +12,7 @@ import torch
 from swapattn.attention import swaps
 from swapattn.errors import TrainingError, UnsupportedModelError
 from swapattn.losses import normalized_mse
-from swapattn.objectives import align_loss, check_head, distill_loss, hidden_states, logits_head
+from swapattn.objectives import align_loss, check_head, distill_loss, hidden_states, output_embedding
 from swapattn.recipe import AlignStage, ConvertSpec, DistillStage
 from swapattn.surgery import apply_, plan
 from swapattn.training import build_optimizer, build_scheduler, run_stage, trainable_parameters
@@ -207,20 +207,22 @@ def test_the_head_gives_the_models_own_logits(tiny_family, name):
     model = build(tiny_family(name))
     ids = ids_of(2, 15)
     with torch.no_grad():
-        assert torch.allclose(logits_head(model)(hidden_states(model, ids)), model(input_ids=ids).logits, atol=1e-5)
+        assert torch.allclose(
+            output_embedding(model)(hidden_states(model, ids)), model(input_ids=ids).logits, atol=1e-5
+        )
     check_head(model)
 
 
 def test_a_head_that_is_not_known_is_refused(tiny_family):
     model = tiny_family("granite")
-    head = model.lm_head.forward
-    model.lm_head.forward = lambda x: head(x).tanh()  # both ways use it, so that only the scale tells them apart
     model.config.logits_scaling = 7.0
     check_head(model)
-    model.model.norm.register_forward_hook(lambda *_: None)
     own = model.forward
     model.forward = lambda **kwargs: type("Output", (), {"logits": 2 * own(**kwargs).logits})
     with pytest.raises(UnsupportedModelError, match="scales its logits"):
+        check_head(model)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(UnsupportedModelError, match="no plain matrix"):
         check_head(model)
 
 
@@ -238,6 +240,25 @@ def test_distill_loss_is_the_kl_of_all_logits(tiny_family, name, temperature):
     for reference in (teacher, None):  # the student's own weights in softmax mode are the teacher
         loss = distill_loss(model, ids, stage=what, teacher=reference)
         assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_mixture_with_cross_entropy_predicts_the_next_token(tiny_family):
+    model, teacher = build(tiny_family("llama")), tiny_family("llama")
+    ids = ids_of(2, 17)
+    with torch.no_grad():
+        q = model(input_ids=ids).logits.log_softmax(-1)
+        p = teacher(input_ids=ids).logits.log_softmax(-1)
+    plain = -q[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+    reverse = (q.exp() * (q - p)).sum(-1).mean()
+    both = stage("distill", losses={"cross_entropy": 0.9, "reverse_kl": 0.1})
+    loss = distill_loss(model, ids, stage=both, teacher=teacher)
+    assert float(loss.detach()) == pytest.approx(float(0.9 * plain + 0.1 * reverse), rel=1e-5)
+    alone = stage("distill", losses={"cross_entropy": 1})
+    with pytest.MonkeyPatch.context() as patch:  # no teacher, no second forward pass
+        patch.setattr("swapattn.objectives.observing", None)
+        assert float(distill_loss(model, ids, stage=alone, teacher=None).detach()) == pytest.approx(
+            float(plain), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
