@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from swapattn.attention import AttentionCall, LightningSwap, observing, only_branch, swaps
 from swapattn.conversion import convert
 from swapattn.errors import UnsupportedModelError
-from swapattn.modeling import load
+from swapattn.modeling import load, load_teacher
 from swapattn.norms import HeadNorm
 from swapattn.objectives import align_loss
 from swapattn.recipe import ConvertSpec, parse_recipe
@@ -158,12 +158,13 @@ def test_padded_rows_equal_the_same_tokens_alone(spec, llama):
 
 def test_packed_sequences_equal_separate_ones(spec, llama):
     model = swapped(llama, spec)
-    ids = ids_of(1, 21)
-    lengths = [4, 9, 1, 7]
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    ids = ids_of(2, 15)
+    cuts = [[4, 9, 2], [7, 8]]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in cut]) for cut in cuts])
     packed = logits_of(model, ids, position_ids=positions)
-    separate = torch.cat([logits_of(model, piece) for piece in ids.split(lengths, 1)], 1)
-    assert torch.allclose(packed, separate, rtol=0, atol=1e-6)
+    for row, cut in enumerate(cuts):
+        separate = torch.cat([logits_of(model, piece) for piece in ids[row : row + 1].split(cut, 1)], 1)
+        assert torch.allclose(packed[row : row + 1], separate, rtol=0, atol=1e-6)
 
 
 def test_training_gives_every_parameter_gradient_from_the_start(spec, llama):
@@ -180,6 +181,9 @@ def test_training_gives_every_parameter_gradient_from_the_start(spec, llama):
 def test_the_option_is_stored_and_survives_saving(spec, tiny_teacher, tmp_path):
     recipe = parse_recipe({"name": "mine", "convert": spec})
     model, _ = load(convert(tiny_teacher, tmp_path / "c", recipe=recipe).path)
+    direct, _ = load_teacher(tiny_teacher)
+    apply_(direct, plan(direct.config, recipe.convert))
+    assert torch.equal(logits_of(model, ids_of(1, 12)), logits_of(direct, ids_of(1, 12)))
     move(model)
     expected = logits_of(model, ids_of(1, 12))
     model.save_pretrained(tmp_path / "again")
@@ -392,9 +396,11 @@ def test_a_model_without_rope_is_still_its_own_teacher_and_can_be_reverted(name,
     teacher = tiny_family(name)
     model = swapped(teacher, OPTIONS["rope_both"], torch.float32)
     ids = ids_of(2, 14)
+    before = logits_of(model, ids)
     with observing(model, lambda *_: None):
         assert torch.equal(logits_of(model, ids), logits_of(teacher, ids))
-    assert not torch.allclose(logits_of(model, ids), logits_of(teacher, ids), atol=1e-3)
+    assert torch.equal(logits_of(model, ids), before)
+    assert not torch.allclose(before, logits_of(teacher, ids), atol=1e-3)
     revert_(model)
     assert torch.equal(logits_of(model, ids), logits_of(teacher, ids))
     assert not any("nope" in path for path, _ in model.named_modules())
