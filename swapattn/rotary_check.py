@@ -63,7 +63,10 @@ def rotary_dims(config: Any, swapped: Iterable[str], kept: Iterable[str] = ()) -
         module = model.get_submodule(path)
         kind = _kind(module)
         if kind not in found:
-            found[kind] = _tried(module, inputs[path], captured)
+            try:
+                found[kind] = _tried(module, inputs[path], captured)
+            except Exception:  # whatever the code of a family raises when one module of it runs by itself
+                found[kind] = None
         if found[kind] is None:
             raise UnsupportedModelError(
                 f"model type {config.model_type!r}: the rotary embedding of {path} cannot be undone; leave convert."

@@ -411,6 +411,20 @@ def test_layers_that_never_rotate_are_left_as_they_are(tiny_family):
     assert [site.rotary for site in found.swap] == [8, 8, 8, 0]
 
 
+def test_a_share_of_kept_layers_goes_without_rope_too(llama):
+    spec = ConvertSpec.model_validate({"keep_softmax": {"share": 0.3, "first": 1}, "rope": {"kept": "drop"}})
+    assert plan(llama.config, spec).nope() == ["model.layers.0.self_attn"]
+
+
+def test_a_module_that_does_not_run_by_itself_is_refused(tiny_family, monkeypatch):
+    def broken(*_):
+        raise IndexError("odd")
+
+    monkeypatch.setattr("swapattn.rotary_check._tried", broken)
+    with pytest.raises(UnsupportedModelError, match=r"cannot be undone; leave convert.rope.linear at keep"):
+        plan(tiny_family("llama").config, ConvertSpec.model_validate(OPTIONS["rope_linear"]))
+
+
 @pytest.mark.parametrize("rope", [{"linear": "drop"}, {"kept": "drop"}])
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_dropping_rope_is_refused_where_there_is_none_to_drop(name, rope, tiny_family):
