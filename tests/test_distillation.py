@@ -329,3 +329,26 @@ def test_more_than_one_process_is_refused(converted, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="one process"):
         distill(converted, recipe=recipe(CALIBRATE), device="cpu")
+
+
+def test_every_option_of_the_layer_is_trained_and_stored(tiny_teacher, work):
+    options = {
+        "qk_norm": "rms",
+        "feature_map": "t2r",
+        "decay": {"gate": True, "learnable": True},
+        "output_gate": "head",
+    }
+    mine = recipe(CALIBRATE, ALIGN, DISTILL, keep_softmax=[0], rope={"linear": "drop", "kept": "drop"}, **options)
+    converted = convert(tiny_teacher, work / "c", recipe=mine).path
+    result = distill(recipe=mine, device="cpu")
+    changed = differing(converted, result.path)
+    assert changed == set(read(result.path).record["trained"])
+    assert {name.removeprefix("model.layers.1.self_attn.swap.") for name in changed} == {
+        *("log_slope", "out_scale", "mix", "q_norm.gain", "k_norm.gain", "decay_gate.weight", "decay_gate.bias"),
+        *("output_gate.weight", "q_map.weight", "q_map.bias", "k_map.weight", "k_map.bias"),
+    }
+    model, _ = load(result.path)
+    ids = torch.arange(5, 25)[None]
+    tokens = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    with torch.no_grad():
+        assert torch.equal(tokens[0, 20:], model(input_ids=tokens, use_cache=False).logits[0, 19:-1].argmax(-1))
