@@ -1,16 +1,20 @@
 """Closed-form start values of the swapped layers, from the teacher's own attention on a little text.
 
-Two passes over the same text, each with the teacher's softmax deciding what the next layer sees:
+Two measurements on the same text, each with the teacher's softmax deciding what the next layer sees:
 1. the decay of each state: its half-life is the mean attention distance of the teacher's heads that share it
    (Taylor-Calibrate, arXiv 2606.16429); the gains of a q/k norm: the mean norm of the teacher's heads is kept;
 2. scale of the linear branch and share of the local one: the least-squares fit of the teacher's output by both.
+
+The second needs the results of the first, layer by layer: text that fits into one batch is gone through once, longer
+text twice.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -19,7 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .attention import AttentionCall, LightningSwap, observing, swaps
+from .attention import AttentionCall, LightningSwap, Observer, observing, swaps
 from .decay import slope_of_distance
 from .errors import TrainingError
 from .recipe import CalibrateStage
@@ -27,6 +31,8 @@ from .recipe import CalibrateStage
 SINKS_LEFT_OUT = 4  # first tokens get attention from everywhere and say nothing about distance
 SHARE_RANGE = (0.02, 0.98)  # keeps the gradient of the mix alive
 SCALE_RANGE = (0.0, 10.0)
+BATCH_TOKENS = 4096  # a forward pass: of Llama-7B's shape in fp32, some 600 MB of activations
+ROWS = 2  # measured at a time, because the attention distance materialises [rows, Hq, T, T]
 CALIBRATED = {"log_slope", "out_scale", "mix", "q_norm.gain", "k_norm.gain"}
 
 
@@ -57,7 +63,7 @@ def calibrate_(
 
     Args:
         model: a converted model.
-        batches: token ids `[B, T]`, gone through twice.
+        batches: token ids `[B, T]`; a single one is gone through once, several twice.
         decay: set the slopes from the teacher's mean attention distance.
         norms: set the gains of q/k norms, where there are any, from the teacher's mean norms.
         output: set scale and mix by least squares.
@@ -66,52 +72,103 @@ def calibrate_(
         TrainingError: a fit is not finite.
     """
     batches = list(batches)
-    layers = list(swaps(model).values())
-    norms = norms and any(swap.q_norm is not None for swap in layers)
-    distance = {swap: _Mean() for swap in layers}
-    size = {swap: (_Mean(), _Mean()) for swap in layers}
-    gram = {swap: _Gram() for swap in layers}
-
-    def measure_inputs(swap: LightningSwap, call: AttentionCall, _: torch.Tensor) -> None:
-        if decay:
-            distance[swap].add(attention_distance(call))
-        for mean, x in zip(size[swap], (call.linear_q, call.linear_k), strict=True):
-            mean.add(mean_norm(x))
-
-    def measure_output(swap: LightningSwap, call: AttentionCall, target: torch.Tensor) -> None:
-        branches = [swap.linear(call)] + ([swap.local(call)] if swap.mix is not None else [])
-        gram[swap].add(branches, target, swap(call))
-
-    if decay or norms:
-        _run(model, batches, "queries and keys", measure_inputs)
-    for swap in layers:
-        if norms:
-            _set_gains(swap, size[swap])
-        if decay and bool(swap.log_decay.any()):  # without a decay (schedule none) there is none to set
-            heads = distance[swap].value().log()
-            shared = heads.view(swap.log_slope.numel(), -1).mean(1).exp()  # geometric mean over a group
-            swap.log_slope.copy_(slope_of_distance(shared).log())
+    found = {swap: _Measurement(swap, decay, norms) for swap in swaps(model).values()}
+    steps: list[tuple[str, Observer]] = []
+    if any(layer.wants_inputs for layer in found.values()):
+        steps.append(("queries and keys", lambda swap, call, _: found[swap].measure_inputs(call)))
     if output:
-        _run(model, batches, "output", measure_output)
-        for swap in layers:
-            fit_output_(swap, gram[swap])
-    spans = tuple(float(distance[swap].value().mean()) for swap in layers) if decay else ()
-    before = tuple(gram[swap].error() for swap in layers) if output else ()
-    after = tuple(gram[swap].error(swap) for swap in layers) if output else ()
+        steps.append(("output", lambda swap, call, target: found[swap].measure_output(call, target)))
+    if len(steps) == 2 and len(batches) == 1:
+
+        def both(swap: LightningSwap, call: AttentionCall, target: torch.Tensor) -> None:
+            found[swap].measure_inputs(call)
+            found[swap].set_inputs()
+            found[swap].measure_output(call, target)
+
+        steps = [("in one pass", both)]
+    for title, observer in steps:
+        _run(model, batches, title, observer)
+        if title == "queries and keys":
+            for layer in found.values():
+                layer.set_inputs()
+    if output:
+        for swap, layer in found.items():
+            fit_output_(swap, layer.gram)
+    layers = list(found.values())
+    spans = tuple(float(layer.distance.value().mean()) for layer in layers) if decay else ()
+    before = tuple(layer.gram.error() for layer in layers) if output else ()
+    after = tuple(layer.gram.error(layer.swap) for layer in layers) if output else ()
     return Calibration(sum(b.numel() for b in batches), spans, before, after)
 
 
-def _set_gains(swap: LightningSwap, means: tuple[_Mean, _Mean]) -> None:
-    for norm, mean in zip((swap.q_norm, swap.k_norm), means, strict=True):
-        if norm is not None:
+class _Measurement:
+    """What is measured at one swapped layer, and how its numbers are set by it."""
+
+    def __init__(self, swap: LightningSwap, decay: bool, norms: bool) -> None:
+        self.swap = swap
+        self.decay = decay
+        self.norms = [norm for norm in (swap.q_norm, swap.k_norm) if norms and norm is not None]
+        self.distance = _Mean()
+        self.sizes = (_Mean(), _Mean())
+        self.gram = _Gram()
+
+    @property
+    def wants_inputs(self) -> bool:
+        return self.decay or bool(self.norms)
+
+    def measure_inputs(self, call: AttentionCall) -> None:
+        """Attention distance, and the norms of q and k."""
+        for part, _ in _parts(call, call.q):
+            if self.decay:
+                self.distance.add(attention_distance(part))
+            for mean, x in zip(self.sizes, (part.q, part.k), strict=True):
+                mean.add(mean_norm(x))
+
+    def set_inputs(self) -> None:
+        """Set slopes and gains."""
+        for norm, mean in zip(self.norms, self.sizes, strict=False):  # both norms or none
             norm.gain.copy_(mean.value())
+        swap = self.swap
+        if self.decay and bool(swap.log_decay.any()):  # without a decay (schedule none) there is none to set
+            heads = self.distance.value().log()
+            shared = heads.view(swap.log_slope.numel(), -1).mean(1).exp()  # geometric mean over a group
+            swap.log_slope.copy_(slope_of_distance(shared).log())
+
+    def measure_output(self, call: AttentionCall, target: torch.Tensor) -> None:
+        """Both branches against the teacher's output."""
+        swap = self.swap
+        for part, wanted in _parts(call, target):
+            branches = [swap.linear(part)] + ([swap.local(part)] if swap.mix is not None else [])
+            self.gram.add(branches, wanted, swap(part))
 
 
-def _run(model: Any, batches: list[torch.Tensor], title: str, observer: Any) -> None:
-    device = next(model.parameters()).device
-    with observing(model, observer):
-        for ids in tqdm(batches, desc=f"calibrate, {title}", unit="batch", file=sys.stderr):
-            model(input_ids=ids.to(device), use_cache=False, logits_to_keep=1)
+def _parts(call: AttentionCall, target: torch.Tensor) -> Iterator[tuple[AttentionCall, torch.Tensor]]:
+    """A call and its output, a few rows at a time."""
+    if call.cu_seqlens is not None or call.q.shape[0] <= ROWS:
+        yield call, target
+        return
+    for start in range(0, call.q.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        part = copy.copy(call)
+        for name, value in vars(call).items():
+            if isinstance(value, torch.Tensor):
+                setattr(part, name, value[rows])
+        yield part, target[rows]
+
+
+def _run(model: Any, batches: list[torch.Tensor], title: str, observer: Observer) -> None:
+    layers = swaps(model).values()
+    device = next(iter(layers)).log_slope.device  # the teacher's own parameters may be on the meta device
+    total = len(batches) * len(layers)
+    with tqdm(desc=f"calibrate, {title}", total=total, unit="layer", file=sys.stderr) as bar:
+
+        def observe(swap: LightningSwap, call: AttentionCall, output: torch.Tensor) -> None:
+            observer(swap, call, output)
+            bar.update()
+
+        with observing(model, observe):
+            for ids in batches:
+                getattr(model, "base_model", model)(input_ids=ids.to(device), use_cache=False)
 
 
 def attention_distance(call: AttentionCall) -> torch.Tensor:
@@ -221,7 +278,8 @@ def calibrate_stage(model: Any, stage: CalibrateStage, data: Iterable[dict[str, 
     start = time.monotonic()
     count = max(1, stage.tokens // stage.length)
     windows = torch.stack([item["input_ids"] for item in islice(data, count)])
-    found = calibrate_(model, torch.split(windows, 2), decay=stage.decay, norms=stage.norms, output=stage.output)
+    batches = torch.split(windows, max(1, BATCH_TOKENS // stage.length))
+    found = calibrate_(model, batches, decay=stage.decay, norms=stage.norms, output=stage.output)
     names = [n for n, _ in model.named_parameters() if n.partition(".swap.")[2] in CALIBRATED]
     seconds = time.monotonic() - start
     figures: dict[str, Any] = {"stage": "calibrate", "tokens": found.tokens, "seconds": round(seconds, 2)}

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import sources
 from .checkpoint import atomic_folder, new_record
-from .environment import default_device
-from .errors import CheckpointError, UsageError
+from .environment import default_device, say
+from .errors import CheckpointError, SourceError, TrainingError, UsageError
 from .recipe import CalibrateStage, Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def convert(
         "note": teacher.note,
     }
     with atomic_folder(target, overwrite=overwrite) as folder:
-        trained = _calibrate(teacher.path, plan, tensors, resolved) if calibrate else []
+        trained = _calibrate(teacher.path, plan, tensors, weight_map, resolved) if calibrate else []
         name = record_name or source.name
         record = new_record("converted", name, resolved, origin, calibrated=calibrate, trained=trained)
         shards.write_checkpoint(folder, teacher.path, plan, tensors, weight_map, record)
@@ -140,23 +140,40 @@ def _planned(target: Path, source: sources.Source, recipe: Recipe) -> ConvertRes
     return ConvertResult(target, plan, source.note, True, shards.count(shards.new_parameters(plan)), None)
 
 
-def _calibrate(teacher: Path, plan: SwapPlan, tensors: dict[str, torch.Tensor], recipe: Recipe) -> list[str]:
-    """Run the recipe's calibrate stage and set its numbers among the new parameters; returns the names it set."""
+def _calibrate(
+    teacher: Path, plan: SwapPlan, tensors: dict[str, torch.Tensor], weight_map: dict[str, str], recipe: Recipe
+) -> list[str]:
+    """Run the recipe's calibrate stage and set its numbers among the new parameters; returns the names it set.
+
+    Block by block from the shards, so that the teacher is never in memory; where that fails, with all of it.
+    """
     import torch
+    from transformers import AutoTokenizer
 
     from . import surgery
     from .calibration import calibrate_stage
     from .data import PackedTokens
     from .modeling import load_teacher
+    from .streaming import streamed_teacher
 
-    stage = next((s for s in recipe.distill.stages if isinstance(s, CalibrateStage)), CalibrateStage(stage="calibrate"))
-    model, tokenizer = load_teacher(teacher, device=default_device(), dtype=torch.float32)
-    if tokenizer is None:
+    if not (teacher / "tokenizer_config.json").is_file():
         raise CheckpointError("calibration needs a tokenizer, and the model has none")
-    surgery.apply_(model, plan)
-    model.to(default_device())  # the new parameters too
+    stage = next((s for s in recipe.distill.stages if isinstance(s, CalibrateStage)), CalibrateStage(stage="calibrate"))
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
     data = PackedTokens(recipe.distill.text, tokenizer, stage.length, seed=recipe.distill.seed)
-    names: list[str] = calibrate_stage(model, stage, data)["trained"]
+    device = default_device()
+    try:
+        model = streamed_teacher(teacher, plan, weight_map, device)
+        names: list[str] = calibrate_stage(model, stage, data)["trained"]
+    except (TrainingError, SourceError, UsageError):
+        raise
+    except Exception as error:  # what the code of a family raises when its weights come and go
+        reason = " ".join(str(error).split())[:200]
+        say(f"the model does not run block by block ({reason}): calibrating with all of it in memory")
+        model, _ = load_teacher(teacher, device=device, dtype=torch.float32)
+        surgery.apply_(model, plan)
+        model.to(device)  # the new parameters too
+        names = calibrate_stage(model.eval(), stage, data)["trained"]
     state = model.state_dict()
     tensors.update({name: state[name].cpu() for name in names})
     return names

@@ -25,7 +25,8 @@ LAYERS = (
     {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
     | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
     | {"rotary_check", "loss_kernel"}
-    | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"},
+    | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"}
+    | {"streaming"},
     {"recipe", "decay", "feature_map", "norms", "gates", "inputs", "errors", "wheels", "environment"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
