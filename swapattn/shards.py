@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import surgery
 from .attention import LightningSwap
@@ -39,11 +40,16 @@ CARRIED = (
 )
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a teacher's folder.
 
+    Args:
+        folder: with a config.json.
+        trust_remote_code: run code that comes with the model, where it has any.
+
     Raises:
-        UnsupportedModelError: transformers does not know the model type, or it is one of ours.
+        UnsupportedModelError: transformers does not know the model type, it is one of ours, or it comes with code
+            that is not trusted.
     """
     try:
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -52,8 +58,13 @@ def read_config(folder: Path) -> Any:
     model_type = str(data.get("model_type"))
     if model_type.startswith(MODEL_TYPE_PREFIX):
         raise UnsupportedModelError(f"{folder} is already converted (model type {model_type})")
+    if "AutoConfig" in data.get("auto_map", {}) and model_type not in CONFIG_MAPPING and not trust_remote_code:
+        raise UnsupportedModelError(
+            f"{folder}: model type {model_type!r} comes with code of its own; read it, and allow it to run with "
+            "--trust-remote-code"
+        )
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(f"{folder}: transformers does not know the model type {model_type!r}") from error
 

@@ -21,10 +21,11 @@ KERNELS = ROOT / "kernels" / "lightning_attention"
 LAYERS = (
     {"cli"},
     {"quickstart"},
-    {"distillation", "evaluation", "generation", "conversion", "bench", "report", "throughput"},
+    {"distillation", "evaluation", "generation", "conversion", "bench", "report", "throughput"} | {"inspection"},
     {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
     | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
     | {"rotary_check", "loss_kernel"}
+    | {"graph"}
     | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"}
     | {"streaming"},
     {"recipe", "decay", "feature_map", "norms", "gates", "inputs", "errors", "wheels", "environment"},

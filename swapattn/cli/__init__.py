@@ -12,7 +12,7 @@ import click
 
 from swapattn import __version__
 
-COMMANDS = ("bench", "convert", "distill", "eval", "generate", "models", "quickstart", "recipes", "report")
+COMMANDS = ("bench", "convert", "distill", "eval", "generate", "inspect", "models", "quickstart", "recipes", "report")
 
 
 class LazyGroup(click.Group):
