@@ -254,16 +254,6 @@ def _query_side(
     factor = scale * LOG2_E
     acc = tl.zeros([BM, BD], tl.float32)
     low, high = tl.maximum(first_token - window + 1, first), tl.minimum(first_token + BM, count)
-    for key in range(low, high, BN):
-        j = key + tl.arange(0, BN)
-        valid = j < high
-        keys = _tile(head_k, j, valid, place, row, length, stride_k_row, stride_k, dims, D, BD, PLACED)
-        values = _tile(head_v, j, valid, place, row, length, stride_v_row, stride_v, columns, V, BV, PLACED)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor - weight[:, None]
-        seen = _near(i[:, None], start[:, None], j[None, :], first_token, window, sinks, SINKS)
-        p = tl.exp2(tl.where(seen, scores, float("-inf")))
-        slope = tl.dot(gradient, tl.trans(values), input_precision=PRECISION) - delta[:, None]
-        acc = tl.dot((p * slope).to(keys.dtype), keys, acc, input_precision=PRECISION)
     if SINKS:
         if low > first:
             j = first + places
@@ -285,6 +275,16 @@ def _query_side(
             there = ((slot * query_heads + head) * sinks + places) * (D + V)
             _put(far, there, part_k, places < sinks, dims, D, BD)
             _put(far + D, there, part_v, places < sinks, columns, V, BV)
+    for key in range(low, high, BN):
+        j = key + tl.arange(0, BN)
+        valid = j < high
+        keys = _tile(head_k, j, valid, place, row, length, stride_k_row, stride_k, dims, D, BD, PLACED)
+        values = _tile(head_v, j, valid, place, row, length, stride_v_row, stride_v, columns, V, BV, PLACED)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor - weight[:, None]
+        seen = _near(i[:, None], start[:, None], j[None, :], first_token, window, sinks, SINKS)
+        p = tl.exp2(tl.where(seen, scores, float("-inf")))
+        slope = tl.dot(gradient, tl.trans(values), input_precision=PRECISION) - delta[:, None]
+        acc = tl.dot((p * slope).to(keys.dtype), keys, acc, input_precision=PRECISION)
     there = _offsets(i, real, place, row, length, length.to(tl.int64) * query_heads * D, query_heads * D, PLACED)
     _put(dq + head * D, there, acc * scale, real, dims, D, BD)
 

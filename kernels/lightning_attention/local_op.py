@@ -26,6 +26,7 @@ class LocalConfig(NamedTuple):
     step: int  # tokens of an inner step
     warps: int
     stages: int
+    registers: int | None = None  # most that a thread may have, None for as many as there are
 
 
 def local_config(kind: str, dim: int, value_dim: int, dtype: torch.dtype) -> LocalConfig:
@@ -36,7 +37,7 @@ def local_config(kind: str, dim: int, value_dim: int, dtype: torch.dtype) -> Loc
     if kind == "forward":
         return LocalConfig(64, 64, 4, 2 if size <= 128 else 1)
     if size <= 128:
-        return LocalConfig(64, 64, 4, 1)
+        return LocalConfig(64, 64 if size <= 64 else 32, 4, 1)  # larger steps spill registers
     return LocalConfig(64, 32, 8, 1)
 
 
@@ -88,6 +89,7 @@ def _constants(q: Tensor, v: Tensor, config: LocalConfig, begin: _Maybe, place: 
         "SINKS": sinks > 0,
         "num_warps": config.warps,
         "num_stages": config.stages,
+        "maxnreg": config.registers,
     }
 
 
