@@ -33,9 +33,9 @@ def local_config(kind: str, dim: int, value_dim: int, dtype: torch.dtype) -> Loc
     """Launch parameters of the forward ("forward") and backward ("backward") kernels."""
     size = max(dim, value_dim)
     if dtype == torch.float32:
-        return LocalConfig(32, 32, 4, 1) if size <= 128 else LocalConfig(16, 16, 4, 1)
+        return LocalConfig(32, 32, 8, 1) if size <= 128 else LocalConfig(16, 16, 8, 1)
     if kind == "forward":
-        return LocalConfig(64, 64, 4, 2 if size <= 128 else 1)
+        return LocalConfig(64, 64, 4, 2) if size <= 128 else LocalConfig(64, 64, 8, 1)
     if size <= 128:
         return LocalConfig(64, 64 if size <= 64 else 32, 4, 1)  # larger steps spill registers
     return LocalConfig(64, 32, 8, 1)

@@ -88,7 +88,7 @@ SIZES = [
     (130, 100, 16),
     (130, 16, 4),
     (300, 64, 4),
-    (300, 100, 0),
+    (200, 100, 0),
 ]
 
 
@@ -127,8 +127,10 @@ def masks(length):
     return {"left": left, "right": right, "holes": holes, "whole row": none}
 
 
-@pytest.mark.parametrize("where", masks(1))
-@pytest.mark.parametrize(("window", "sinks"), [(8, 3), (40, 0)])
+@pytest.mark.parametrize(
+    ("where", "window", "sinks"),
+    [("left", 8, 3), ("right", 40, 0), ("holes", 8, 3), ("holes", 40, 0), ("whole row", 40, 3)],
+)
 @pytest.mark.usefixtures("interpreted")
 def test_masked_tokens_are_as_absent(where, window, sinks):
     mask = masks(110)[where]
@@ -136,8 +138,9 @@ def test_masked_tokens_are_as_absent(where, window, sinks):
     compare(local_attention, inputs, window=window, sinks=sinks, mask=mask, limit=2e-6)
 
 
-@pytest.mark.parametrize("bounds", [[0, 130], [0, 0, 1, 2, 66, 66, 130], [0, 5, 9, 100, 101, 130, 130]])
-@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize(
+    ("bounds", "holes"), [([0, 0, 1, 2, 66, 66, 130], False), ([0, 5, 9, 100, 101, 130, 130], True), ([0, 130], True)]
+)
 @pytest.mark.usefixtures("interpreted")
 def test_packed_sequences(bounds, holes):
     mask = torch.arange(130)[None] % 4 != 0 if holes else None
@@ -159,7 +162,7 @@ def test_views_of_one_projection_and_nan_around_them():
 
 @pytest.mark.usefixtures("interpreted")
 def test_gradients_are_equal_bit_for_bit_between_runs():
-    inputs = make(200, heads=4)
+    inputs = make(100, heads=4)
     first, second = (with_gradients(local_attention, inputs, window=16, sinks=4) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
