@@ -121,7 +121,7 @@ class _Measurement:
         for part, _ in _parts(call, call.q):
             if self.decay:
                 self.distance.add(attention_distance(part))
-            for mean, x in zip(self.sizes, (part.q, part.k), strict=True):
+            for mean, x in zip(self.sizes, (part.linear_q, part.linear_k), strict=True):
                 mean.add(mean_norm(x))
 
     def set_inputs(self) -> None:

@@ -78,6 +78,21 @@ def test_a_qk_norm_keeps_the_teachers_mean_norms(tiny_family, name):
             assert float((teacher / teacher.mean() - 1).abs().max()) > 1e-3, "heads do not differ: it says nothing"
 
 
+def test_a_qk_norm_without_rope_keeps_the_norms_that_the_linear_branch_sees(tiny_family):
+    yarn = {"rope_type": "yarn", "factor": 32.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}
+    model = tiny_family("llama", rope_parameters=yarn)  # its cos and sin are 1.35 times as long
+    apply_(model, plan(model.config, ConvertSpec.model_validate({"qk_norm": "rms", "rope": {"linear": "drop"}})))
+    ids = ids_of(2, 30)
+    calibrate_(model, [ids], output=False)
+    seen = {}
+    with observing(model, lambda swap, call, _: seen.update({swap: call})), torch.no_grad():
+        model(input_ids=ids)
+    for swap, call in seen.items():
+        mean = call.linear_q.norm(dim=-1).mean((0, 1))
+        assert torch.allclose(swap.q_norm(call.linear_q).detach().norm(dim=-1).mean((0, 1)), mean, rtol=1e-3)
+        assert torch.allclose(call.q.norm(dim=-1).mean((0, 1)), mean * 1.3466, rtol=1e-3)
+
+
 def test_calibration_measures_no_decay_where_there_is_to_be_none(tiny_family):
     model = build(tiny_family, decay={"schedule": "none"})
     found = calibrate_(model, [ids_of(2, 20)])
