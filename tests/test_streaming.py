@@ -123,3 +123,14 @@ def test_older_names_without_the_base_model_are_found(tiny_family, tmp_path):
     ids = torch.arange(5, 29)[None]
     with torch.no_grad():
         assert torch.equal(streamed.base_model(ids).last_hidden_state, whole.base_model(ids).last_hidden_state)
+
+
+def test_gates_and_dropped_rope_are_calibrated_block_by_block_too(tiny_family, tmp_path):
+    options = {"decay": {"gate": True}, "output_gate": "head", "rope": {"linear": "drop", "kept": "drop"}}
+    spec = ConvertSpec.model_validate({**SPEC.model_dump(), **options})
+    streamed, whole = both(saved(tiny_family, tmp_path / "t", "gpt_neox"), spec)
+    stage = CalibrateStage(stage="calibrate", tokens=120, length=24)
+    figures, expected = (calibrate_stage(model, stage, data(5)) for model in (streamed, whole))
+    assert figures["error_after"] == pytest.approx(expected["error_after"], rel=1e-5)
+    found, wanted = streamed.state_dict(), whole.state_dict()
+    assert all(torch.allclose(found[key], wanted[key], rtol=1e-5, atol=1e-5) for key in expected["trained"])
