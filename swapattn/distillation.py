@@ -22,7 +22,7 @@ from .data import PackedTokens, documents
 from .environment import default_device, hardware, say
 from .errors import CheckpointError, RecipeError, UsageError
 from .modeling import load, load_teacher
-from .objectives import align_loss, check_head, distill_loss, mixture_of
+from .objectives import align_loss, check_head, distill_loss, mixture_of, stage_flops
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TextSpec, load_recipe
 from .shards import trained_keys, write_trained
 from .training import LossFunction, run_stage, trainable_parameters
@@ -238,10 +238,11 @@ class _Run:
         if isinstance(stage, CalibrateStage):
             return calibrate_stage(model, stage, data)
         loss: LossFunction
+        teacher = None
         if isinstance(stage, AlignStage):
             loss = functools.partial(align_loss, amp=self.device != "cpu", recompute=stage.gradient_checkpointing)
         else:
-            loss = self._distill_loss(stage, model)
+            loss, teacher = self._distill_loss(stage, model)
         return run_stage(
             model,
             stage,
@@ -252,21 +253,23 @@ class _Run:
             log=self.work / LOG,
             device=self.device,
             seed=self.recipe.distill.seed,
+            flops=stage_flops(model, stage, teacher),
+            teacher=teacher,
         )
 
-    def _distill_loss(self, stage: DistillStage, model: Any) -> LossFunction:
+    def _distill_loss(self, stage: DistillStage, model: Any) -> tuple[LossFunction, Any | None]:
         """The teacher is the same weights in softmax mode while they are frozen, else a separate model, if any."""
         check_head(model)
         changed = any(".swap." not in name for name in self._trained() | set(self.start.record.get("trained", ())))
         own = stage.train == "new" and not changed and self.teacher == self.start.teacher_path
         if own or not mixture_of(stage).needs_teacher:
-            return functools.partial(distill_loss, stage=stage, teacher=None, amp=self.device != "cpu")
+            return functools.partial(distill_loss, stage=stage, teacher=None, amp=self.device != "cpu"), None
         dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
         teacher, _ = load_teacher(self.teacher, device=self.device, dtype=dtype)
         if teacher.config.vocab_size != model.config.vocab_size:
             raise UsageError(f"the teacher {self.teacher} has another vocabulary than {self.start.path}")
         teacher.requires_grad_(False)
-        return functools.partial(distill_loss, stage=stage, teacher=teacher, amp=self.device != "cpu")
+        return functools.partial(distill_loss, stage=stage, teacher=teacher, amp=self.device != "cpu"), teacher
 
     def _trained(self) -> set[str]:
         return {name for stage in self.state["stages"] for name in stage.get("trained", ())}

@@ -13,7 +13,8 @@ from .attention import AttentionCall, LightningSwap, observing
 from .errors import UnsupportedModelError
 from .losses import Mixture, OutputEmbedding, linear_loss, normalized_mse
 from .modeling import MODEL_TYPE_PREFIX
-from .recipe import DistillStage
+from .peak import forward_flops, step_flops
+from .recipe import AlignStage, DistillStage, TrainStage
 
 
 def align_loss(model: Any, ids: torch.Tensor, *, amp: bool = False, recompute: bool = False) -> torch.Tensor:
@@ -75,6 +76,16 @@ def distill_loss(
 def mixture_of(stage: DistillStage) -> Mixture:
     """The stage's losses as `linear_loss` takes them."""
     return Mixture(**stage.losses.model_dump(), temperature=stage.temperature)
+
+
+def stage_flops(model: Any, stage: TrainStage, teacher: Any | None) -> float | None:
+    """FLOPs per token of the stage's training step, None where they are not known; `teacher` as in `distill_loss`."""
+    own = forward_flops(model, stage.length)
+    if isinstance(stage, AlignStage):
+        return step_flops("align", own)
+    if isinstance(stage, DistillStage) and not mixture_of(stage).needs_teacher:
+        return step_flops("distill", own, {})
+    return step_flops("distill", own, own if teacher is None else forward_flops(teacher, stage.length))
 
 
 def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:

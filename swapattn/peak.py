@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,22 +74,26 @@ def _swap_flops(swap: LightningSwap, kv_heads: int) -> float:
     return maps + linear + 4.0 * heads * value_dim * (swap.window + swap.sinks)
 
 
-def step_flops(kind: str, flops: dict[str, float] | None) -> float | None:
+def step_flops(
+    kind: str, flops: Mapping[str, float] | None, teacher: Mapping[str, float] | None = None
+) -> float | None:
     """FLOPs per token of a training step; a backward pass counts twice its forward, recomputation not at all.
 
     Args:
         kind: "align" (teacher's body forward, the swaps forward and backward), "distill" (teacher forward, student
             forward and backward) or "finetune" (the unswapped model forward and backward).
-        flops: of the forward pass, see `forward_flops`; None gives None.
+        flops: of the model's forward pass, see `forward_flops`; None gives None.
+        teacher: of the teacher's forward pass in "distill", empty without a teacher; None gives None.
     """
-    if flops is None:
+    if flops is None or (kind == "distill" and teacher is None):
         return None
     body = flops["matrices"] + flops["softmax"]
     if kind == "align":
         return body + 3 * flops["swap"]
     if kind == "finetune":
         return 3 * (body + flops["head"])
-    return body + flops["head"] + 3 * (flops["matrices"] + flops["head"] + flops["kept"] + flops["swap"])
+    taught = sum((teacher or {}).get(part, 0.0) for part in ("matrices", "head", "softmax"))
+    return taught + 3 * (flops["matrices"] + flops["head"] + flops["kept"] + flops["swap"])
 
 
 def share_of_peak(tokens_per_second: float, flops_per_token: float | None, device: str) -> float | None:

@@ -220,7 +220,8 @@ class TrainStage(Section):
 
     `tokens` is the budget, `batch` the number of sequences of `length` tokens per optimiser step, `micro_batch`
     per forward pass. `learning_rate` is that of the new parameters, `backbone_learning_rate` that of the
-    teacher's own weights among the trainable ones.
+    teacher's own weights among the trainable ones. `compile` runs the decoder layers through torch.compile (not those
+    of align, and not those of a teacher that is the student's own weights).
     """
 
     tokens: int = Field(gt=0)
@@ -235,6 +236,7 @@ class TrainStage(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = False
+    compile: bool = False
     text: TextSpec | None = None
 
     @model_validator(mode="after")
@@ -243,6 +245,8 @@ class TrainStage(Section):
             raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
         if self.train != "new" and self.backbone_learning_rate == 0:
             raise ValueError(f"train: {self.train} needs a backbone_learning_rate above 0")
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError("compile does not go with gradient_checkpointing: leave one of them out")
         if self.tokens < self.batch * self.length:
             raise ValueError(f"tokens {self.tokens} is less than one step of {self.batch} x {self.length}")
         return self

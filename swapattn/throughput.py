@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from . import sources
 from .environment import default_device, hardware, say, versions
 from .errors import RecipeError, UsageError
-from .objectives import align_loss, distill_loss
+from .objectives import align_loss, distill_loss, mixture_of, stage_flops
 from .peak import forward_flops, share_of_peak, step_flops
 from .recipe import AlignStage, DistillStage, Recipe, TrainStage
 from .surgery import apply_, plan
@@ -160,8 +160,9 @@ def _measure_one(
     config: Any, recipe: Recipe, stage: TrainStage, kind: str, counts: tuple[int, int, bool], device: str
 ) -> tuple[dict[str, Any], str]:
     steps, warmup, profile = counts
-    model, loss = _prepared(config, recipe, stage, kind, device)
-    flops = step_flops(kind, forward_flops(model, stage.length))
+    model, loss, teacher = _prepared(config, recipe, stage, kind, device)
+    plain = kind == "finetune"
+    flops = step_flops(kind, forward_flops(model, stage.length)) if plain else stage_flops(model, stage, teacher)
     with tempfile.TemporaryDirectory() as folder:
         runs = iter(range(3))
 
@@ -170,7 +171,19 @@ def _measure_one(
             place = Path(folder) / f"run-{next(runs)}"
             data = RandomTokens(model.config.get_text_config().vocab_size, stage.length)
             log = Path(folder) / "log.jsonl"
-            return run_stage(model, timed, loss, data, title=kind, folder=place, log=log, device=device, seed=0)
+            return run_stage(
+                model,
+                timed,
+                loss,
+                data,
+                title=kind,
+                folder=place,
+                log=log,
+                device=device,
+                seed=0,
+                flops=flops,
+                teacher=teacher,
+            )
 
         run(warmup)
         if device != "cpu":
@@ -194,21 +207,21 @@ def _measure_one(
     return row, table
 
 
-def _prepared(config: Any, recipe: Recipe, stage: TrainStage, kind: str, device: str) -> tuple[Any, LossFunction]:
+def _prepared(config: Any, recipe: Recipe, stage: TrainStage, kind: str, device: str) -> tuple[Any, LossFunction, Any]:
     amp = device != "cpu"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if kind == "finetune":
-        return model.to(device), functools.partial(finetune_loss, amp=amp)
+        return model.to(device), functools.partial(finetune_loss, amp=amp), None
     teacher = None
-    if isinstance(stage, DistillStage) and stage.train != "new":
+    if isinstance(stage, DistillStage) and stage.train != "new" and mixture_of(stage).needs_teacher:
         teacher = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if amp else torch.float32)
         teacher = teacher.to(device).eval().requires_grad_(False)
     apply_(model, plan(model.config, recipe.convert))
     model.to(device)
     if isinstance(stage, DistillStage):
-        return model, functools.partial(distill_loss, stage=stage, teacher=teacher, amp=amp)
-    return model, functools.partial(align_loss, amp=amp, recompute=stage.gradient_checkpointing)
+        return model, functools.partial(distill_loss, stage=stage, teacher=teacher, amp=amp), teacher
+    return model, functools.partial(align_loss, amp=amp, recompute=stage.gradient_checkpointing), None
 
 
 def _profiled(run: Any, device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -17,7 +18,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .attention import swaps
+from .compilation import compiled_layers
 from .errors import TrainingError
+from .peak import share_of_peak
 from .recipe import AlignStage, TrainStage
 
 SAVE_SECONDS = 300  # an interrupted run loses at most this much work
@@ -49,10 +52,11 @@ def trainable_parameters(model: nn.Module, stage: TrainStage) -> tuple[list[str]
 def build_optimizer(model: nn.Module, stage: TrainStage, new: list[str], own: list[str]) -> torch.optim.AdamW:
     """AdamW (0.9, 0.95) with one learning rate for new and one for the teacher's own parameters."""
     parameters = dict(model.named_parameters())
-    groups = [{"params": [parameters[n] for n in new], "lr": stage.learning_rate}]
+    groups: list[dict[str, Any]] = [{"params": [parameters[n] for n in new], "lr": stage.learning_rate}]
     if own:
         groups.append({"params": [parameters[n] for n in own], "lr": stage.backbone_learning_rate})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
+    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=stage.weight_decay, fused=fused)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, stage: TrainStage) -> torch.optim.lr_scheduler.LambdaLR:
@@ -68,12 +72,33 @@ def build_scheduler(optimizer: torch.optim.Optimizer, stage: TrainStage) -> torc
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+class StepFigures:
+    """Loss and gradient norm of one optimiser step, on their way from the device without holding it up."""
+
+    def __init__(self, step: int, figures: torch.Tensor) -> None:
+        self.step = step
+        self.event: torch.cuda.Event | None = None
+        self.figures = figures
+        if figures.is_cuda:
+            self.figures = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+            self.figures.copy_(figures, non_blocking=True)
+            self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.event.record()
+
+    def read(self) -> tuple[float, float]:
+        """Loss and norm; waits until the device has come to them."""
+        if self.event is not None:
+            self.event.synchronize()
+        loss, norm = self.figures.tolist()
+        return loss, norm
+
+
 class StageProgress(TrainerCallback):  # type: ignore[misc]
     """One line on stderr (stage, step, loss, tokens/s, time left), a JSONL log, and saves by the clock."""
 
-    def __init__(self, title: str, stage: TrainStage, log: Path, run: str) -> None:
-        """`run` tells stages of the same kind apart in the log."""
-        self.title, self.log, self.run = title, log, run
+    def __init__(self, title: str, stage: TrainStage, log: Path, run: str, flops: float | None = None) -> None:
+        """`run` tells stages of the same kind apart in the log; `flops` per token, for the share of peak."""
+        self.title, self.log, self.run, self.flops = title, log, run, flops
         self.tokens_per_step = stage.batch * stage.length
         self.bar: Any = None
         self.trainer: StageTrainer | None = None
@@ -95,35 +120,59 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
         return [steps[step] for step in sorted(steps)]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop before a non-finite loss changes any weight."""
+        """A loss or gradient that is not finite changes no weight; on a CPU it is known at once and stops."""
         assert self.trainer is not None
-        if not math.isfinite(self.trainer.step_loss()):
-            raise TrainingError(
-                f"{self.title}: the loss is not finite at step {state.global_step + 1}; no weight was changed by it. "
-                "Lower the learning rate (--set distill.stages.STAGE.learning_rate=...)"
-            )
+        self.trainer.record_step(state.global_step + 1)
+        if _immediate(args.device):
+            self.check(self.trainer.waiting)
+
+    def check(self, steps: list[StepFigures]) -> None:
+        """Raise TrainingError if one of the steps was not finite."""
+        for figures in steps:
+            loss, norm = figures.read()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                what = "gradient" if math.isfinite(loss) else "loss"
+                raise TrainingError(
+                    f"{self.title}: the {what} is not finite at step {figures.step}; no weight was changed by it. "
+                    "Lower the learning rate (--set distill.stages.STAGE.learning_rate=...)"
+                )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Show and log the step; ask for a save when the last is long ago."""
+        """Show and log what is known; ask for a save when the last is long ago.
+
+        On a GPU the figures come one step late, so that the next step is launched before this one has finished.
+        """
         assert self.trainer is not None
-        loss = self.trainer.take_loss()
+        last = state.global_step == state.max_steps
+        if time.monotonic() - self.saved > SAVE_SECONDS and not last:
+            self.saved = time.monotonic()
+            control.should_save = True
+        late = 0 if last or control.should_save or _immediate(args.device) else 1
+        while len(self.trainer.waiting) > late:
+            self._log(self.trainer.waiting[0])
+            del self.trainer.waiting[0]
+
+    def _log(self, figures: StepFigures) -> None:
+        self.check([figures])
+        loss, _ = figures.read()
         seconds = time.monotonic() - self.started
-        rate = (state.global_step - self.first) * self.tokens_per_step / max(seconds, 1e-9)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
-        self.bar.update(1)
+        rate = (figures.step - self.first) * self.tokens_per_step / max(seconds, 1e-9)
         record = {
             "stage": self.title,
             "run": self.run,
-            "step": state.global_step,
+            "step": figures.step,
             "loss": loss,
             "seconds": round(self.before + seconds, 3),
             "tokens_per_second": round(rate, 1),
         }
+        share = share_of_peak(rate, self.flops, str(self.trainer.args.device)) if self.trainer else None
+        if share is not None:
+            record["share_of_peak"] = round(share, 4)
+        peak = f", {share:.1%} of peak" if share is not None else ""
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s{peak}", refresh=False)
+        self.bar.update(1)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        if time.monotonic() - self.saved > SAVE_SECONDS and state.global_step < state.max_steps:
-            self.saved = time.monotonic()
-            control.should_save = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the line."""
@@ -141,7 +190,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = False
         self.loss_function = loss_function
+        self.waiting: list[StepFigures] = []
         self._losses: list[torch.Tensor] = []
+        self._norm: torch.Tensor | None = None
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -152,15 +203,34 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         self._losses.append(loss.detach())
         return (loss, None) if return_outputs else loss
 
-    def step_loss(self) -> float:
-        """Mean loss of the micro-batches since the last optimiser step."""
-        return float(torch.stack(self._losses).mean())
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self._norm = torch.as_tensor(norm).detach()
+        return norm
 
-    def take_loss(self) -> float:
-        """The same, and start anew."""
-        loss = self.step_loss()
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not the Trainer's count, which walks over all parameters in every micro-batch; see `peak`."""
+        return 0
+
+    def record_step(self, step: int) -> None:
+        """Queue mean loss and gradient norm since the last step; a fused optimiser leaves out one that is not finite.
+
+        It does so on the device (as under a gradient scaler), so that nobody has to wait for the verdict.
+        """
+        loss = torch.stack(self._losses).mean()
         self._losses.clear()
-        return loss
+        norm = loss.new_zeros(()) if self._norm is None else self._norm
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded parameters
+        figures = torch.stack((loss, norm.to(loss)))
+        if figures.is_cuda:
+            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+            optimizer.found_inf = (~figures.isfinite().all()).float()
+        self.waiting.append(StepFigures(step, figures))
+
+
+def _immediate(device: torch.device) -> bool:
+    """Whether a figure is there as soon as it is asked for; a GPU works behind the caller's back."""
+    return device.type == "cpu"
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -187,6 +257,8 @@ def run_stage(
     log: Path,
     device: str,
     seed: int,
+    flops: float | None = None,
+    teacher: Any | None = None,
 ) -> dict[str, Any]:
     """Train one stage in place, resuming from the newest Trainer checkpoint in `folder` if there is one.
 
@@ -200,6 +272,8 @@ def run_stage(
         log: JSONL file, appended to.
         device: "cpu" or "cuda".
         seed: of the Trainer.
+        flops: of a step per token, to show the share of peak; None if not known.
+        teacher: a separate model that the loss function calls, to be compiled if the stage says so.
 
     Returns:
         Tokens, steps, seconds, tokens/s, first and last loss (means over a tenth of the steps), trained names.
@@ -222,16 +296,19 @@ def run_stage(
         save_strategy="no",
         save_total_limit=1,
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # it would wait for the device in every micro-batch
         report_to=[],
         remove_unused_columns=False,
         disable_tqdm=True,
         seed=seed,
         use_cpu=device == "cpu",
         dataloader_pin_memory=device != "cpu",
+        dataloader_num_workers=int(device != "cpu"),  # one process tokenises while this one feeds the GPU
     )
     _ = arguments.device  # sets the next line's count to all visible GPUs, which would multiply the batch
     arguments._n_gpu = 1
-    progress = StageProgress(title, stage, log, run=folder.name)
+    progress = StageProgress(title, stage, log, run=folder.name, flops=flops)
+    model.to(device)  # before the optimiser is chosen, which is fused on a GPU
     optimizer = build_optimizer(model, stage, new, own)
     trainer = StageTrainer(
         loss_function,
@@ -244,8 +321,10 @@ def run_stage(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     progress.trainer = trainer
+    compiled = [model] if teacher is None else [model, teacher]
     try:
-        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        with compiled_layers(*compiled) if stage.compile else contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"{title}: out of memory; lower distill.stages.{title}.micro_batch (now {micro})"

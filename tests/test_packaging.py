@@ -24,7 +24,7 @@ LAYERS = (
     {"distillation", "evaluation", "generation", "conversion", "bench", "report", "throughput"} | {"inspection"},
     {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
     | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
-    | {"rotary_check", "loss_kernel"}
+    | {"rotary_check", "loss_kernel", "compilation"}
     | {"graph"}
     | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"}
     | {"streaming", "footprint", "model_card"},

@@ -83,8 +83,9 @@ def test_a_step_counts_each_pass_once_and_each_backward_twice():
     flops = {"matrices": 100.0, "head": 10.0, "softmax": 4.0, "kept": 1.0, "swap": 2.0}
     assert step_flops("align", flops) == 104 + 6
     assert step_flops("finetune", flops) == 3 * 114
-    assert step_flops("distill", flops) == 114 + 3 * 113
-    assert step_flops("distill", None) is None
+    assert step_flops("distill", flops, {"matrices": 50.0, "head": 5.0, "softmax": 1.0}) == 56 + 3 * 113
+    assert step_flops("distill", flops, {}) == 3 * 113
+    assert step_flops("distill", flops, None) is step_flops("align", None) is None
 
 
 def test_peaks_are_known_by_name_only():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -194,6 +195,75 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(llama, tmp_pa
         train(llama, stage(), tmp_path)
     for name, value in before.items():
         assert torch.equal(torch.nan_to_num(llama.get_parameter(name)), torch.nan_to_num(value)), name
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_gradient_that_is_not_finite_stops_as_well(llama, tmp_path, steps):
+    calls = []
+
+    def loss(model, ids):
+        calls.append(align_loss(model, ids))
+        # its value is 0, its gradient 0 times infinity
+        bad = (model.model.layers[0].self_attn.swap.mix * 0).sum().sqrt()
+        return calls[-1] + bad if len(calls) == steps else calls[-1]
+
+    before = weights(llama)
+    with pytest.raises(TrainingError, match=f"align: the gradient is not finite at step {steps};"):
+        train(llama, stage(steps=4), tmp_path, loss)
+    assert (changed(before, llama) == set()) == (steps == 1)
+    assert all(torch.isfinite(value).all() for name, value in weights(llama).items() if "log_slope" not in name)
+    log = tmp_path / "log.jsonl"
+    assert (log.read_text().count("\n") if log.exists() else 0) == steps - 1
+
+
+def test_figures_that_come_late_are_all_logged_and_still_stop(llama, tmp_path, monkeypatch):
+    """As on a GPU, where the figures of a step are read when the next one has been launched."""
+    monkeypatch.setattr("swapattn.training._immediate", lambda device: False)
+    train(llama, stage(steps=5), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    llama.model.layers[2].self_attn.v_proj.weight.data.fill_(torch.nan)
+    with pytest.raises(TrainingError, match=r"align: the loss is not finite at step 1;"):
+        train(llama, stage(), tmp_path)
+
+
+def test_a_fused_optimizer_leaves_out_a_step_that_is_marked():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    parameter.grad = torch.full((3,), torch.nan)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(parameter, torch.ones(3))
+    parameter.grad = torch.ones(3)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    assert torch.allclose(parameter, torch.full((3,), 0.9), atol=1e-2)
+
+
+def test_the_share_of_peak_is_shown_and_logged_where_it_is_known(llama, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("swapattn.training.share_of_peak", lambda rate, flops, device: 0.25)
+    train(llama, stage(), tmp_path)
+    assert "25.0% of peak" in capfd.readouterr().err
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["share_of_peak"] == 0.25
+
+
+def test_a_stage_compiles_the_student_and_its_teacher(llama, tmp_path, monkeypatch, tiny_family):
+    seen = []
+
+    @contextlib.contextmanager
+    def record(*models):
+        seen.append(models)
+        yield
+
+    monkeypatch.setattr("swapattn.training.compiled_layers", record)
+    train(llama, stage(), tmp_path)
+    assert not seen
+    teacher = tiny_family("llama")
+    what = stage("distill", compile=True)
+    loss = functools.partial(distill_loss, stage=what, teacher=teacher)
+    options = {"title": "distill", "folder": tmp_path / "run", "log": tmp_path / "log.jsonl", "device": "cpu"}
+    run_stage(llama, what, loss, Windows(), **options, seed=0, teacher=teacher)
+    assert seen == [(llama, teacher)]
 
 
 def test_a_checkpoint_that_was_being_written_is_passed_over(llama, tmp_path):
