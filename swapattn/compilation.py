@@ -12,6 +12,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import LightningSwap
+from .objectives import LayerError, align_loss, layer_error
+from .recipe import AlignStage
 
 
 @contextmanager
@@ -36,6 +38,18 @@ def compiled_layers(*models: nn.Module, backend: str | Callable[..., Any] = "ind
     finally:
         for layer in layers:
             del layer.forward
+
+
+def compiled_error(backend: str | Callable[..., Any] = "inductor") -> LayerError:
+    """`objectives.layer_error` compiled for static shapes, one function for all layers: the compiled form of align."""
+    compiled: LayerError = torch.compile(layer_error, dynamic=False, backend=backend)
+    return compiled
+
+
+def align_function(stage: AlignStage, *, amp: bool) -> Callable[..., torch.Tensor]:
+    """`objectives.align_loss` as the stage wants it; with `compile` the layers' errors are what is compiled."""
+    error = compiled_error() if stage.compile else layer_error
+    return functools.partial(align_loss, amp=amp, recompute=stage.gradient_checkpointing, error=error)
 
 
 def _forward(

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from .calibration import calibrate_stage
 from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, find, new_record, write_json
+from .compilation import align_function
 from .conversion import convert
 from .data import PackedTokens, documents
 from .environment import default_device, hardware, say
 from .errors import CheckpointError, RecipeError, UsageError
 from .modeling import load, load_teacher
-from .objectives import align_loss, check_head, distill_loss, mixture_of, stage_flops
+from .objectives import check_head, distill_loss, mixture_of, stage_flops
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TextSpec, load_recipe
 from .shards import trained_keys, write_trained
 from .training import LossFunction, run_stage, trainable_parameters
@@ -240,7 +241,7 @@ class _Run:
         loss: LossFunction
         teacher = None
         if isinstance(stage, AlignStage):
-            loss = functools.partial(align_loss, amp=self.device != "cpu", recompute=stage.gradient_checkpointing)
+            loss = align_function(stage, amp=self.device != "cpu")
         else:
             loss, teacher = self._distill_loss(stage, model)
         return run_stage(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,18 @@ from .modeling import MODEL_TYPE_PREFIX
 from .peak import forward_flops, step_flops
 from .recipe import AlignStage, DistillStage, TrainStage
 
+LayerError = Callable[[LightningSwap, AttentionCall, torch.Tensor], torch.Tensor]
 
-def align_loss(model: Any, ids: torch.Tensor, *, amp: bool = False, recompute: bool = False) -> torch.Tensor:
+
+def layer_error(swap: LightningSwap, call: AttentionCall, target: torch.Tensor) -> torch.Tensor:
+    """`normalized_mse` of one swapped layer on the teacher's inputs and its attention output `[B, T, ...]`."""
+    output = swap(call)
+    return normalized_mse(output, target.view(output.shape))
+
+
+def align_loss(
+    model: Any, ids: torch.Tensor, *, amp: bool = False, recompute: bool = False, error: LayerError = layer_error
+) -> torch.Tensor:
     """Mean over swapped layers of the normalised squared error of the attention output, on the teacher's inputs.
 
     One model: every layer returns its own softmax output to the next, and the swap's output is compared with it.
@@ -27,12 +38,14 @@ def align_loss(model: Any, ids: torch.Tensor, *, amp: bool = False, recompute: b
         ids: `[B, T]`.
         amp: bf16 autocast.
         recompute: compute the swaps again in the backward pass rather than keep what is between.
+        error: `layer_error`, or the same compiled.
     """
     losses: list[torch.Tensor] = []
 
     def compare(swap: LightningSwap, call: AttentionCall, target: torch.Tensor) -> None:
-        output = recomputed(swap, call, use_reentrant=False) if recompute else swap(call)
-        losses.append(normalized_mse(output, target.view(output.shape)))
+        losses.append(
+            recomputed(error, swap, call, target, use_reentrant=False) if recompute else error(swap, call, target)
+        )
 
     with observing(model, compare), torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
         model(input_ids=ids, use_cache=False, logits_to_keep=1)

@@ -220,8 +220,8 @@ class TrainStage(Section):
 
     `tokens` is the budget, `batch` the number of sequences of `length` tokens per optimiser step, `micro_batch`
     per forward pass. `learning_rate` is that of the new parameters, `backbone_learning_rate` that of the
-    teacher's own weights among the trainable ones. `compile` runs the decoder layers through torch.compile (not those
-    of align, and not those of a teacher that is the student's own weights).
+    teacher's own weights among the trainable ones. `compile` runs the decoder layers through torch.compile (in align
+    only the swaps; not a teacher that is the student's own weights).
     """
 
     tokens: int = Field(gt=0)

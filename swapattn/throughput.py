@@ -19,9 +19,10 @@ from torch.utils.data import IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import sources
+from .compilation import align_function
 from .environment import default_device, hardware, say, versions
 from .errors import RecipeError, UsageError
-from .objectives import align_loss, distill_loss, mixture_of, stage_flops
+from .objectives import distill_loss, mixture_of, stage_flops
 from .peak import forward_flops, share_of_peak, step_flops
 from .recipe import AlignStage, DistillStage, Recipe, TrainStage
 from .surgery import apply_, plan
@@ -221,7 +222,8 @@ def _prepared(config: Any, recipe: Recipe, stage: TrainStage, kind: str, device:
     model.to(device)
     if isinstance(stage, DistillStage):
         return model, functools.partial(distill_loss, stage=stage, teacher=teacher, amp=amp), teacher
-    return model, functools.partial(align_loss, amp=amp, recompute=stage.gradient_checkpointing), None
+    assert isinstance(stage, AlignStage)
+    return model, align_function(stage, amp=amp), None
 
 
 def _profiled(run: Any, device: str) -> str:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from swapattn.compilation import compiled_layers
+from swapattn.compilation import compiled_error, compiled_layers
 from swapattn.errors import RecipeError
-from swapattn.objectives import distill_loss
+from swapattn.objectives import align_loss, distill_loss, layer_error
 from swapattn.recipe import ConvertSpec, DistillStage, parse_recipe
 from swapattn.surgery import apply_, plan
 
@@ -47,6 +47,27 @@ def test_loss_and_gradients_stay_and_each_class_compiles_few_graphs(tiny_family,
     for name, gradient in wanted.items():
         assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name
     assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+def test_the_error_of_a_layer_compiles_once_for_all_layers(tiny_family):
+    torch._dynamo.reset()
+    model = build(tiny_family("llama"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".swap." in name)
+    ids = torch.randint(2, 320, (2, 24), generator=torch.Generator().manual_seed(0))
+    swap = model.model.layers[1].self_attn.swap
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = compiled_error(backend=counter)
+    found = []
+    for error in (layer_error, compiled, compiled):
+        model.zero_grad()
+        loss = align_loss(model, ids, error=error)
+        loss.backward()
+        found.append((float(loss.detach()), swap.q_map.weight.grad.clone()))
+    assert counter.frame_count == 1
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        assert torch.allclose(gradient, found[0][1], rtol=1e-4, atol=1e-6)
 
 
 def test_compile_and_gradient_checkpointing_are_one_or_the_other():
