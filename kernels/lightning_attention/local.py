@@ -9,8 +9,6 @@ W tokens in a block, NB blocks, N sequences, S keys given to the cached form.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import NamedTuple
 
 import torch
@@ -18,12 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .reference import no_autocast
+from .switch import on_kernels
 
-# Where the kernels run: "torch" nowhere, "triton" everywhere (an error where they cannot), "auto" on CUDA tensors.
-SWITCH = "SWAPATTN_KERNELS"
-LARGEST_DIM = 256
-MOST_SINKS = 64
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+MOST_SINKS = 64  # of the kernels
 
 # Blocks shorter than this cost more in small matmuls than they save in hidden scores.
 _SMALLEST_BLOCK = 32
@@ -153,20 +148,8 @@ def local_attention_cached(
 
 
 def _on_kernels(q: Tensor, k: Tensor, v: Tensor, sinks: int) -> bool:
-    """Whether the Triton kernels take this call; see `SWITCH`."""
-    choice = os.environ.get(SWITCH, "auto")
-    if choice not in ("torch", "triton", "auto"):
-        raise ValueError(f"{SWITCH}: expected torch, triton or auto, found {choice}")
-    if choice == "torch" or (choice == "auto" and not q.is_cuda):
-        return False
-    small = max(q.shape[3], v.shape[3]) <= LARGEST_DIM and sinks <= MOST_SINKS
-    able = _HAS_TRITON and small and torch.float64 not in (q.dtype, k.dtype, v.dtype)
-    if choice == "triton" and not able:
-        raise ValueError(
-            f"{SWITCH}=triton: the kernels need triton, at most {LARGEST_DIM} features and {MOST_SINKS} sinks, and no "
-            f"float64; found {q.shape[3]} and {v.shape[3]} features, {sinks} sinks, {q.dtype}"
-        )
-    return able
+    """Whether the Triton kernels take this call."""
+    return on_kernels(q, k, v, refused=f"{sinks} sinks are more than {MOST_SINKS}" if sinks > MOST_SINKS else None)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> None:

@@ -1,4 +1,4 @@
-"""The public operations: argument checks, then the plain PyTorch forms.
+"""The public operations: argument checks, then the Triton kernels on a GPU and the plain PyTorch forms elsewhere.
 
 Source: Lightning Attention-2, arXiv 2401.04658. Dimensions: B rows, T tokens, Hq query heads, Hkv key/value heads,
 Hs heads of the decay and of the state (Hkv or Hq), D features of q and k, Dv of v, N sequences, P states in a pool.
@@ -6,12 +6,13 @@ Hs heads of the decay and of the state (Hkv or Hq), D features of q and k, Dv of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .reference import State, accumulation_dtype, chunked_attention, recurrent_attention
+from .switch import on_kernels
 
 # MKL's vector functions find out the processor in their first call, without a lock: where several threads share it, one
 # may work at low accuracy (exp off by 1e-4 in float32, 3e-9 in float64). So: one on one thread. pytorch/pytorch#188792
@@ -75,7 +76,12 @@ def lightning_attention(
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         _check_state("initial_state", initial_state, sequences, k, v, log_decay, normalize)
-    return chunked_attention(
+    attention: Callable[..., tuple[Tensor, State | None]] = chunked_attention
+    if q.numel() > 0 and on_kernels(q, k, v):
+        from .linear_op import lightning_attention_kernel
+
+        attention = lightning_attention_kernel
+    return attention(
         q,
         k,
         v,

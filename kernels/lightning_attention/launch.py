@@ -1,0 +1,65 @@
+"""Launch parameters, chosen by plain functions from measured tables (see README.md)."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+SMALLEST_SEGMENT = 256
+
+
+class SweepConfig(NamedTuple):
+    """How a sweep over the tokens is cut."""
+
+    chunk: int  # tokens
+    columns: int  # output columns of a program
+    warps: int
+    stages: int  # chunks in flight
+
+
+def sweep_config(kind: str, dim: int, value_dim: int, dtype: torch.dtype, normalize: bool = False) -> SweepConfig:
+    """Launch parameters of the sweeps for o ("forward"), dq ("dq"), dk and dv ("dkv").
+
+    Chosen on an H100 in bf16 among chunks of 16 to 128, 32 to 128 columns, 2 to 8 warps and 1 to 4 stages, each
+    checked against fp64: with 64 tokens in a chunk the normalised forward is miscompiled (error .25).
+    """
+    size = max(dim, value_dim)
+    if dtype == torch.float32:
+        return SweepConfig(32 if size <= 128 else 16, 32, 4, 1)
+    if dtype == torch.float16 and size > 64:  # states are multiplied in tf32, which takes twice the memory
+        return SweepConfig(32 if size <= 128 else 16, 32, 4, 2)
+    if size > 128:
+        return SweepConfig(32, 64, 8, 3) if kind == "dkv" else SweepConfig(16, 64, 4, 3)
+    if normalize:
+        return SweepConfig(32, 64, 4, 2 if kind == "dkv" else 3)
+    if kind == "dkv":
+        return SweepConfig(32, 64, 2, 3) if size <= 64 else SweepConfig(64, 64, 4, 2)
+    return SweepConfig(32, 64, 4, 3)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device; those of an H100 where there is none to ask."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def segment_length(length: int, programs: int, sequences: int, device: torch.device) -> int:
+    """Tokens of a segment: the whole sequence if there are programs enough, else a part that fills the device.
+
+    Args:
+        length: tokens of a row (of all sequences when they are packed into one).
+        programs: programs of the forward pass with whole sequences.
+        sequences: sequences in a row of tokens: 1, or the number that is packed.
+        device: where it runs.
+    """
+    wanted = processors(device)
+    if programs >= wanted:
+        return length
+    parts = -(-2 * wanted // programs)
+    segment = -(-length // (parts * sequences))
+    segment = max(SMALLEST_SEGMENT, -(-segment // 128) * 128)
+    return length if segment >= length else segment

@@ -1,0 +1,94 @@
+"""Sizes of a call and how its sequences are cut into segments."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import segment_length, sweep_config
+
+
+class Shape(NamedTuple):
+    """Sizes and options of a call that every kernel needs."""
+
+    rows: int
+    length: int
+    query_heads: int
+    shared: int  # key/value heads
+    heads: int  # of the decay and of the state
+    dim: int
+    value_dim: int
+    sequences: int
+    segment: int  # tokens
+    segments: int  # of a row; of all sequences when they are packed
+    packed: bool
+    per_token: bool
+    masked: bool
+    normalize: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a state."""
+        return self.query_heads // self.heads
+
+    @property
+    def items(self) -> int:
+        """Upper bound of the segments in all."""
+        return self.segments if self.packed else self.rows * self.segments
+
+    @property
+    def split(self) -> bool:
+        """Whether states have to be handed from segment to segment."""
+        return self.segment < self.length
+
+    @property
+    def block_sequences(self) -> int:
+        """The constant SEQUENCES of `sweep.locate`."""
+        return 1 << (max(self.sequences, 2) - 1).bit_length() if self.packed else 0
+
+
+def shape_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    cu_seqlens: Tensor | None,
+    masked: bool,
+    normalize: bool,
+    segment: int | None = None,
+) -> Shape:
+    """Sizes of a call, and how its sequences are cut into segments (`segment` tokens, None: as fits the device)."""
+    rows, length, query_heads, dim = q.shape
+    sequences = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    heads = log_decay.shape[-1]
+    columns = sweep_config("forward", dim, v.shape[3], q.dtype, normalize).columns
+    programs = sequences * heads * -(-v.shape[3] // columns)
+    if segment is None:
+        segment = segment_length(length, programs, 1 if cu_seqlens is None else sequences, q.device)
+    cut = -(-length // segment)
+    segments = cut if cu_seqlens is None else (sequences if segment >= length else cut + sequences)
+    return Shape(
+        rows, length, query_heads, k.shape[2], heads, dim, v.shape[3], sequences, segment, segments,
+        cu_seqlens is not None, log_decay.dim() == 3, masked, normalize,
+    )  # fmt: skip
+
+
+def precision(dtype: torch.dtype) -> str:
+    """`input_precision` of a dot: exact for fp32; for fp16 only the state is multiplied in fp32, tf32 is as fine."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def outputs_per_program(shape: Shape) -> int:
+    """Query heads of a group that one program computes with one state: two where they pair off.
+
+    Measured on an H100 at 32/8 heads: 80 % of the copy floor with two, 76 % with four, 58 % with one. The sum of a
+    normalised output needs the registers.
+    """
+    return 2 if shape.group % 2 == 0 and not shape.normalize else 1
+
+
+def padded(size: int) -> int:
+    """Tile size of a feature dimension: a power of 2, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())

@@ -1,0 +1,183 @@
+"""States between the segments of a sequence, so that few long sequences fill a GPU too.
+
+A sequence is cut into segments; `segment_kernel` computes what each adds to the state, all at once, and `scan_kernel`
+turns that into the state entering each of them (forward: the state before its first token, reverse: after its last).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bulk import bulk_copies, head_steps
+from .launch import SweepConfig
+from .shape import Shape, padded, precision
+from .sweep import load_tile, locate, product, rows_of, running_decay
+
+try:  # in a try block: transformers demands what the files of a checkpoint import outside one
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the kernels of lightning_attention need triton") from error
+
+
+@triton.jit(do_not_specialize=["scale", "length", "segment", "segments", "sequences"])
+def segment_kernel(
+    x, y, steps_x, steps_y, log_decay, hidden, cu_seqlens, factor, delta, states, extras, totals,
+    scale, length, segment, segments, sequences, heads, shared, query_heads,
+    stride_x_row, stride_x, stride_x_head, stride_y_row, stride_y, stride_y_head,
+    D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
+    REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr,
+    SEQUENCES: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """What a segment adds to the state `[D, Dv]`: sum of decayed x y^T, with (k, v) forward and (q, do) in reverse.
+
+    extras `[items, Hs, D]` gets the same sum of x alone (NORMALIZE), totals `[items, Hs]` the log2 decay in all.
+    """
+    blocks = tl.cdiv(V, BV)
+    pid = tl.program_id(0)
+    block, head, item = pid % blocks, (pid // blocks) % heads, pid // (blocks * heads)
+    sequence, row, start, stop, _, end = locate(item, cu_seqlens, length, segment, segments, sequences, SEQUENCES)
+    if sequence >= sequences:
+        return
+    step = tl.arange(0, C)
+    dims = tl.arange(0, BD)
+    columns = block * BV + tl.arange(0, BV)
+    first = head * GROUP if REVERSE else head // (heads // shared)  # query head, or key/value head
+    wide_row = row.to(tl.int64)
+    x += wide_row * stride_x_row + first * stride_x_head
+    y += wide_row * stride_y_row + first * stride_y_head
+    rows_x = rows_of(x, end, stride_x, steps_x, D, C, BD, GROUP, BULK)
+    rows_y = rows_of(y, end, stride_y, steps_y, V, C, BV, GROUP, BULK)
+    log_decay += wide_row * length * heads * PER_TOKEN + head
+    hidden += wide_row * length
+    state = tl.zeros([BD, BV], tl.float32)
+    extra = tl.zeros([BD], tl.float32)
+    running = 0.0
+    chunks = tl.cdiv(stop - start, C)
+    for n in range(0, chunks):
+        begin = start + (chunks - 1 - n) * C if REVERSE else start + n * C
+        inclusive, total, real = running_decay(
+            log_decay, hidden, begin, step, begin + step < stop, heads, PER_TOKEN, MASKED
+        )
+        weight = tl.exp2(inclusive) * scale if REVERSE else tl.exp2(tl.minimum(total - inclusive, 0.0))
+        state = state * tl.exp2(total)
+        extra = extra * tl.exp2(total)
+        running += total
+        for g in tl.static_range(GROUP):
+            tile_x = load_tile(rows_x, steps_x, g, begin, stride_x, stride_x_head, step, dims, 0, real, D, BD, BULK)
+            tile_y = load_tile(
+                rows_y, steps_y, g, begin, stride_y, stride_y_head, step, columns, block * BV, real, V, BV, BULK
+            )
+            given = weight
+            if NORMALIZE and REVERSE:
+                vectors = (wide_row * length + begin + step) * query_heads + first + g
+                given = given * tl.load(factor + vectors, mask=real, other=0.0)
+            faded = tile_y.to(tl.float32) * given[:, None]
+            state = product(tl.trans(tile_x), faded.to(tile_x.dtype), state, PRECISION)
+            if NORMALIZE:
+                if REVERSE:
+                    given = given * tl.load(delta + vectors, mask=real, other=0.0)
+                extra += tl.sum(tile_x.to(tl.float32) * given[:, None], 0)
+    here = item.to(tl.int64) * heads + head
+    keep = (dims < D)[:, None] & (columns < V)[None, :]
+    tl.store(states + here * D * V + dims[:, None] * V + columns[None, :], state, mask=keep)
+    if block == 0:
+        tl.store(totals + here, running)
+        if NORMALIZE:
+            tl.store(extras + here * D + dims, extra, mask=dims < D)
+
+
+@triton.jit(do_not_specialize=["segment", "segments", "sequences"])
+def scan_kernel(
+    states, initial, totals, cu_seqlens, segment, segments, sequences, heads, size,
+    REVERSE: tl.constexpr, STARTED: tl.constexpr, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """In place: what each segment adds becomes the state entering it. `size` numbers a state and head.
+
+    `initial` (STARTED) `[N, Hs, size]`: the state before the first segment in the order of the walk.
+    """
+    blocks = tl.cdiv(size, BLOCK)
+    pid = tl.program_id(0)
+    block, head, sequence = pid % blocks, (pid // blocks) % heads, pid // (blocks * heads)
+    if SEQUENCES == 0:
+        first, count = sequence * segments, segments
+    else:
+        index = tl.arange(0, SEQUENCES)
+        known = index < sequences
+        low = tl.load(cu_seqlens + index, mask=known, other=0).to(tl.int32)
+        high = tl.load(cu_seqlens + index + 1, mask=known, other=0).to(tl.int32)
+        counts = tl.where(known, tl.maximum((high - low + segment - 1) // segment, 1), 0)
+        first = tl.sum(tl.where(index < sequence, counts, 0), 0)
+        count = tl.sum(tl.where(index == sequence, counts, 0), 0)
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    keep = place < size
+    own = (sequence.to(tl.int64) * heads + head) * size
+    state = tl.zeros([BLOCK], tl.float32)
+    if STARTED:
+        state = tl.load(initial + own + place, mask=keep, other=0.0)
+    for n in range(0, count):
+        item = first + (count - 1 - n if REVERSE else n)
+        here = item.to(tl.int64) * heads + head
+        added = tl.load(states + here * size + place, mask=keep, other=0.0)
+        fade = tl.exp2(tl.load(totals + here))
+        tl.store(states + here * size + place, state, mask=keep)
+        state = state * fade + added
+
+
+def entering_states(
+    x: Tensor,
+    y: Tensor,
+    log_decay: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    initial: tuple[Tensor | None, Tensor | None],
+    shape: Shape,
+    config: SweepConfig,
+    *,
+    scale: float = 1.0,
+    reverse: bool = False,
+    factor: Tensor | None = None,
+    delta: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The state `[items, Hs, D, Dv]` and sum state `[items, Hs, D]` entering every segment, None where all is 0.
+
+    Args:
+        x, y: k and v, or with `reverse` q and do, `[B, T, H, D or Dv]`.
+        initial: state and sum state before the first segment, in the order of the walk.
+        scale: factor of every token's share.
+        factor, delta: fp32 `[B, T, Hq]`, with `reverse` and a normalised output.
+    """
+    if not shape.split:
+        return initial
+    items, heads, dim, value_dim = shape.items, shape.heads, shape.dim, shape.value_dim
+    states = x.new_empty(items, heads, dim, value_dim, dtype=torch.float32)
+    extras = x.new_empty(items, heads, dim, dtype=torch.float32) if shape.normalize else None
+    totals = x.new_empty(items, heads, dtype=torch.float32)
+
+    def given(tensor: Tensor | None) -> Tensor:  # a pointer that is not read still has to be one
+        return totals if tensor is None else tensor
+
+    block = min(config.columns, padded(value_dim))
+    segment_kernel[(triton.cdiv(value_dim, block) * heads * items,)](
+        x, y, head_steps(x), head_steps(y), log_decay, given(mask), given(cu_seqlens), given(factor), given(delta),
+        states, given(extras), totals,
+        scale, shape.length, shape.segment, shape.segments, shape.sequences, heads, shape.shared, shape.query_heads,
+        x.stride(0), x.stride(1), x.stride(2), y.stride(0), y.stride(1), y.stride(2),
+        D=dim, V=value_dim, BD=padded(dim), BV=block, C=config.chunk, GROUP=shape.group if reverse else 1,
+        REVERSE=reverse, PER_TOKEN=shape.per_token, MASKED=shape.masked, NORMALIZE=shape.normalize,
+        SEQUENCES=shape.block_sequences, PRECISION=precision(x.dtype),
+        BULK=bulk_copies(shape, config, shape.group if reverse else 1, (x, y)),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    for tensor, start in ((states, initial[0]), (extras, initial[1])):
+        if tensor is None:
+            continue
+        size = tensor[0, 0].numel()
+        block = min(1024, padded(size))
+        scan_kernel[(triton.cdiv(size, block) * heads * shape.sequences,)](
+            tensor, given(start), totals, given(cu_seqlens),
+            shape.segment, shape.segments, shape.sequences, heads, size,
+            REVERSE=reverse, STARTED=start is not None, SEQUENCES=shape.block_sequences, BLOCK=block,
+        )  # fmt: skip
+    return states, extras

@@ -1,0 +1,317 @@
+"""The Triton kernels of the linear branch: in the interpreter, compiled for GPUs that are not here, and on one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning_attention import lightning_attention
+from lightning_attention.reference import chunked_attention, recurrent_attention
+
+SLOPES = (0.0, 0.0039, 0.96, 7.9, 0.1, 0.02)
+EXACT = 2e-6  # of float32
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    monkeypatch.setenv("SWAPATTN_KERNELS", "triton")
+
+
+def relative(found, wanted):
+    """Largest relative L2 error of a head, `[B, T, H, D]`; of everything for other shapes.
+
+    Gradients that are zero up to rounding count as of size 1/50.
+    """
+    error, size = (found.double() - wanted.double()), wanted.double()
+    axes = (0, 1, 3) if wanted.dim() == 4 else tuple(range(wanted.dim()))
+    return float((error.pow(2).mean(axes).sqrt() / size.pow(2).mean(axes).sqrt().clamp(min=0.02)).max())
+
+
+class Case:
+    """Random operands, and what a form makes of them: output, final state and all gradients."""
+
+    def __init__(self, length, *, rows=2, heads=2, shared=2, dim=16, value_dim=16, states="shared", per_token=False,
+                 hidden=False, normalize=False, started=False, final=False, bounds=None, decay=False, scale=None,
+                 dtype=torch.float32, device="cpu", segment=None, slopes=SLOPES, seed=0):  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*size):
+            return torch.randn(*size, generator=generator).to(device)
+
+        rows = 1 if bounds else rows
+        held = shared if states == "shared" else heads
+        count = len(bounds) - 1 if bounds else rows
+        q, k, v = (
+            random(rows, length, heads, dim),
+            random(rows, length, shared, dim),
+            random(rows, length, shared, value_dim),
+        )
+        if normalize:
+            q, k = q.abs(), k.abs()
+        self.inputs = [x.to(dtype) for x in (q, k, v)]
+        self.log_decay = -torch.tensor(slopes)[torch.arange(held) % len(slopes)].to(device)
+        if per_token:
+            self.log_decay = self.log_decay * torch.rand(rows, length, held, generator=generator).to(device)
+        self.states = []
+        if started:
+            self.states = [random(count, held, dim, value_dim)] + [random(count, held, dim).abs() * 3] * normalize
+        mask = torch.rand(rows, length, generator=generator).to(device) > 0.3 if hidden else None
+        self.options = {
+            "scale": scale,
+            "cu_seqlens": torch.tensor(bounds, device=device) if bounds else None,
+            "mask": mask,
+            "normalize": normalize,
+            "output_final_state": final,
+        }
+        self.do, self.decay, self.segment = random(rows, length, heads, value_dim), decay, segment
+        self.leaving = [random(count, held, dim, value_dim), random(count, held, dim)]
+
+    def run(self, form, dtype=None, **more):
+        """Output, final states, gradients."""
+        leaves = [(x if dtype is None else x.to(dtype)).detach().requires_grad_() for x in self.inputs]
+        single = torch.float64 if dtype == torch.float64 else torch.float32
+        log_decay = self.log_decay.to(single).requires_grad_(self.decay)
+        states = [x.to(single).requires_grad_() for x in self.states]
+        initial = None if not states else states[0] if len(states) == 1 else tuple(states)
+        out, final = form(*leaves, log_decay, initial_state=initial, **self.options, **more)
+        finals = [] if final is None else list(final) if isinstance(final, tuple) else [final]
+        loss = (out.to(single) * self.do.to(single)).sum()
+        for x, y in zip(finals, self.leaving, strict=False):
+            loss = loss + (x * y.to(single)).sum()
+        wanted = [*leaves, *([log_decay] if self.decay else []), *states]
+        return [x.detach() for x in (out, *finals, *torch.autograd.grad(loss, wanted))]
+
+    def compare(self, limit, limit_gradient=None):
+        more = {}
+        if self.segment:
+            from lightning_attention.linear_op import lightning_attention_kernel as form
+
+            more["segment"] = self.segment
+        else:
+            form = lightning_attention
+        found, wanted = self.run(form, **more), self.run(recurrent_attention, torch.float64)
+        outputs = len(found) - 3 - self.decay - len(self.states)
+        for i, (x, y) in enumerate(zip(found, wanted, strict=True)):
+            bound = limit if i < outputs else limit_gradient or limit
+            assert relative(x, y) <= bound, (i, relative(x, y))
+
+
+EVERYTHING = {"started": True, "final": True, "decay": True}
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 65, 130])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_any_length(length, normalize):
+    Case(length, normalize=normalize, rows=1, dim=16, value_dim=32).compare(EXACT)
+
+
+@pytest.mark.parametrize("states", ["shared", "own"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kind", ["fixed", "per_token", "hidden"])
+def test_groups_states_and_decays(states, normalize, kind):
+    options = {} if kind == "fixed" else {kind: True}
+    Case(70, rows=1, heads=4, states=states, normalize=normalize, segment=32, **options, **EVERYTHING).compare(EXACT)
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(24, 40), (96, 16), (16, 80)])
+def test_dimensions_that_are_no_power_of_two(dim, value_dim):
+    Case(40, rows=1, heads=1, shared=1, dim=dim, value_dim=value_dim, **EVERYTHING).compare(EXACT)
+
+
+@pytest.mark.parametrize("segment", [None, 32])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_packed_sequences(segment, normalize):
+    bounds = [0, 0, 1, 65, 65, 100]
+    Case(100, bounds=bounds, heads=4, segment=segment, normalize=normalize, **EVERYTHING).compare(EXACT)
+
+
+def test_half_precision_loses_no_more_than_the_plain_form():
+    case = Case(100, dtype=torch.float16, rows=1)
+    found, plain = case.run(lightning_attention), case.run(chunked_attention)
+    for x, y, z in zip(found, plain, case.run(recurrent_attention, torch.float64), strict=True):
+        assert relative(x, z) <= max(2 * relative(y, z), 1e-3)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    length=st.integers(1, 70),
+    group=st.integers(1, 3),
+    slope=st.sampled_from([0.0, 0.0039, 0.96, 7.9, 40.0]),
+    segment=st.sampled_from([None, 32, 64]),
+    scale=st.sampled_from([None, 1.0, 128**-0.5]),
+    seed=st.integers(0, 100),
+)
+def test_property(length, group, slope, segment, scale, seed):
+    options = {"heads": group, "shared": 1, "slopes": (slope,), "segment": segment, "scale": scale, "seed": seed}
+    Case(length, rows=1, started=True, final=True, **options).compare(EXACT)
+
+
+def test_views_of_a_packed_projection_need_no_copy():
+    packed = torch.randn(2, 64, 3, 2, 16)
+    q, k, v = packed.unbind(2)
+    log_decay = -torch.tensor(SLOPES[:2])
+    out, _ = lightning_attention(q, k, v, log_decay)
+    wanted, _ = recurrent_attention(q.double(), k.double(), v.double(), log_decay.double())
+    assert relative(out, wanted) <= EXACT
+    heads_first = torch.randn(3, 2, 2, 64, 16).transpose(2, 3)
+    q, k, v = heads_first.unbind(0)
+    out, _ = lightning_attention(q, k, v, log_decay)
+    wanted, _ = recurrent_attention(q.double(), k.double(), v.double(), log_decay.double())
+    assert relative(out, wanted) <= EXACT
+
+
+def test_hidden_tokens_may_hold_nan():
+    q, k, v = torch.randn(3, 1, 40, 2, 16).unbind(0)
+    mask = torch.rand(1, 40) > 0.4
+    log_decay = -torch.tensor(SLOPES[1:3])
+    wanted, _ = lightning_attention(q, k, v, log_decay, mask=mask)
+    poisoned = [x.masked_fill(~mask[..., None, None], torch.nan) for x in (q, k, v)]
+    found, _ = lightning_attention(*poisoned, log_decay, mask=mask)
+    assert torch.equal(found, wanted)
+
+
+def test_future_changes_no_past_bit():
+    q, k, v = torch.randn(3, 1, 70, 2, 16).unbind(0)
+    log_decay = -torch.tensor(SLOPES[1:3])
+    wanted, _ = lightning_attention(q, k, v, log_decay)
+    q[:, 45:], k[:, 45:], v[:, 45:] = 9.0, 9.0, 9.0
+    found, _ = lightning_attention(q, k, v, log_decay)
+    assert torch.equal(found[:, :45], wanted[:, :45])
+
+
+def test_compiled_equals_eager():
+    case = Case(40, heads=4, normalize=True, rows=1)
+    compiled = torch.compile(lightning_attention, fullgraph=True, backend="aot_eager")
+    for x, y in zip(case.run(compiled), case.run(lightning_attention), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_lightning_layer_of_minimax():
+    """The same numbers as an implementation that is not ours, at the level of its layer's core."""
+    minimax = pytest.importorskip("transformers.models.minimax.modeling_minimax")
+    from transformers import MiniMaxConfig
+
+    config = MiniMaxConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=16, block_size=8,
+                           num_hidden_layers=4, vocab_size=8, intermediate_size=8)  # fmt: skip
+    layer = minimax.MiniMaxLightningAttention(config, layer_idx=1).float()
+    x = torch.randn(2, 45, 64)
+    inner = {}
+    handle = layer.norm.register_forward_pre_hook(lambda _, args: inner.update(o=args[0]))
+    layer(x, None, torch.ones(2, 45), past_key_values=None)
+    handle.remove()
+    q, k, v = layer.act_fn(layer.qkv_proj(x)).reshape(2, 45, 4, 48).split(16, 3)
+    log_decay = -layer.slope_rate.flatten().float()
+    out, _ = lightning_attention(q.contiguous(), k.contiguous(), v.contiguous(), log_decay, scale=1.0)
+    torch.testing.assert_close(out.flatten(2), inner["o"], atol=1e-4, rtol=1e-4)
+
+
+def compiled(*options):
+    """Compile in a process of its own, in which kernels are not interpreted."""
+    script = Path(__file__).with_name("compile_linear.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *options],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def test_compiles_for_hopper():
+    pytest.importorskip("triton")
+    assert len(compiled("--arch", "90", "--dtype", "bf16", "--dim", "64", "128")) == 2 * 2 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_compiles_for_every_gpu(arch):
+    assert len(compiled("--arch", arch)) == 3 * 6 * 2 * 4
+
+
+LIMITS = {torch.bfloat16: (3e-3, 6e-3), torch.float16: (1e-3, 2e-3), torch.float32: (1e-5, 1e-5)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize(
+    ("dim", "value_dim"), [(64, 64), (64, 128), (128, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
+)
+def test_on_gpu(dtype, dim, value_dim):
+    options = {"dim": dim, "value_dim": value_dim, "dtype": dtype, "device": "cuda", "started": True, "final": True}
+    for scale in (None, 1.0):
+        Case(500, heads=4, scale=scale, **options).compare(*LIMITS[dtype])
+    Case(512, heads=4, segment=256, **options).compare(*LIMITS[dtype])
+    Case(512, heads=6, **options).compare(*LIMITS[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (128, 64), (128, 128), (256, 128)])
+@pytest.mark.parametrize("heads", [2, 6])
+def test_on_gpu_normalised(dtype, dim, value_dim, heads):
+    options = {"dim": dim, "value_dim": value_dim, "dtype": dtype, "device": "cuda", "normalize": True, "heads": heads}
+    output, gradient = LIMITS[dtype]  # a gradient through the sum is a difference: the plain form loses as much
+    Case(500, started=True, final=True, **options).compare(output, 2 * gradient)
+    Case(500, hidden=True, **options).compare(output, 2 * gradient)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 1000, 4097])
+@pytest.mark.parametrize("kind", ["fixed", "per_token", "hidden"])
+def test_on_gpu_any_length(length, kind):
+    options = {} if kind == "fixed" else {kind: True}
+    case = Case(length, rows=1, dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda", heads=4, **options)
+    case.compare(*LIMITS[torch.bfloat16])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segment", [None, 128])
+def test_on_gpu_packed(segment):
+    bounds = [0, 0, 1, 500, 500, 1000]
+    options = {"dim": 128, "value_dim": 128, "dtype": torch.bfloat16, "device": "cuda", "heads": 4}
+    Case(1000, bounds=bounds, segment=segment, started=True, final=True, **options).compare(*LIMITS[torch.bfloat16])
+
+
+@pytest.mark.gpu
+def test_on_gpu_long_and_large():
+    """Prefill in parts equals prefill; offsets beyond 2^31 elements."""
+    q, k, v = torch.randn(3, 1, 131072, 2, 128, device="cuda").bfloat16().unbind(0)
+    log_decay = -torch.tensor([0.0039, 0.96], device="cuda")
+    out, final = lightning_attention(q, k, v, log_decay, output_final_state=True)
+    cut = 70001
+    first, state = lightning_attention(q[:, :cut], k[:, :cut], v[:, :cut], log_decay, output_final_state=True)
+    second, last = lightning_attention(
+        q[:, cut:], k[:, cut:], v[:, cut:], log_decay, initial_state=state, output_final_state=True
+    )
+    assert relative(torch.cat((first, second), 1), out) <= 3e-3
+    assert relative(last, final) <= 1e-3
+    del q, k, v, out, first, second
+    x = torch.randn(3, 16384, 2, 64, device="cuda").bfloat16()
+    big = torch.empty(2**31 // (16384 * 128) + 2, 16384, 2, 64, device="cuda", dtype=torch.bfloat16)
+    big[-1] = x[0]
+    out, _ = lightning_attention(big, big, big, log_decay)
+    wanted, _ = lightning_attention(x[:1], x[:1], x[:1], log_decay)
+    assert torch.equal(out[-1:], wanted)
+
+
+@pytest.mark.gpu
+def test_on_gpu_runs_are_equal_and_graphs_replay():
+    case = Case(1000, heads=4, dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda", final=True)
+    first, second = case.run(lightning_attention), case.run(lightning_attention)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    compiled = case.run(torch.compile(lightning_attention, fullgraph=True))
+    assert all(torch.equal(x, y) for x, y in zip(first, compiled, strict=True))
+    q, k, v = case.inputs
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = lightning_attention(q, k, v, case.log_decay)
+    q.mul_(2)
+    graph.replay()
+    wanted, _ = lightning_attention(q, k, v, case.log_decay)
+    assert torch.equal(out, wanted)
