@@ -98,7 +98,11 @@ def forward_kernel(
     """o and log2 of the sum of weights `[Hq, B * T]`, by one program per block of queries and head."""
     blocks = tl.cdiv(total, BM)
     pid = tl.program_id(0)
-    head, block, row = pid % query_heads, pid // query_heads % blocks, (pid // (query_heads * blocks)).to(tl.int64)
+    head, block, row = (
+        (pid % query_heads).to(tl.int64),
+        pid // query_heads % blocks,
+        (pid // (query_heads * blocks)).to(tl.int64),
+    )
     first_token = block * BM
     count, first = total, 0
     if STREAM:
@@ -133,7 +137,7 @@ def forward_kernel(
     weight = tl.where(real, weight, 1.0)
     there = _offsets(i, real, place, row, length, length.to(tl.int64) * query_heads * V, query_heads * V, PLACED)
     _put(o + head * V, there, acc / weight[:, None], real, columns, V, BV)
-    tl.store(lse + head.to(tl.int64) * tokens + row * length + i, top + tl.log2(weight), mask=real)
+    tl.store(lse + head * tokens + row * length + i, top + tl.log2(weight), mask=real)
 
 
 @triton.jit
@@ -166,7 +170,7 @@ def _key_side(
     wide_o = length.to(tl.int64) * stride_o
     for member in range(0, group):
         query_head = head * group + member
-        head_lse = lse + query_head.to(tl.int64) * tokens + row * length
+        head_lse = lse + query_head * tokens + row * length
         for query in range(first_token, high, BN):
             i = query + tl.arange(0, BN)
             start = _starts(i, begin, total, STREAM)
@@ -250,7 +254,7 @@ def _query_side(
     wide_o = length.to(tl.int64) * stride_o
     output = _tile(o + head * V, i, real, place, row, length, wide_o, stride_o, columns, V, BV, PLACED)
     delta = tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
-    weight = tl.load(lse + head.to(tl.int64) * tokens + row * length + i, mask=real, other=0.0)
+    weight = tl.load(lse + head * tokens + row * length + i, mask=real, other=0.0)
     factor = scale * LOG2_E
     acc = tl.zeros([BM, BD], tl.float32)
     low, high = tl.maximum(first_token - window + 1, first), tl.minimum(first_token + BM, count)
@@ -304,7 +308,7 @@ def backward_kernel(
     blocks = tl.cdiv(total, BM)
     pid = tl.program_id(0)
     kinds, group = query_heads + shared, query_heads // shared
-    kind, block, row = pid % kinds, pid // kinds % blocks, (pid // (kinds * blocks)).to(tl.int64)
+    kind, block, row = (pid % kinds).to(tl.int64), pid // kinds % blocks, (pid // (kinds * blocks)).to(tl.int64)
     first_token = block * BM
     count, first = total, 0
     if STREAM:
@@ -375,7 +379,7 @@ def cached_kernel(
     """o of a few new tokens on keys in any order; the rows of a tile are the tokens and heads of a group."""
     pieces, shared = tl.cdiv(length * group, BM), query_heads // group
     pid = tl.program_id(0)
-    piece, head, row = pid % pieces, pid // pieces % shared, (pid // (pieces * shared)).to(tl.int64)
+    piece, head, row = pid % pieces, (pid // pieces % shared).to(tl.int64), (pid // (pieces * shared)).to(tl.int64)
     index = piece * BM + tl.arange(0, BM)
     token, query_head = index // group, head * group + index % group
     position = tl.load(q_position + row * length + token, mask=token < length, other=-1)

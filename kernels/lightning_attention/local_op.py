@@ -115,6 +115,7 @@ def _forward(
     scale: float, window: int, sinks: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o `[B, T, Hq, Dv]` and log2 of the sum of weights, fp32 `[Hq, B * T]` in the order of the stream."""
+    q, k, v = _rows(q), _rows(k), _rows(v)  # the compiler may lay tensors out anew
     rows, length, heads = q.shape[:3]
     config = local_config("forward", q.shape[3], v.shape[3], q.dtype)
     o = (v.new_empty if place is None else v.new_zeros)(rows, length, heads, v.shape[3])
@@ -144,6 +145,7 @@ def _backward(
     begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe, scale: float, window: int, sinks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv."""
+    q, k, v, do, o, lse = _rows(q), _rows(k), _rows(v), _rows(do), o.contiguous(), lse.contiguous()
     rows, length, heads, dim = q.shape
     shared, value_dim = k.shape[2], v.shape[3]
     config = local_config("backward", dim, value_dim, q.dtype)
@@ -185,7 +187,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, do: Tensor, _: Tensor) -> tuple[Any, ...]:
     q, k, v, o, lse, *table = ctx.saved_tensors
-    return *_backward(q, k, v, o, _rows(do), lse, *table, *ctx.sizes), *[None] * 7
+    return *_backward(q, k, v, o, do, lse, *table, *ctx.sizes), *[None] * 7
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
@@ -196,6 +198,7 @@ def _cached(
     q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor, scale: float, window: int, sinks: int
 ) -> Tensor:
     """`[B, T, Hq, Dv]`."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
     rows, length, heads = q.shape[:3]
     shared = k.shape[2]
     group = heads // shared
@@ -221,9 +224,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """One dtype, last dimension contiguous."""
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    return [_rows(x.to(dtype)) for x in (q, k, v)]
+    return [x.to(dtype) for x in (q, k, v)]
 
 
 def local_attention_kernel(
