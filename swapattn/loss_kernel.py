@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 BLOCK = 4096
 WARPS = 8
-# Plain numbers that change between calls must not make the kernel compile anew.
+# Plain numbers that change between calls must not make the kernel compile anew. `columns` is not among them: it is the
+# same for a model, and only when it is known to be a multiple of 16 do the masked loads become wide ones.
 _SCALARS = (
-    "columns",
     "temperature",
     "forward_weight",
     "reverse_weight",
