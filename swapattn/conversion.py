@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import sources
+from . import publishing, sources
 from .checkpoint import atomic_folder, new_record
 from .environment import default_device, say
 from .errors import CheckpointError, SourceError, TrainingError, UsageError
@@ -80,6 +80,7 @@ def convert(
     overwrite: bool = False,
     calibrate: bool = False,
     dry_run: bool = False,
+    push_to_hub: str | None = None,
     record_name: str | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> ConvertResult:
@@ -93,6 +94,7 @@ def convert(
         overwrite: replace an existing folder.
         calibrate: run the recipe's calibrate stage at once (this runs the model, one block in memory at a time).
         dry_run: plan from config.json alone, write nothing; of a hub repository nothing else is fetched.
+        push_to_hub: OWNER/NAME of a repository to upload the checkpoint to; asked for before anything is converted.
         record_name, origin: what the record says of the teacher, when a recorded teacher is converted again.
 
     Raises:
@@ -100,6 +102,8 @@ def convert(
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     source = sources.resolve(str(model), config_only=dry_run)
+    if push_to_hub is not None:
+        publishing.check_push(push_to_hub)
     target = Path(output) if output is not None else Path(f"{source.name}-swapattn")
     if target.exists() and not overwrite and not dry_run:
         with atomic_folder(target):  # says that it exists, before anything is fetched
@@ -110,6 +114,7 @@ def convert(
     if target.resolve() == teacher.path.resolve():
         raise UsageError(f"{target} is the model itself: choose another folder with -o")
     from . import footprint, shards, surgery
+    from .model_card import teacher_licence
 
     config = shards.read_config(teacher.path)
     plan = surgery.plan(config, resolved.convert)
@@ -123,12 +128,15 @@ def convert(
         "hub_id": teacher.hub_id,
         "revision": teacher.revision,
         "note": teacher.note,
+        "licence": teacher_licence(teacher.path, source.location if source.kind == "hub" else None),
     }
     with atomic_folder(target, overwrite=overwrite) as folder:
         trained = _calibrate(teacher.path, plan, tensors, weight_map, resolved) if calibrate else []
         name = record_name or source.name
         record = new_record("converted", name, resolved, origin, calibrated=calibrate, trained=trained)
         shards.write_checkpoint(folder, teacher.path, plan, tensors, weight_map, record)
+    if push_to_hub is not None:
+        publishing.push(target, push_to_hub)
     return result
 
 

@@ -22,6 +22,7 @@ from .conversion import convert
 from .data import PackedTokens, documents
 from .environment import default_device, hardware, say
 from .errors import CheckpointError, RecipeError, UsageError
+from .model_card import CARD, model_card
 from .modeling import load, load_teacher
 from .objectives import check_head, distill_loss, mixture_of, stage_flops
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TextSpec, load_recipe
@@ -308,4 +309,6 @@ class _Run:
                 stages=stages,
                 trained=sorted(trained | set(self.start.record.get("trained", ()))),
             )
+            block = json.loads((folder / "config.json").read_text(encoding="utf-8"))["swapattn"]
+            (folder / CARD).write_text(model_card(record, block), encoding="utf-8")
             write_json(folder / RECORD, record)

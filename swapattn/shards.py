@@ -23,6 +23,7 @@ from . import surgery
 from .attention import LightningSwap
 from .checkpoint import RECORD, write_json
 from .errors import CheckpointError, SourceError, UnsupportedModelError
+from .model_card import CARD, model_card
 from .modeling import MODEL_TYPE_PREFIX, write_runtime
 
 INDEX = "model.safetensors.index.json"
@@ -133,6 +134,8 @@ def write_checkpoint(
         auto_map=auto_map,
         swapattn=plan.config_block(),
     )
+    kept = [site.layer_idx for site in plan.keep]
+    (folder / CARD).write_text(model_card(record, data["swapattn"], kept), encoding="utf-8")
     write_json(folder / RECORD, record)
     write_json(folder / "config.json", data)
 

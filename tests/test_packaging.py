@@ -27,7 +27,7 @@ LAYERS = (
     | {"rotary_check", "loss_kernel", "compilation"}
     | {"graph"}
     | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"}
-    | {"streaming", "footprint", "model_card"},
+    | {"streaming", "footprint", "model_card", "publishing"},
     {"recipe", "decay", "feature_map", "norms", "gates", "inputs", "errors", "wheels", "environment"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

@@ -14,6 +14,7 @@ from .common import command, dry_run_option, emit, output_options, recipe_option
 @recipe_option()
 @output_options
 @click.option("--calibrate", is_flag=True, help="Also run the closed-form calibrate stage (runs the teacher).")
+@click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the checkpoint, with a model card.")
 @dry_run_option
 def convert_command(
     model: str,
@@ -22,6 +23,7 @@ def convert_command(
     output: Path | None,
     overwrite: bool,
     calibrate: bool,
+    push_to_hub: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -45,5 +47,6 @@ def convert_command(
         overwrite=overwrite,
         calibrate=calibrate,
         dry_run=dry_run,
+        push_to_hub=push_to_hub,
     )
     emit(as_json, result.to_dict(), result.to_table())
