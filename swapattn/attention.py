@@ -70,8 +70,11 @@ class AttentionCall:
         hidden: torch.Tensor | None = None,
         linear: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        self.q, self.k, self.v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        self.linear_q, self.linear_k = (self.q, self.k) if linear is None else (x.transpose(1, 2) for x in linear)
+        dtype = _compute_dtype(v)
+        self.q, self.k, self.v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
+        self.linear_q, self.linear_k = (
+            (self.q, self.k) if linear is None else (x.to(dtype).transpose(1, 2) for x in linear)
+        )
         self.scaling = scaling if scaling is not None else q.shape[-1] ** -0.5
         self.hidden = hidden
         self.tokens, starts = _read_mask(mask, q.shape[-2], seen)
@@ -87,6 +90,12 @@ class AttentionCall:
         self.linear_q, self.linear_k = (x.flatten(0, 1)[None] for x in (self.linear_q, self.linear_k))
         self.tokens = self.tokens.flatten()[None] if self.tokens is not None else None
         self.hidden = self.hidden.flatten(0, 1)[None] if self.hidden is not None else None
+
+
+def _compute_dtype(v: torch.Tensor) -> torch.dtype:
+    """That of autocast where it is on, as for PyTorch's own attention: RoPE makes q and k fp32 again."""
+    kind = v.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v.dtype
 
 
 def _read_mask(mask: Any, length: int, seen: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -288,3 +288,21 @@ def test_gradients_reach_every_parameter_of_a_swap(llama):
         for name, parameter in swap.named_parameters():
             assert parameter.grad is not None, (path, name)
             assert parameter.grad.abs().sum() > 0, (path, name)
+
+
+def test_autocast_reaches_the_operators(tiny_llama):
+    """RoPE hands on fp32 queries and keys; a kernel would then multiply everything in fp32."""
+    from lightning_attention import local_attention
+
+    model = tiny_llama()
+    apply_(model, plan(model.config, ConvertSpec()))
+    seen = []
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+
+        def spy(q, k, v, **options):
+            seen.append({q.dtype, k.dtype, v.dtype})
+            return local_attention(q, k, v, **options)
+
+        patch.setattr("swapattn.attention.local_attention", spy)
+        model(torch.arange(12)[None])
+    assert seen == [{torch.bfloat16}] * 2
