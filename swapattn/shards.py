@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .modeling import MODEL_TYPE_PREFIX, write_runtime
 
 INDEX = "model.safetensors.index.json"
 NEW_SHARD = "swap.safetensors"
+COPIES = 4  # at a time
 # Files of a model folder that go along: tokenizer, generation settings, licence. Never weights or code.
 CARRIED = (
     "generation_config.json",
@@ -119,8 +121,14 @@ def write_checkpoint(
     """
     # transformers prefers a file called model.safetensors to an index, so the teacher's gets another name here.
     names = {name: "teacher.safetensors" if name == "model.safetensors" else name for name in set(weight_map.values())}
-    for old, new in names.items():
-        link_or_copy(teacher / old, folder / new)
+    with ThreadPoolExecutor(COPIES) as pool:  # where they must be copied, one thread does not keep a disk busy
+        waiting = [pool.submit(link_or_copy, teacher / old, folder / new) for old, new in sorted(names.items())]
+        try:
+            for copy in waiting:
+                copy.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     write_new_parameters(folder, tensors)
     merged = {key: names[name] for key, name in weight_map.items()} | dict.fromkeys(tensors, NEW_SHARD)
     size = sum((folder / name).stat().st_size for name in set(merged.values()))
