@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,19 +48,91 @@ def quadratic_sites(model: nn.Module, *, length: int = PRIME, device: str = "cpu
     Returns:
         path of the innermost module -> operator. Empty for a model that is linear in the length.
     """
-    where: list[str] = []
+    mode = _PairwiseOps(length, [])
+    _run(model, length, device, mode)
+    return mode.sites
+
+
+def _run(model: nn.Module, length: int, device: str, mode: _PairwiseOps) -> None:
+    """One forward pass under the mode, whose `where` holds the modules that are being called."""
     handles = []
     for name, module in model.named_modules():
         if name:
-            enter = lambda _m, _a, name=name: where.append(name)  # noqa: E731 - binds the loop's name
+            enter = lambda _m, _a, name=name: mode.where.append(name)  # noqa: E731 - binds the loop's name
             handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(lambda *_: where.pop() and None, always_call=True))
+            handles.append(module.register_forward_hook(lambda *_: mode.where.pop() and None, always_call=True))
     ids = torch.zeros(1, length, dtype=torch.long, device=device)
-    mode = _PairwiseOps(length, where)
     try:
         with torch.no_grad(), mode:
             model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return mode.sites
+
+
+@dataclass
+class _Sizes:
+    """By module: sizes of the dimensions that a softmax runs over, and the largest tensor of floats that is made."""
+
+    softmax: dict[str, set[int]]
+    largest: dict[str, int]
+
+
+class _SizesOf(_PairwiseOps):  # type: ignore[no-untyped-call]
+    """Collects `_Sizes` beside the pairwise operators."""
+
+    def __init__(self, length: int, where: list[str]) -> None:
+        super().__init__(length, where)
+        self.sizes = _Sizes({}, {})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        here = self.where[-1] if self.where else ""
+        name = str(func)
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, torch.Tensor) and x.is_floating_point():  # reading a boolean mask is no attention
+                self.sizes.largest[here] = max(self.sizes.largest.get(here, 0), x.numel())
+        if "softmax" in name and "backward" not in name:
+            self.sizes.softmax.setdefault(here, set()).add(args[0].shape[args[1]])
+        elif "scaled_dot_product" in name:
+            self.sizes.softmax.setdefault(here, set()).add(args[1].shape[-2])
+        return result
+
+
+def beyond_linear(model: nn.Module, *, window: int = 0, device: str = "meta") -> dict[str, str]:
+    """Modules whose work grows faster than the length, with the reason; the model runs at two prime lengths.
+
+    Three signs: an operator over all pairs of tokens (`quadratic_sites`), a softmax over more entries the longer the
+    sequence is (so neither over a bounded window nor over features or experts), a tensor of floats that grows faster
+    than the sequence.
+
+    Args:
+        model: a causal LM.
+        window: tokens that a local branch may look at; the lengths are chosen well above it.
+        device: of the token ids; on the meta device nothing is computed.
+    """
+    short = _prime(max(PRIME, 4 * window + 1))
+    long = _prime(4 * short)
+    runs = []
+    for length in (short, long):
+        mode = _SizesOf(length, [])
+        _run(model, length, device, mode)
+        runs.append(mode)
+    found = {path: f"{name} over all pairs of tokens" for path, name in {**runs[0].sites, **runs[1].sites}.items()}
+    before, after = runs[0].sizes, runs[1].sizes
+    for path in sorted({*before.softmax, *after.softmax}):
+        few, many = before.softmax.get(path, set()), after.softmax.get(path, set())
+        if max(many, default=0) > max(few, default=0):
+            found.setdefault(
+                path, f"softmax over {max(few, default=0)} entries at {short} tokens, {max(many)} at {long}"
+            )
+    for path, size in after.largest.items():
+        if path and size > 2 * (long / short) * before.largest.get(path, size):
+            found.setdefault(path, f"a tensor of {before.largest[path]} numbers at {short} tokens, {size} at {long}")
+    return found
+
+
+def _prime(least: int) -> int:
+    while any(least % divisor == 0 for divisor in range(2, int(least**0.5) + 1)):
+        least += 1
+    return least

@@ -133,7 +133,8 @@ def convert(
     with atomic_folder(target, overwrite=overwrite) as folder:
         trained = _calibrate(teacher.path, plan, tensors, weight_map, resolved) if calibrate else []
         name = record_name or source.name
-        record = new_record("converted", name, resolved, origin, calibrated=calibrate, trained=trained)
+        decay = shards.decays(tensors)
+        record = new_record("converted", name, resolved, origin, calibrated=calibrate, trained=trained, decay=decay)
         shards.write_checkpoint(folder, teacher.path, plan, tensors, weight_map, record)
     if push_to_hub is not None:
         publishing.push(target, push_to_hub)

@@ -26,7 +26,7 @@ from .model_card import CARD, model_card
 from .modeling import load, load_teacher
 from .objectives import check_head, distill_loss, mixture_of, stage_flops
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TextSpec, load_recipe
-from .shards import trained_keys, write_trained
+from .shards import decays, trained_keys, write_trained
 from .training import LossFunction, run_stage, trainable_parameters
 
 _COLUMNS = (("tokens", 12), ("steps", 8), ("seconds", 10), ("tokens_per_second", 11))
@@ -308,6 +308,7 @@ class _Run:
                 hardware=hardware(self.device),
                 stages=stages,
                 trained=sorted(trained | set(self.start.record.get("trained", ()))),
+                decay=decays(dict(model.named_parameters())),
             )
             block = json.loads((folder / "config.json").read_text(encoding="utf-8"))["swapattn"]
             (folder / CARD).write_text(model_card(record, block), encoding="utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from . import surgery
 from .attention import LightningSwap
 from .checkpoint import RECORD, write_json
 from .errors import CheckpointError, SourceError, UnsupportedModelError
+from .integrity import check_shards
 from .model_card import CARD, model_card
 from .modeling import MODEL_TYPE_PREFIX, write_runtime
 
@@ -80,8 +82,7 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     """
     if (folder / INDEX).is_file():
         weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        for name in sorted(set(weight_map.values())):
-            _open_shard(folder / name)
+        check_shards(folder, weight_map)
         return weight_map
     return {key: "model.safetensors" for key in _open_shard(folder / "model.safetensors")}
 
@@ -151,6 +152,14 @@ def write_checkpoint(
 def write_new_parameters(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write the shard that holds the parameters of the swaps."""
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / NEW_SHARD, metadata={"format": "pt"})
+
+
+def decays(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
+    """Slopes by the path of their attention module, for the record."""
+    ending = ".swap.log_slope"
+    return {
+        k.removesuffix(ending): t.detach().double().exp().tolist() for k, t in tensors.items() if k.endswith(ending)
+    }
 
 
 def count(tensors: dict[str, torch.Tensor]) -> int:

@@ -260,3 +260,22 @@ def test_classes_are_made_once():
     assert swap_classes("llama") is swap_classes("llama")
     with pytest.raises(CheckpointError, match="does not know the model type 'llama9'"):
         swap_classes("llama9")
+
+
+def test_every_damaged_shard_of_a_teacher_is_named_in_one_line(tiny_family, tmp_path):
+    tiny_family("llama").save_pretrained(tmp_path / "t", max_shard_size="20KB")
+    first, second, third = sorted((tmp_path / "t").glob("*.safetensors"))[:3]
+    first.write_bytes(first.read_bytes()[:-7])
+    flipped = bytearray(second.read_bytes())
+    flipped[10] ^= 1
+    second.write_bytes(flipped)
+    header = third.read_bytes()
+    third.write_bytes(header[:1] + bytes([header[1] ^ 64]) + header[2:])
+    with pytest.raises(SwapattnError) as caught:
+        convert(tmp_path / "t", tmp_path / "c", recipe="smoke")
+    text = str(caught.value)
+    assert "\n" not in text
+    assert f"{first.name} is cut short" in text
+    assert f"{second.name} is damaged" in text
+    assert f"{third.name} is " in text
+    assert not (tmp_path / "c").exists()

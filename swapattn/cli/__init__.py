@@ -12,7 +12,20 @@ import click
 
 from swapattn import __version__
 
-COMMANDS = ("bench", "convert", "distill", "eval", "generate", "inspect", "models", "quickstart", "recipes", "report")
+COMMANDS = (
+    "bench",
+    "convert",
+    "distill",
+    "eval",
+    "generate",
+    "inspect",
+    "models",
+    "quickstart",
+    "recipes",
+    "report",
+    "select",
+    "verify",
+)
 
 
 class LazyGroup(click.Group):

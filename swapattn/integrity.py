@@ -1,0 +1,98 @@
+"""Whether a model folder is whole, without reading its weights: every damaged file named, in one line.
+
+What the format of safetensors says about itself is checked (header, sizes, offsets); a flipped bit of a weight is
+found by comparing with the teacher (`verify`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+from .modeling import write_runtime
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "F8_E8M0": 1}
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def check_shards(folder: Path, weight_map: Mapping[str, str]) -> None:
+    """Check every file of an index.
+
+    Raises:
+        CheckpointError: names each that is missing, cut short, damaged in its header, or lacks a tensor of the index.
+    """
+    found = damaged_shards(folder, weight_map)
+    if found:
+        raise CheckpointError(f"{folder}: " + "; ".join(found))
+
+
+def damaged_shards(folder: Path, weight_map: Mapping[str, str]) -> list[str]:
+    """What is wrong with each shard, one short clause a file; empty if all are whole."""
+    wanted: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        wanted.setdefault(name, set()).add(tensor)
+    problems = []
+    for name in sorted(wanted):
+        problem = _damage(folder / name, wanted[name])
+        if problem:
+            problems.append(f"{name} {problem}")
+    return problems
+
+
+def _damage(path: Path, tensors: Iterable[str]) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > 100_000_000:
+            return "is damaged: its first 8 bytes are no header length"
+        text = file.read(length)
+    if len(text) < length:
+        return f"is cut short: {size} bytes, less than its header of {length}"
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        spans = sorted(_span(name, entry) for name, entry in header.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"is damaged: its header is no valid one ({' '.join(str(error).split())[:80]})"
+    end = 0
+    for start, stop in spans:
+        if start != end:
+            return f"is damaged: its header leaves a gap or overlap at byte {end}"
+        end = stop
+    if size < 8 + length + end:
+        return f"is cut short: {size} of {8 + length + end} bytes"
+    if size > 8 + length + end:
+        return f"is damaged: {size - 8 - length - end} bytes more than its header says"
+    missing = sorted(set(tensors) - set(header))
+    return f"lacks {len(missing)} tensors of the index, first {missing[0]}" if missing else None
+
+
+def _span(name: str, entry: Any) -> tuple[int, int]:
+    start, stop = entry["data_offsets"]
+    if stop - start != math.prod(entry["shape"]) * _BYTES[entry["dtype"]]:
+        raise ValueError(f"the size of {name}")
+    return int(start), int(stop)
+
+
+def pickled_files(folder: Path) -> list[str]:
+    """Names of files that hold pickled objects."""
+    return sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+
+
+def foreign_code(folder: Path, base_model_type: str) -> list[str]:
+    """Python files of a checkpoint that differ from those that this swapattn writes, or that it would not write."""
+    with tempfile.TemporaryDirectory(prefix="swapattn-") as name:
+        own = Path(name)
+        write_runtime(own, base_model_type)
+        ours = {path.relative_to(own): path.read_bytes() for path in own.rglob("*.py")}
+    theirs = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.py")}
+    different = [path for path in {*ours, *theirs} if ours.get(path) != theirs.get(path)]
+    return sorted(map(str, different))

@@ -1,0 +1,96 @@
+"""`select` ranks layers by what they cost, goes on where it stopped, and writes a recipe fragment."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from swapattn.cli import common, main
+from swapattn.conversion import convert
+from swapattn.errors import UsageError
+from swapattn.recipe import load_recipe
+from swapattn.selection import CHART, FRAGMENT, SCORES, select
+
+SET = ["convert.local={window: 5, sinks: 2}", "distill.stages=[{stage: calibrate, tokens: 128, length: 64}]"]
+SMALL = {"tokens": 96, "length": 48, "recipe": "smoke", "overrides": SET}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, tiny_llama, tiny_tokenizer):
+    """A model of four layers of which only the third does anything with its attention."""
+    folder = tmp_path_factory.mktemp("models") / "four"
+    model = tiny_llama(num_hidden_layers=4)
+    with torch.no_grad():
+        for index in (0, 1, 3):
+            model.model.layers[index].self_attn.o_proj.weight.zero_()
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_the_layer_that_matters_is_first_and_the_others_cost_nothing(teacher, tmp_path, restore):
+    found = select(teacher, tmp_path / "s", count=2, restore=restore, **SMALL)
+    assert found.ranking[0] == 2
+    assert found.costs[2] > 1e-3
+    assert all(abs(found.costs[position]) < 1e-6 for position in (0, 1, 3))
+    assert 2 in found.kept
+    assert len(found.kept) == 2
+    assert (found.all_swapped is None) != restore
+    fragment = tmp_path / "s" / FRAGMENT
+    assert yaml.safe_load(fragment.read_text()) == {"convert": {"keep_softmax": list(found.kept)}}
+    assert load_recipe(str(fragment)).convert.keep_softmax == found.kept
+    assert (tmp_path / "s" / CHART).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(teacher, tmp_path, monkeypatch):
+    whole = select(teacher, tmp_path / "whole", count=1, **SMALL)
+    lines = (tmp_path / "whole" / SCORES).read_text().splitlines()
+    assert len(lines) == 1 + 2 * 4
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / SCORES).write_text("\n".join(lines[:4]) + '\n{"window": 0, "la')
+    measured = []
+    monkeypatch.setattr("swapattn.selection._kl", lambda *a: measured.append(1) or 0.5)
+    again = select(teacher, tmp_path / "cut", count=1, **SMALL)
+    assert len(measured) == 8 - 3
+    assert [json.loads(line) for line in (tmp_path / "cut" / SCORES).read_text().splitlines()[:4]] == [
+        json.loads(line) for line in lines[:4]
+    ]
+    assert again.costs != whole.costs
+    select(teacher, tmp_path / "whole", count=1, **SMALL)
+    assert len(measured) == 8 - 3
+    with pytest.raises(UsageError, match="other settings"):
+        select(teacher, tmp_path / "whole", count=1, **{**SMALL, "length": 32})
+    select(teacher, tmp_path / "whole", count=1, overwrite=True, **{**SMALL, "length": 32})
+
+
+def test_a_checkpoint_is_ranked_beside_what_it_keeps(teacher, tmp_path):
+    convert(teacher, tmp_path / "c", recipe="smoke", overrides=[*SET, "convert.keep_softmax=[-1]"])
+    found = select(tmp_path / "c", tmp_path / "s", share=0.5, **SMALL)
+    assert set(found.costs) == {0, 1, 2}
+    assert found.kept == (2, 3)
+    with pytest.raises(UsageError, match="nothing is left to rank"):
+        select(tmp_path / "c", tmp_path / "t", count=1, **SMALL)
+
+
+def test_the_command_compares_ways_to_choose(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "_quiet_libraries", lambda: None)
+    monkeypatch.setattr("swapattn.selection.HELDOUT", (2, 64))
+    words = ["select", str(teacher), "-o", str(tmp_path / "s"), "--count", "2", "--tokens", "48", "--length", "48"]
+    words += [word for setting in SET for word in ("--set", setting)]
+    result = CliRunner().invoke(main, [*words, "--compare", "--json"])
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    rows = {row["name"]: row for row in data["compared"]}
+    assert list(rows) == ["none", "uniform", "first and last, uniform", "ranked", "teacher"]
+    assert rows["uniform"]["kept"] == [1, 3]
+    assert rows["first and last, uniform"]["kept"] == [0, 3]
+    assert rows["ranked"]["kept"] == data["kept"]
+    assert rows["ranked"]["kl"] < rows["none"]["kl"]
+    assert rows["teacher"]["kl"] == 0
+    assert all(row["perplexity"] > 1 for row in rows.values())
+    assert CliRunner().invoke(main, [*words, "--share", "0.5"]).exit_code == 2

@@ -1,0 +1,256 @@
+"""Every row of `verify` passes on a good checkpoint, and exactly it fails when its claim is broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from swapattn.attention import LightningSwap
+from swapattn.audit import beyond_linear
+from swapattn.cache import LightningCacheLayer
+from swapattn.cli import common, main
+from swapattn.conversion import convert
+from swapattn.recipe import ConvertSpec
+from swapattn.surgery import apply_, plan
+from swapattn.verification import verify
+
+SPEC = ["convert.local={window: 5, sinks: 2}"]
+ROWS = ["files", "loads", "weights", "linear in length", "decay", "cached = uncached", "padded = alone", "GQA mapping"]
+RELOADS = ["reload", "reload, swapattn blocked"]
+
+
+@pytest.fixture
+def checkpoint(tiny_teacher, tmp_path):
+    return made(tiny_teacher, tmp_path / "c", *SPEC)
+
+
+def made(teacher, folder, *overrides, **more):
+    convert(teacher, folder, recipe="smoke", overrides=overrides, **more)
+    shard = folder / "teacher.safetensors"
+    shutil.copyfile(shard, folder / "copy")  # a file of its own, so that the teacher's stays as it is
+    shard.unlink()
+    (folder / "copy").rename(shard)
+    return folder
+
+
+def failed(folder, **more):
+    found = verify(folder, reload=False, **more)
+    assert [row.name for row in found.rows] == ROWS
+    assert found.passed == all(row.passed for row in found.rows)
+    return found.failed
+
+
+def change(path, edit):
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_json(path, edit):
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["convert.keep_softmax=[0]", "convert.decay.per=query_head"],
+        ["convert.normalizer=rms_all", "convert.feature_map=silu", "convert.decay.gate=true"],
+        ["convert.local=null", "convert.rope.linear=drop", "convert.output_gate=channel", "convert.qk_norm=rms"],
+    ],
+    ids=["kept", "gated", "linear-only"],
+)
+def test_a_good_checkpoint_passes(tiny_teacher, tmp_path, overrides):
+    assert failed(made(tiny_teacher, tmp_path / "c", *SPEC, *overrides)) == []
+
+
+def test_a_family_with_softcap_and_sliding_windows_passes(tiny_family, tmp_path):
+    tiny_family("gemma2").save_pretrained(tmp_path / "teacher")
+    convert(tmp_path / "teacher", tmp_path / "c", recipe="smoke", overrides=[*SPEC, "convert.keep_softmax=[1]"])
+    assert failed(tmp_path / "c") == []
+
+
+def test_a_calibrated_checkpoint_passes_and_records_its_decay(tiny_teacher, tmp_path):
+    folder = made(tiny_teacher, tmp_path / "c", *SPEC, calibrate=True)
+    record = json.loads((folder / "swapattn.json").read_text())
+    assert set(record["decay"]) == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
+    assert failed(folder) == []
+    edit_json(folder / "swapattn.json", lambda data: data.pop("decay"))  # as older ones are
+    assert failed(folder) == []
+    change(folder / "swap.safetensors", lambda t: t["model.layers.1.self_attn.swap.log_slope"].fill_(3.0))
+    assert failed(folder) == ["decay"]
+
+
+@pytest.mark.parametrize("bit", [1, 64])
+def test_one_flipped_bit_of_a_weight_is_found(checkpoint, bit):
+    path = checkpoint / "teacher.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= bit
+    path.write_bytes(data)
+    assert failed(checkpoint) == ["weights"]
+
+
+def test_a_trained_tensor_may_differ_only_if_it_is_listed(checkpoint):
+    name = "model.layers.0.mlp.up_proj.weight"
+    change(checkpoint / "teacher.safetensors", lambda tensors: tensors[name].mul_(1.5))
+    assert failed(checkpoint) == ["weights"]
+    edit_json(checkpoint / "swapattn.json", lambda record: record["trained"].append(name))
+    assert failed(checkpoint) == []
+
+
+def test_a_changed_decay_is_found(checkpoint):
+    change(checkpoint / "swap.safetensors", lambda t: t["model.layers.1.self_attn.swap.log_slope"].add_(0.01))
+    assert failed(checkpoint) == ["decay"]
+
+
+def test_a_decay_that_is_not_finite_is_found(checkpoint):
+    change(checkpoint / "swap.safetensors", lambda t: t["model.layers.0.self_attn.swap.log_slope"].fill_(torch.inf))
+    assert "decay" in failed(checkpoint)
+
+
+def test_a_layer_that_computes_all_pairs_is_found(checkpoint, monkeypatch):
+    forward = LightningSwap.forward
+
+    def quadratic(self, call, cache=None):
+        q, k = call.q.transpose(1, 2), call.k.repeat_interleave(2, 2).transpose(1, 2)
+        return forward(self, call, cache) + 0 * (q @ k.mT).softmax(-1).mean()
+
+    monkeypatch.setattr(LightningSwap, "forward", quadratic)
+    assert failed(checkpoint) == ["linear in length"]
+
+
+def test_a_layer_that_stayed_softmax_without_being_kept_is_found(checkpoint):
+    path = "model.layers.1.self_attn"
+
+    def drop(tensors):
+        for name in [name for name in tensors if name.startswith(f"{path}.swap.")]:
+            del tensors[name]
+
+    change(checkpoint / "swap.safetensors", drop)
+    edit_json(checkpoint / "config.json", lambda config: config["swapattn"]["layers"].pop(path))
+    edit_json(checkpoint / "model.safetensors.index.json", lambda index: drop(index["weight_map"]))
+    assert failed(checkpoint) == ["linear in length"]
+
+
+def test_a_cache_that_forgets_is_found(checkpoint, monkeypatch):
+    monkeypatch.setattr(LightningCacheLayer, "keep", lambda self, final: None)
+    assert failed(checkpoint) == ["cached = uncached"]
+
+
+def test_padding_that_counts_is_found(checkpoint, monkeypatch):
+    monkeypatch.setattr("swapattn.attention._read_mask", lambda *_: (None, None))
+    assert failed(checkpoint) == ["padded = alone"]
+
+
+def test_heads_on_the_wrong_keys_are_found(checkpoint, monkeypatch):
+    linear = LightningSwap.linear
+
+    def swapped(self, call, cache=None):
+        call.v = call.v.flip(2)
+        found = linear(self, call, cache)
+        call.v = call.v.flip(2)
+        return found
+
+    monkeypatch.setattr(LightningSwap, "linear", swapped)
+    assert failed(checkpoint) == ["GQA mapping"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-10]), "is cut short"),
+        (lambda path: path.write_bytes(path.read_bytes()[:20]), "is cut short"),
+        (lambda path: path.write_bytes(b"\xff" + path.read_bytes()[1:]), "is "),
+        (lambda path: path.write_bytes(path.read_bytes()[:9] + b"\x01" + path.read_bytes()[10:]), "no valid one"),
+        (lambda path: path.unlink(), "is missing"),
+    ],
+    ids=["truncated", "header-truncated", "length-flipped", "header-flipped", "missing"],
+)
+def test_damaged_files_are_named(checkpoint, damage, words):
+    damage(checkpoint / "teacher.safetensors")
+    damage(checkpoint / "swap.safetensors")
+    found = verify(checkpoint, reload=False)
+    assert found.failed == ["files"]
+    detail = found.rows[0].detail
+    assert "swap.safetensors is" in detail
+    assert "teacher.safetensors is" in detail
+    assert words in detail
+    assert "\n" not in detail
+    assert {row.passed for row in found.rows[1:]} == {None}
+
+
+def test_a_pickle_in_the_folder_is_refused(checkpoint):
+    torch.save({}, checkpoint / "pytorch_model.bin")
+    assert failed(checkpoint) == ["files"]
+
+
+def test_a_tensor_that_is_missing_or_of_another_shape_does_not_load(checkpoint):
+    change(checkpoint / "swap.safetensors", lambda t: t.update({"model.layers.0.self_attn.swap.mix": torch.zeros(3)}))
+    assert failed(checkpoint) == ["loads"]
+
+
+def test_a_teacher_that_moved_is_asked_for(checkpoint, tiny_teacher, tmp_path):
+    edit_json(checkpoint / "swapattn.json", lambda record: record["teacher"].update(path=str(tmp_path / "gone")))
+    found = verify(checkpoint, reload=False)
+    assert set(found.failed) == {"weights", "linear in length", "decay"}
+    assert "name it with --teacher" in found.rows[2].detail
+    assert failed(checkpoint, teacher=tiny_teacher) == []
+
+
+def test_the_command_reloads_in_two_processes_and_prints_a_table(checkpoint, monkeypatch):
+    monkeypatch.setattr(common, "_quiet_libraries", lambda: None)
+    result = CliRunner().invoke(main, ["verify", str(checkpoint)])
+    assert result.exit_code == 0, result.stdout + result.stderr
+    assert [line[8:].split("  ")[0].strip() for line in result.stdout.splitlines()] == ROWS + RELOADS
+    assert all(line.startswith("pass ") for line in result.stdout.splitlines())
+
+
+def test_code_that_was_changed_runs_only_when_asked_and_is_caught(checkpoint, monkeypatch):
+    monkeypatch.setattr(common, "_quiet_libraries", lambda: None)
+    code = checkpoint / "attention.py"
+    code.write_text(
+        code.read_text().replace("share = torch.sigmoid(self.mix)", "share = 0.5 * torch.sigmoid(self.mix)")
+    )
+    result = CliRunner().invoke(main, ["verify", str(checkpoint), "--json"])
+    assert result.exit_code == 3
+    rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
+    assert [name for name, row in rows.items() if not row["passed"]] == RELOADS
+    assert "attention.py is not what this swapattn writes" in rows["reload"]["detail"]
+    found = verify(checkpoint, trust_remote_code=True)
+    assert found.failed == ["reload, swapattn blocked"]
+    assert "logits differ" in found.rows[-1].detail
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "opt", "mixtral"])
+def test_the_audit_finds_softmax_and_only_softmax(tiny_family, kind):
+    more = {"num_local_experts": 2} if kind == "mixtral" else {}
+    model = tiny_family(kind, **more)
+    apply_(model, plan(model.config, ConvertSpec.model_validate({"keep_softmax": [1], "local": {"window": 9}})))
+    device = "cpu" if kind == "gemma2" else "meta"  # eager's masks ask for values
+    sites = beyond_linear(model.to(device, torch.bfloat16), window=13, device=device)
+    kept = [path for path in sites if "1." in path]
+    assert kept
+    assert {path for path in sites if path not in kept} <= {"model", "transformer"}  # eager's mask
+
+
+def test_the_audit_finds_a_flattened_square():
+    class Flat(torch.nn.Module):
+        def forward(self, input_ids, use_cache=False):
+            x = input_ids.float()[0]
+            return self.inner(x)
+
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+    class Inner(torch.nn.Module):
+        def forward(self, x):
+            return x.repeat(x.shape[0])
+
+    assert list(beyond_linear(Flat(), device="cpu")) == ["inner"]
