@@ -95,7 +95,8 @@ class AttentionCall:
 def _compute_dtype(v: torch.Tensor) -> torch.dtype:
     """That of autocast where it is on, as for PyTorch's own attention: RoPE makes q and k fp32 again."""
     kind = v.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v.dtype
+    known = torch.amp.is_autocast_available(kind)  # the meta device, on which models are audited, has none
+    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else v.dtype
 
 
 def _read_mask(mask: Any, length: int, seen: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
