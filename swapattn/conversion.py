@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import publishing, sources
+from . import publishing, sources, unpickling
 from .checkpoint import atomic_folder, new_record
 from .environment import default_device, say
 from .errors import CheckpointError, SourceError, TrainingError, UsageError
@@ -81,6 +81,7 @@ def convert(
     calibrate: bool = False,
     dry_run: bool = False,
     push_to_hub: str | None = None,
+    allow_pickle: bool = False,
     record_name: str | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> ConvertResult:
@@ -95,13 +96,15 @@ def convert(
         calibrate: run the recipe's calibrate stage at once (this runs the model, one block in memory at a time).
         dry_run: plan from config.json alone, write nothing; of a hub repository nothing else is fetched.
         push_to_hub: OWNER/NAME of a repository to upload the checkpoint to; asked for before anything is converted.
+        allow_pickle: read a folder that holds pickled weights only, without running code of theirs.
         record_name, origin: what the record says of the teacher, when a recorded teacher is converted again.
 
     Raises:
         UsageError, RecipeError, SourceError, UnsupportedModelError, CheckpointError: each says what to do.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    source = sources.resolve(str(model), config_only=dry_run)
+    given = unpickling.as_safetensors(str(model)) if allow_pickle else str(model)
+    source = sources.resolve(given, config_only=dry_run)
     if push_to_hub is not None:
         publishing.check_push(push_to_hub)
     target = Path(output) if output is not None else Path(f"{source.name}-swapattn")

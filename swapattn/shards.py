@@ -65,8 +65,8 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise UnsupportedModelError(f"{folder} is already converted (model type {model_type})")
     if "AutoConfig" in data.get("auto_map", {}) and model_type not in CONFIG_MAPPING and not trust_remote_code:
         raise UnsupportedModelError(
-            f"{folder}: model type {model_type!r} comes with code of its own; read it, and allow it to run with "
-            "--trust-remote-code"
+            f"{folder}: model type {model_type!r} comes with code of its own, which convert does not take; "
+            "read it, and see its attention with `swapattn inspect --trust-remote-code`"
         )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -229,7 +229,7 @@ def _check_weights(given: str, path: Path) -> None:
     if pickled:
         raise SourceError(
             f"{given} holds pickled weights only ({pickled[0]}); swapattn reads safetensors and unpickles nothing: "
-            f"save the model again with save_pretrained"
+            f"save the model again with save_pretrained, or allow it with --allow-pickle"
         )
     raise UsageError(f"{given} is no model: the folder holds no *.safetensors file")
 

@@ -279,3 +279,38 @@ def test_every_damaged_shard_of_a_teacher_is_named_in_one_line(tiny_family, tmp_
     assert f"{second.name} is damaged" in text
     assert f"{third.name} is " in text
     assert not (tmp_path / "c").exists()
+
+
+def pickled(model, folder):
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
+def test_pickled_weights_are_read_only_when_allowed(tiny_family, tmp_path, monkeypatch):
+    monkeypatch.setenv("SWAPATTN_CACHE", str(tmp_path / "cache"))
+    model = tiny_family("llama")
+    folder = pickled(model, tmp_path / "t")
+    with pytest.raises(SwapattnError, match=r"pickled weights only \(pytorch_model.bin\).*--allow-pickle"):
+        convert(folder, tmp_path / "c", recipe="smoke", overrides=SPEC)
+    convert(folder, tmp_path / "c", recipe="smoke", overrides=SPEC, allow_pickle=True)
+    found = tensors(tmp_path / "c")
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    assert read(tmp_path / "c").name == "t"
+    load(tmp_path / "c")
+
+
+def test_code_in_a_pickle_does_not_run(tiny_family, tmp_path, monkeypatch):
+    monkeypatch.setenv("SWAPATTN_CACHE", str(tmp_path / "cache"))
+    folder = pickled(tiny_family("llama"), tmp_path / "t")
+    ran = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (type(ran).touch, (ran,))
+
+    torch.save({"a": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(SwapattnError, match="cannot be read as plain tensors"):
+        convert(folder, tmp_path / "c", recipe="smoke", allow_pickle=True)
+    assert not ran.exists()
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))

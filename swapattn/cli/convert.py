@@ -15,6 +15,7 @@ from .common import command, dry_run_option, emit, output_options, recipe_option
 @output_options
 @click.option("--calibrate", is_flag=True, help="Also run the closed-form calibrate stage (runs the teacher).")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the checkpoint, with a model card.")
+@click.option("--allow-pickle", is_flag=True, help="Read a folder that has pickled weights only.")
 @dry_run_option
 def convert_command(
     model: str,
@@ -24,6 +25,7 @@ def convert_command(
     overwrite: bool,
     calibrate: bool,
     push_to_hub: str | None,
+    allow_pickle: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -48,5 +50,6 @@ def convert_command(
         calibrate=calibrate,
         dry_run=dry_run,
         push_to_hub=push_to_hub,
+        allow_pickle=allow_pickle,
     )
     emit(as_json, result.to_dict(), result.to_table())
