@@ -114,7 +114,7 @@ def backward_kernel(
             state_q, extra_q, start, stop, column_q, scale,
             stride_do, stride_v, stride_k, query_heads * D, heads, query_heads, stride_q,
             stride_do_head, stride_q_head, D,
-            GRAD_Q, V, D, BV, TD, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, DOTS, PRECISION, BULK,
+            GRAD_Q, V, D, BV, TD, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, DOTS, PRECISION, BULK, False,
         )  # fmt: skip
     elif D == V and not NORMALIZE and not DOTS:  # one loop for both: branches would not share their memory
         is_k = block < blocks_d
@@ -139,7 +139,7 @@ def backward_kernel(
             state, 0.0, start, stop, column, scale,
             stride_a, stride_b, stride_c, heads * D, heads, query_heads, 0,
             tl.where(is_k, stride_do_head, stride_q_head), tl.where(is_k, stride_q_head, stride_do_head), 0,
-            GRAD_V, D, D, BD, TD, C, GROUP, PER_TOKEN, MASKED, False, False, PRECISION, BULK,
+            GRAD_V, D, D, BD, TD, C, GROUP, PER_TOKEN, MASKED, False, False, PRECISION, BULK, False,
         )  # fmt: skip
         if FIRST:
             if (part == 0) & (block >= blocks_d):
@@ -159,7 +159,7 @@ def backward_kernel(
             state_k, extra_k, start, stop, column_k, scale,
             stride_v, stride_do, stride_q, heads * D, heads, query_heads, stride_k,
             stride_do_head, stride_q_head, 0,
-            GRAD_K, V, D, BV, TD, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, DOTS, PRECISION, BULK,
+            GRAD_K, V, D, BV, TD, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, DOTS, PRECISION, BULK, False,
         )  # fmt: skip
         if FIRST and NORMALIZE:
             if part == 0:
@@ -176,7 +176,7 @@ def backward_kernel(
             state_v, extra_v, start, stop, column_v, scale,
             stride_k, stride_q, stride_do, heads * V, heads, query_heads, 0,
             stride_q_head, stride_do_head, 0,
-            GRAD_V, D, V, BD, TV, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, False, PRECISION, BULK,
+            GRAD_V, D, V, BD, TV, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, False, PRECISION, BULK, False,
         )  # fmt: skip
         if FIRST:
             if part == 0:

@@ -65,7 +65,7 @@ def forward_kernel(
         state, extra, start, stop, column, scale,
         stride_q, stride_k, stride_v, query_heads * V, heads, query_heads, 0,
         stride_q_head, 0, V,
-        FORWARD, D, V, BD, BV, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, False, PRECISION, BULK,
+        FORWARD, D, V, BD, BV, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, False, PRECISION, BULK, FINAL,
     )  # fmt: skip
     if FINAL:
         if (stop == end) & (first % (query_heads // heads) == 0):

@@ -67,7 +67,9 @@ def stream_of(rows: int, length: int, cu_seqlens: _Maybe, mask: _Maybe, device: 
         before = F.pad(real.cumsum(0), (1, 0))
         starts = before[starts]
         number = torch.where(real, before[:-1], tokens)
-        place = torch.zeros(tokens + 1, dtype=torch.int32, device=device).scatter(0, number, token.int())[:-1]
+        place = (
+            torch.zeros(tokens + 1, dtype=torch.int32, device=device).scatter(0, number, token.int())[:-1].clone()
+        )  # inductor cannot hand a view on
     owner = torch.searchsorted(starts[1:].contiguous(), token, right=True).clamp(max=starts.shape[0] - 2)
     begin = torch.where(token < starts[-1], starts[owner], NOWHERE.value)
     return Stream(torch.cat((begin, starts[-1:])).int(), owner.int(), starts.int(), place)

@@ -64,7 +64,7 @@ def shape_of(
     sequences = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     heads = log_decay.shape[-1]
     columns = sweep_config("forward", dim, v.shape[3], q.dtype, normalize).columns
-    programs = sequences * heads * -(-v.shape[3] // columns)
+    programs = sequences * (query_heads // _paired(query_heads // heads, normalize)) * -(-v.shape[3] // columns)
     if segment is None:
         segment = segment_length(length, programs, 1 if cu_seqlens is None else sequences, q.device)
     cut = -(-length // segment)
@@ -86,7 +86,11 @@ def outputs_per_program(shape: Shape) -> int:
     Measured on an H100 at 32/8 heads: 80 % of the copy floor with two, 76 % with four, 58 % with one. The sum of a
     normalised output needs the registers.
     """
-    return 2 if shape.group % 2 == 0 and not shape.normalize else 1
+    return _paired(shape.group, shape.normalize)
+
+
+def _paired(group: int, normalize: bool) -> int:
+    return 2 if group % 2 == 0 and not normalize else 1
 
 
 def padded(size: int) -> int:

@@ -151,12 +151,13 @@ def sweep(
     group_in, group_other, group_out,  # from one query head to the next: operand(s), second operand, out
     KIND: tl.constexpr, A: tl.constexpr, V: tl.constexpr, BA: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr,
-    DOTS: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr,
+    DOTS: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Walk the tokens start .. stop in chunks and return the state behind them.
 
     state `[BA, BV]` and extra (the sum state, `[BA, 16]` forward, `[BV]` for the gradients) are those before the
     first chunk. factor and delta (NORMALIZE): 1/z and -(do . o) of each token and query head; sums: where 1/z goes.
+    EXACT (forward): the state is kept to fp32, for whoever goes on from it: values times decay enter it in two parts.
     DOTS: the products of out and `other` of each token are stored, for the gradient of the decay.
     """
     step = tl.arange(0, C)
@@ -253,8 +254,14 @@ def sweep(
             faded = tile_c.to(tl.float32) * source[:, None]
             if NORMALIZE and KIND == FORWARD:
                 ones = tl.zeros([C, 16], tl.float32) + source[:, None]
-                extra = product(tl.trans(tile_b), ones.to(tile_b.dtype), extra * fade, PRECISION)
+                part = ones.to(tile_b.dtype)
+                extra = product(tl.trans(tile_b), part, extra * fade, PRECISION)
+                if EXACT:
+                    extra = product(tl.trans(tile_b), (ones - part.to(tl.float32)).to(tile_b.dtype), extra, PRECISION)
             if NORMALIZE and KIND == GRAD_Q:
                 extra = extra * fade + tl.sum(faded, 0)
-            state = product(tl.trans(tile_b), faded.to(tile_b.dtype), state * fade, PRECISION)
+            rounded = faded.to(tile_b.dtype)
+            state = product(tl.trans(tile_b), rounded, state * fade, PRECISION)
+            if EXACT:
+                state = product(tl.trans(tile_b), (faded - rounded.to(tl.float32)).to(tile_b.dtype), state, PRECISION)
     return state, extra

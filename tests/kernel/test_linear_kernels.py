@@ -97,6 +97,8 @@ class Case:
         outputs = len(found) - 3 - self.decay - len(self.states)
         for i, (x, y) in enumerate(zip(found, wanted, strict=True)):
             bound = limit if i < outputs else limit_gradient or limit
+            if 0 < i < outputs:  # a state, `[N, Hs, ...]`
+                x, y, bound = x.flatten(2)[:, None], y.flatten(2)[:, None], min(limit, 1e-3)
             assert relative(x, y) <= bound, (i, relative(x, y))
 
 
@@ -267,7 +269,8 @@ def test_on_gpu_normalised(dtype, dim, value_dim, heads):
 def test_on_gpu_any_length(length, kind):
     options = {} if kind == "fixed" else {kind: True}
     case = Case(length, rows=1, dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda", heads=4, **options)
-    case.compare(*LIMITS[torch.bfloat16])
+    limits = LIMITS[torch.bfloat16] if length > 8 else (5e-3, 8e-3)  # of few tokens no roundings average out
+    case.compare(*limits)
 
 
 @pytest.mark.gpu
@@ -290,7 +293,7 @@ def test_on_gpu_long_and_large():
         q[:, cut:], k[:, cut:], v[:, cut:], log_decay, initial_state=state, output_final_state=True
     )
     assert relative(torch.cat((first, second), 1), out) <= 3e-3
-    assert relative(last, final) <= 1e-3
+    assert relative(last.flatten(2)[:, None], final.flatten(2)[:, None]) <= 1e-3
     del q, k, v, out, first, second
     x = torch.randn(3, 16384, 2, 64, device="cuda").bfloat16()
     big = torch.empty(2**31 // (16384 * 128) + 2, 16384, 2, 64, device="cuda", dtype=torch.bfloat16)

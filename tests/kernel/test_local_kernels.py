@@ -65,7 +65,7 @@ def compare(function, inputs, *, limit, **options):
     for name, x, y, given in zip(("o", "dq", "dk", "dv"), found, wanted, (inputs[3], *inputs[:3]), strict=True):
         assert x.dtype == given.dtype
         assert x.shape == given.shape
-        assert (x - y).norm() <= limit * max(y.norm(), given.norm() / 4), name  # a gradient may be 0
+        assert (x - y).norm() <= limit * max(y.norm(), given.nan_to_num().norm() / 4), name  # a gradient may be 0
         assert mask is None or not x[~mask].any(), name
 
 
@@ -267,7 +267,7 @@ def test_compiles_for_every_gpu(arch):
     assert len(compiled("--arch", arch)) == 3 * 6 * 7
 
 
-DTYPES = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+DTYPES = {torch.bfloat16: 7e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
 
 @pytest.mark.gpu
