@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from . import sources
 from .attention import AttentionCall, LightningSwap, swaps
 from .audit import beyond_linear
-from .checkpoint import Checkpoint, read
+from .checkpoint import Checkpoint, find
 from .environment import say
 from .errors import SwapattnError
 from .integrity import damaged_shards, foreign_code, pickled_files
@@ -92,7 +92,7 @@ class _Failed(Exception):
 
 
 def verify(
-    checkpoint: str | Path,
+    checkpoint: str | Path | None = None,
     *,
     teacher: str | Path | None = None,
     trust_remote_code: bool = False,
@@ -101,7 +101,7 @@ def verify(
     """Check a converted or distilled checkpoint against its teacher and its own record.
 
     Args:
-        checkpoint: folder.
+        checkpoint: folder; default the newest in the current directory.
         teacher: alias, hub id, folder or GGUF file; default the recorded one.
         trust_remote_code: also run Python files of the checkpoint that differ from this swapattn's.
         reload: also load it in two fresh processes, of which one cannot import swapattn.
@@ -109,7 +109,7 @@ def verify(
     Raises:
         UsageError, CheckpointError: it is no checkpoint, or its record is damaged.
     """
-    return _Verifier(read(Path(checkpoint)), teacher, trust_remote_code).run(reload)
+    return _Verifier(find(model=checkpoint), teacher, trust_remote_code).run(reload)
 
 
 class _Verifier:
