@@ -129,7 +129,9 @@ def inspect_config(config: Any, recipe: Recipe, *, trust_remote_code: bool = Fal
     tracer: Tracer | None = None
     fallback = ""
     try:
-        graph, tracer, fallback = trace(*_on_meta(config, trust_remote_code))
+        # sdpa leaves a softcap out, and some versions of transformers let it
+        eager = planned is not None and any(site.softcap for site in (*planned.swap, *planned.keep))
+        graph, tracer, fallback = trace(*_on_meta(config, trust_remote_code, "eager" if eager else None))
         sites = attention_in(graph)
     except Exception as error:  # whatever the code of a family raises without weights
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -164,7 +166,7 @@ def _notes(sites: list[GraphSite], actions: tuple[str, ...], planned: SwapPlan |
     return tuple(notes)
 
 
-def _on_meta(config: Any, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+def _on_meta(config: Any, trust_remote_code: bool, attention: str | None) -> tuple[nn.Module, dict[str, Any]]:
     """A model without weights, and the inputs of its forward pass."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.models.auto.modeling_auto import (
@@ -181,5 +183,6 @@ def _on_meta(config: Any, trust_remote_code: bool) -> tuple[nn.Module, dict[str,
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None):
         kind = AutoModelForCausalLM
     with torch.device("meta"):
-        model = kind.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+        more = {"attn_implementation": attention} if attention else {}
+        model = kind.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code, **more)
     return model.eval(), inputs
