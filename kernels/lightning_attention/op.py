@@ -142,6 +142,11 @@ def lightning_attention_step(
         expected = accumulation_dtype(q, k, v)
         if pool.dtype != expected:
             raise ValueError(f"state: expected {expected}, found {pool.dtype}")
+    if q.numel() > 0 and on_kernels(q, k, v):
+        from .decode import lightning_attention_step_kernel, step_possible
+
+        if step_possible(*pools):
+            return lightning_attention_step_kernel(q, k, v, log_decay, *pools, scale=scale, slots=slots, mask=mask)
     own: Tensor | None = None
     if slots is not None:
         own = slots.long()

@@ -1,0 +1,158 @@
+"""One or a few new tokens on a pool of states: the traffic of the state, read and written once, is all there is to it.
+
+A program holds a tile of one state in registers, all D rows by some of the Dv columns, so that no sum crosses
+programs. The query heads of a group that share the state share the program.
+
+Dimensions: B rows, T new tokens, Hq query heads, Hkv key/value heads, Hs heads of the decay and of the state, P states
+in the pool, D features of q and k, V of v, BD and BV their tiles.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import processors
+from .shape import padded
+
+try:  # in a try block: transformers demands what the files of a checkpoint import outside one
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the kernels of lightning_attention need triton") from error
+
+_Maybe = Tensor | None
+# Of this copy of the file: the one that travels with a checkpoint may be loaded beside the installed one.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+class StepConfig(NamedTuple):
+    """How a state is cut."""
+
+    columns: int
+    warps: int
+
+
+def step_config(states: int, dim: int, value_dim: int, normalize: bool, device: torch.device) -> StepConfig:
+    """Launch parameters for so many states: tiles small enough to fill the device, rows of at least 64 bytes."""
+    wide = padded(value_dim)
+    if normalize:  # every program would need the sum state that one of them changes
+        return StepConfig(wide, 8 if padded(dim) * wide > 8192 else 4)
+    few = states * wide // 32 < 2 * processors(device)
+    return StepConfig(min(16 if few else 32, wide), 4)
+
+
+@triton.jit(do_not_specialize=["scale", "length", "heads", "shared", "states"])
+def step_kernel(
+    q, k, v, o, log_decay, state, sums, slots, hidden, scale, length, heads, shared, states,
+    stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
+    stride_decay_row, stride_decay, stride_slot, stride_head,
+    D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr,
+    SLOTS: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """o `[B, T, Hq, V]` contiguous; the states of the named slots change in place."""
+    blocks = tl.cdiv(V, BV)
+    pid = tl.program_id(0)
+    block, head, row = pid % blocks, pid // blocks % states, (pid // (blocks * states)).to(tl.int64)
+    first = head * GROUP
+    pair = first // (heads // shared)
+    slot = row
+    if SLOTS:
+        slot = tl.load(slots + row).to(tl.int64)
+    used = slot >= 0
+    slot = tl.maximum(slot, 0)
+    dims, columns = tl.arange(0, BD), block * BV + tl.arange(0, BV)
+    known = dims < tl.where(used, D, 0)
+    keep = known[:, None] & (columns < V)[None, :]
+    place = state + slot * stride_slot + head.to(tl.int64) * stride_head + dims[:, None] * V + columns[None, :]
+    tile = tl.load(place, mask=keep, other=0.0)
+    if NORMALIZE:
+        norms = sums + (slot * states + head) * D + dims
+        norm = tl.load(norms, mask=known, other=0.0)
+    for t in range(0, length):
+        real = used
+        if MASKED:
+            real = real & (tl.load(hidden + row * length + t) != 0)
+        fade = tl.exp(tl.load(log_decay + row * stride_decay_row + t * stride_decay + head).to(tl.float32))
+        fade = tl.where(real, fade, 1.0)
+        some = dims < tl.where(real, D, 0)
+        here = k + row * stride_k_row + t * stride_k + pair * stride_k_head + dims
+        key = tl.load(here, mask=some, other=0.0).to(tl.float32)
+        here = v + row * stride_v_row + t * stride_v + pair * stride_v_head + columns
+        value = tl.load(here, mask=columns < tl.where(real, V, 0), other=0.0).to(tl.float32)
+        tile = tile * fade + key[:, None] * value[None, :]
+        if NORMALIZE:
+            norm = norm * fade + key
+        for g in tl.static_range(GROUP):
+            here = q + row * stride_q_row + t * stride_q + (first + g) * stride_q_head + dims
+            query = tl.load(here, mask=some, other=0.0).to(tl.float32)
+            out = tl.sum(query[:, None] * tile, 0)
+            if NORMALIZE:
+                total = tl.sum(query * norm, 0)
+                out = out / tl.where(total == 0, 1.0, total)
+            else:
+                out = out * scale
+            target = o + ((row * length + t) * heads + first + g) * V + columns
+            tl.store(target, out.to(o.dtype.element_ty), mask=columns < V)
+    tl.store(place, tile, mask=keep)
+    if NORMALIZE:
+        tl.store(norms, norm, mask=known)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::step", mutates_args=("state", "sums"))
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, sums: _Maybe, scale: float,
+    slots: _Maybe, mask: _Maybe,
+) -> Tensor:  # fmt: skip
+    rows, length, heads, dim = q.shape
+    value_dim, states = v.shape[3], log_decay.shape[-1]
+    o = torch.empty(rows, length, heads, value_dim, dtype=v.dtype, device=v.device)
+    config = step_config(rows * states, dim, value_dim, sums is not None, q.device)
+    per_token = log_decay.stride()[:2] if log_decay.dim() == 3 else (0, 0)
+    step_kernel[(-(-value_dim // config.columns) * states * rows,)](
+        q, k, v, o, log_decay, state, *(state if x is None else x for x in (sums, slots, mask)),
+        scale, length, heads, k.shape[2], states,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *per_token, state.stride(0), state.stride(1),
+        D=dim, V=value_dim, BD=padded(dim), BV=config.columns, GROUP=heads // states,
+        SLOTS=slots is not None, MASKED=mask is not None, NORMALIZE=sums is not None, num_warps=config.warps,
+    )  # fmt: skip
+    return o
+
+
+@_step.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, sums: _Maybe, scale: float,
+    slots: _Maybe, mask: _Maybe,
+) -> Tensor:  # fmt: skip
+    return v.new_empty(*q.shape[:3], v.shape[3])
+
+
+def step_possible(*pools: Tensor) -> bool:
+    """Whether the kernel can change these states in place."""
+    wide = pools[0]
+    inner = wide.stride(3) == 1 and wide.stride(2) == wide.shape[3]
+    return inner and all(pool.dtype == torch.float32 for pool in pools) and all(x.is_contiguous() for x in pools[1:])
+
+
+def lightning_attention_step_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    sums: _Maybe = None,
+    *,
+    scale: float | None = None,
+    slots: _Maybe = None,
+    mask: _Maybe = None,
+) -> Tensor:
+    """`lightning_attention_step` by one kernel; arguments checked by the caller, `step_possible`."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    hidden = None if mask is None else mask.contiguous().view(torch.uint8)
+    held = log_decay if log_decay.stride(-1) == 1 else log_decay.contiguous()
+    o: Tensor = _step(q, k, v, held, state, sums, scale, None if slots is None else slots.contiguous(), hidden)
+    return o
