@@ -9,6 +9,7 @@ RoPE stay the model's own: they happen before the dispatch.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,9 @@ from .cache import LightningCacheLayer, adopt
 from .feature_map import FEATURE_MAPS
 from .gates import DecayGate, OutputGate
 from .inputs import LayerInputs, NoRotary, Rotate, layer_inputs, unrotated
+from .masks import read_mask, unpacked
 from .norms import OUTPUT_NORM_DIMS, HeadNorm, rms_normalized
+from .rollback import MOST_TOKENS
 
 try:
     from lightning_attention import (
@@ -53,6 +56,8 @@ class AttentionCall:
         q, k, v: `[B, T, Hq, D]`, `[B, T, Hkv, D]`, `[B, T, Hkv, Dv]`, rotary embedding applied.
         linear_q, linear_k: those of the linear branch: q and k, or without their rotary embedding.
         scaling: softmax scale.
+        rows: B, also of a packed call.
+        last: bool `[B, T]`, the real tokens of the last sequence of each row: what a cache goes on from.
         tokens: bool `[B, T]`, False for padding, or None when every token is real.
         cu_seqlens: int64 `[N + 1]` when sequences are packed in the batch (then the batch is one row), else None.
         hidden: `[B, T, M]`, the input of the attention module, for layers with gates; else None.
@@ -69,6 +74,7 @@ class AttentionCall:
         *,
         hidden: torch.Tensor | None = None,
         linear: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> None:
         dtype = _compute_dtype(v)
         self.q, self.k, self.v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
@@ -77,19 +83,62 @@ class AttentionCall:
         )
         self.scaling = scaling if scaling is not None else q.shape[-1] ** -0.5
         self.hidden = hidden
-        self.tokens, starts = _read_mask(mask, q.shape[-2], seen)
+        given = cu_seqlens if seen == 0 else None
+        self.tokens, starts = read_mask(mask, q.shape[-2], seen, may_be_packed=given is None)
         self.cu_seqlens: torch.Tensor | None = None
-        if starts is not None:
-            self._pack(starts)
+        self.rows, self.last = q.shape[0], self.tokens
+        if given is not None:
+            self._pack(given.long())
+        elif starts is not None:
+            ends = starts.new_tensor([starts.numel()], dtype=torch.long)
+            self._pack(torch.cat((starts.flatten().nonzero().flatten(), ends)))
 
-    def _pack(self, starts: torch.Tensor) -> None:
-        """Lay the rows end to end, one packed sequence per start."""
-        ends = starts.new_tensor([starts.numel()], dtype=torch.long)
-        self.cu_seqlens = torch.cat((starts.flatten().nonzero().flatten(), ends))
+    TENSORS = ("q", "k", "v", "linear_q", "linear_k", "tokens", "hidden")
+
+    @property
+    def length(self) -> int:
+        """T, also of the rows that a packed call lays end to end."""
+        return self.q.shape[1] if self.cu_seqlens is None else self.q.shape[1] // self.rows
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> AttentionCall:
+        """The same call with `function` applied to every tensor; not for a packed one."""
+        twin = copy.copy(self)
+        for name in self.TENSORS:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(twin, name, function(tensor))
+        twin.rows, twin.last = twin.q.shape[0], twin.tokens
+        return twin
+
+    def narrow(self, start: int, stop: int) -> AttentionCall:
+        """The tokens from `start` to `stop`, copied, so that the others can be freed."""
+        return self.map(lambda x: x[:, start:stop].clone())
+
+    def _pack(self, cu_seqlens: torch.Tensor) -> None:
+        """Lay the rows end to end; a cache goes on from the last sequence of each row."""
+        rows, length = self.q.shape[:2]
+        # Where the last sequence of each row starts: the largest boundary below the row's end.
+        ends = torch.arange(1, rows + 1, device=cu_seqlens.device) * length
+        begin = cu_seqlens[torch.searchsorted(cu_seqlens, ends) - 1]
+        of_last = torch.arange(rows * length, device=begin.device).unflatten(0, (rows, length)) >= begin[:, None]
+        self.last = of_last if self.tokens is None else of_last & self.tokens
+        self.cu_seqlens = cu_seqlens
         self.q, self.k, self.v = (x.flatten(0, 1)[None] for x in (self.q, self.k, self.v))
         self.linear_q, self.linear_k = (x.flatten(0, 1)[None] for x in (self.linear_q, self.linear_k))
         self.tokens = self.tokens.flatten()[None] if self.tokens is not None else None
         self.hidden = self.hidden.flatten(0, 1)[None] if self.hidden is not None else None
+
+    def last_states(self, final: Any) -> Any:
+        """Of the final states of all packed sequences those of each row's last one."""
+        if self.cu_seqlens is None:
+            return final
+        ends = torch.arange(1, self.rows + 1, device=self.cu_seqlens.device) * self.length
+        index = torch.searchsorted(self.cu_seqlens, ends) - 1
+        return tuple(x[index] for x in final) if isinstance(final, tuple) else final[index]
+
+    def in_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """`[1, B·T, ...]` of a packed call back in rows `[B, T, ...]`."""
+        return x if self.cu_seqlens is None else x[0].unflatten(0, (self.rows, -1))
 
 
 def _compute_dtype(v: torch.Tensor) -> torch.dtype:
@@ -97,31 +146,6 @@ def _compute_dtype(v: torch.Tensor) -> torch.dtype:
     kind = v.device.type
     known = torch.amp.is_autocast_available(kind)  # the meta device, on which models are audited, has none
     return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else v.dtype
-
-
-def _read_mask(mask: Any, length: int, seen: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Real tokens `[B, T]` and sequence starts `[B, T]` (None when nothing is packed) from a 2D or 4D mask.
-
-    The diagonal of transformers' 4D mask is the padding mask of the new tokens, for full, sliding and chunked
-    masks alike; a gap right below the diagonal between two real tokens is a boundary of packed sequences.
-    """
-    if mask is None:
-        return None, None
-    if mask.dtype == torch.bool:
-        allowed = mask
-    else:  # eager's additive mask holds 0 where attending is allowed, a 2D mask holds 1
-        allowed = mask == 0 if mask.dim() == 4 else mask > 0
-    offset = min(seen, allowed.shape[-1] - length)
-    index = torch.arange(length, device=mask.device)
-    if allowed.dim() == 2:
-        return allowed[:, offset + index], None
-    rows = allowed[:, 0]
-    tokens = rows[:, index, offset + index]
-    if seen or length == 1:
-        return tokens, None
-    starts = torch.ones_like(tokens)
-    starts[:, 1:] = ~rows[:, index[1:], index[1:] - 1] & tokens[:, 1:] & tokens[:, :-1]
-    return tokens, starts if bool(starts[:, 1:].any()) else None
 
 
 class LightningSwap(nn.Module):
@@ -196,9 +220,12 @@ class LightningSwap(nn.Module):
         return self.decay_gate is not None or self.output_gate is not None or self.rotary_dims > 0
 
     def call(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: Any, mask: Any, seen: int
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, seen: int, given: Mapping[str, Any]
     ) -> AttentionCall:
-        """One call of the attention function, q `[B, Hq, T, D]`, k and v, with the inputs that the pre-hook found."""
+        """One call of the attention function, q `[B, Hq, T, D]`, k and v, with the inputs that the pre-hook found.
+
+        Of the other arguments `given` it takes `scaling`, and `cu_seq_lens_q` where the caller packed sequences.
+        """
         inputs, self.inputs = self.inputs, None
         hidden = inputs.hidden if inputs is not None else None
         linear = None
@@ -207,7 +234,8 @@ class LightningSwap(nn.Module):
             assert inputs is not None
             assert inputs.rotary is not None
             linear = unrotated(self.rotate, self.rotary_dims, q, k, inputs.rotary)
-        return AttentionCall(q, k, v, scaling, mask, seen, hidden=hidden, linear=linear)
+        scaling, cu_seqlens = given.get("scaling"), given.get("cu_seq_lens_q")
+        return AttentionCall(q, k, v, scaling, mask, seen, hidden=hidden, linear=linear, cu_seqlens=cu_seqlens)
 
     def linear(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
         """The linear branch before its scale, `[B, T, Hq, Dv]`; reads and advances the cache's state."""
@@ -239,7 +267,7 @@ class LightningSwap(nn.Module):
                 normalize=normalize,
             )
             if cache is not None:
-                cache.keep(final)
+                cache.keep(call.last_states(final))
         dims = OUTPUT_NORM_DIMS.get(self.normalizer)
         o = rms_normalized(o, dims) if dims else o
         return o * self.output_gate(call.hidden) if self.output_gate is not None else o
@@ -250,17 +278,16 @@ class LightningSwap(nn.Module):
         sizes: dict[str, Any] = {"window": self.window, "sinks": self.sinks, "scale": call.scaling}
         if cache is None:
             return local_attention(q, k, v, cu_seqlens=call.cu_seqlens, mask=call.tokens, **sizes)
-        batch, length = q.shape[:2]
-        positions = cache.positions(call.tokens, batch, length, q.device)
+        positions = cache.positions(call.last, call.rows, call.length, q.device)
         if cache.ring_k is None or cache.ring_v is None or cache.ring_position is None:
-            o = local_attention(q, k, v, mask=call.tokens, **sizes)
-        elif length <= self.window:
+            o = local_attention(q, k, v, cu_seqlens=call.cu_seqlens, mask=call.tokens, **sizes)
+        elif call.length <= self.window:
             keys, values = torch.cat((cache.ring_k, k), 1), torch.cat((cache.ring_v, v), 1)
             key_positions = torch.cat((cache.ring_position, positions), 1)
             o = local_attention_cached(q, keys, values, k_positions=key_positions, q_positions=positions, **sizes)
         else:
             o = self._continue(call, cache, positions >= 0, sizes)
-        cache.remember(k, v, positions, self.window, self.sinks)
+        cache.remember(call.in_rows(k), call.in_rows(v), positions, self.window, self.sinks)
         return o
 
     def _continue(
@@ -274,7 +301,23 @@ class LightningSwap(nn.Module):
         return local_attention(q, keys, values, mask=torch.cat((position >= 0, tokens), 1), **sizes)[:, past:]
 
     def forward(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
-        """Both branches mixed, `[B, T, Hq, Dv]` in the dtype of v."""
+        """Both branches mixed, `[B, T, Hq, Dv]` in the dtype of v; recorded where the cache has to roll back."""
+        if cache is None:
+            return self.both(call)
+        if not cache.record_past or call.cu_seqlens is not None:
+            cache.rollback.forget()
+            return self.both(call, cache)
+        start = max(call.length - MOST_TOKENS, 0)
+        if start == 0:
+            cache.rollback.append(call, self, cache)
+            return self.both(call, cache)
+        cache.rollback.forget()  # only the end of a long prompt can be taken back
+        head, tail = self.both(call.narrow(0, start), cache), call.narrow(start, call.length)
+        cache.rollback.append(tail, self, cache)
+        return torch.cat((head, self.both(tail, cache)), 1)
+
+    def both(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
+        """`forward` without the record."""
         scale = self.out_scale
         if self.mix is None:
             return (self.linear(call, cache) * scale).to(call.v.dtype)
@@ -307,11 +350,11 @@ def _dispatcher(base: str) -> Callable[..., Any]:
         if swap is None or swap.observer is not None:
             output, weights = _softmax_function(base, module)(module, query, key, value, attention_mask, **kwargs)
             if swap is not None and swap.observer is not None:
-                swap.observer(swap, swap.call(query, key, value, kwargs.get("scaling"), attention_mask, 0), output)
+                swap.observer(swap, swap.call(query, key, value, attention_mask, 0, kwargs), output)
             return output, weights
         cache, swap.cache_layer = swap.cache_layer, None
         seen = cache.seen - query.shape[-2] if cache is not None else 0
-        output = swap(swap.call(query, key, value, kwargs.get("scaling"), attention_mask, seen), cache)
+        output = swap(swap.call(query, key, value, attention_mask, seen, kwargs), cache)
         batch, _, length, _ = query.shape
         return output.reshape(batch, length, *output.shape[2:]), None
 
@@ -320,7 +363,9 @@ def _dispatcher(base: str) -> Callable[..., Any]:
 
 def _mask_function(base: str) -> Callable[..., Any]:
     def mask(*args: Any, **kwargs: Any) -> Any:
-        return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+        found = ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+        # transformers looks for packed sequences only where there is no padding mask.
+        return unpacked(found) if kwargs.get("attention_mask") is not None else found
 
     return mask
 

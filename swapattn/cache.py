@@ -5,10 +5,13 @@ A file of the checkpoint runtime: it imports torch, transformers and its neighbo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
+
+from .rollback import Rollback
 
 
 class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignore[misc]
@@ -24,9 +27,15 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
             tokens of the local branch; the last slot takes what need not be kept.
         ring_position: int64 `[B, sinks + window + 1]`, position among the row's real tokens, −1 = empty.
         count: int64 `[B]`, real tokens seen by each row.
+
+    Attributes:
+        record_past: keep what `crop` needs; set by the generate modes that draft tokens, through
+            `Cache.activate_past_recording`. Otherwise nothing is kept and nothing is done for it.
+        rollback: what is kept.
     """
 
     is_compileable = True
+    is_croppable = True
     is_sliding = False
     TENSORS = ("state", "norm", "ring_k", "ring_v", "ring_position", "count")
 
@@ -34,6 +43,8 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         CacheLayerMixin.__init__(self)
         LinearAttentionCacheLayerMixin.__init__(self)
         self.seen = 0
+        self.record_past = False
+        self.rollback = Rollback()
         for name in self.TENSORS:
             setattr(self, name, None)
 
@@ -75,28 +86,44 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
 
     get_max_cache_shape = get_max_length  # its name up to transformers 5.12
 
-    @property
-    def is_croppable(self) -> bool:
-        """False: a state cannot forget its last tokens."""
-        return False
+    def activate_past_recording(self) -> None:
+        """From here on keep what `crop` needs, for the last `rollback.MOST_TOKENS` tokens at least."""
+        self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to roll back, except by nothing.
+        """Take the last tokens back, exactly, and commit to the others: a next call cannot go further back.
+
+        Args:
+            tokens_to_remove: −n for n tokens, 0 to commit only, as transformers' own layers take it.
 
         Raises:
-            RuntimeError: assisted decoding asked for a rollback.
+            RuntimeError: the layer has not recorded that many.
+            ValueError: positive, a length in old versions of transformers.
         """
-        if tokens_to_remove:
-            raise RuntimeError("a lightning attention state cannot be rolled back; generate without an assistant")
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: expected minus the number of tokens to remove, found {tokens_to_remove}")
+        self.rollback.take_back(-tokens_to_remove, self)
+        self.seen += tokens_to_remove
+
+    def tensors(self) -> list[tuple[str, torch.Tensor | None]]:
+        """Name and value of every tensor."""
+        return [(name, getattr(self, name)) for name in self.TENSORS]
+
+    def restore(self, tensors: Mapping[str, torch.Tensor | None]) -> None:
+        """Take over what `tensors()` gave."""
+        for name in self.TENSORS:
+            setattr(self, name, tensors[name])
 
     def reset(self) -> None:
         """Forget everything."""
         self.seen = 0
         self.is_initialized = False
+        self.rollback.forget()
         for name in self.TENSORS:
             setattr(self, name, None)
 
     def _map(self, function: Any) -> None:
+        self.rollback.map(function)
         for name in self.TENSORS:
             tensor = getattr(self, name)
             if tensor is not None:
@@ -191,5 +218,6 @@ def adopt(cache: Any, layer_idx: int) -> LightningCacheLayer:
     if isinstance(layer, CacheLayerMixin) and layer.is_initialized and int(layer.get_seq_length()) > 0:
         raise TypeError(f"the cache already holds softmax keys for layer {layer_idx}, which is swapped")
     recurrent = LightningCacheLayer()
+    recurrent.record_past = getattr(layer, "record_past", False)
     cache.layers[layer_idx] = recurrent
     return recurrent

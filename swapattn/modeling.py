@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
 from .attention import BASES, KERNEL_FOLDER, PREFIX, LightningSwap, find_cache, register, swaps
-from .cache import adopt
+from .cache import LightningCacheLayer, adopt
 from .errors import CheckpointError
 from .inputs import NoRotary, drop_rotary, rotation_of
 
@@ -33,10 +33,12 @@ RUNTIME = (
     "modeling.py",
     "attention.py",
     "cache.py",
+    "rollback.py",
     "feature_map.py",
     "norms.py",
     "gates.py",
     "inputs.py",
+    "masks.py",
     "errors.py",
 )
 KERNEL_RUNTIME = (
@@ -130,8 +132,20 @@ class SwapMixin:
         if cache is not None:
             assert isinstance(self, nn.Module)
             for swap in swaps(self).values():
-                adopt(cache, swap.layer_idx)
+                layer = adopt(cache, swap.layer_idx)
+                if generation_config.is_assistant:  # generate asked before the layer was there
+                    layer.activate_past_recording()
         return result
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a cache that outlives it stops recording."""
+        try:
+            return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
+                if isinstance(layer, LightningCacheLayer):
+                    layer.record_past = False
+                    layer.rollback.forget()
 
 
 @functools.cache

@@ -29,7 +29,8 @@ LAYERS = (
     | {"graph", "integrity", "unpickling"}
     | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"}
     | {"streaming", "footprint", "model_card", "publishing"},
-    {"recipe", "decay", "feature_map", "norms", "gates", "inputs", "errors", "wheels", "environment"},
+    {"recipe", "decay", "feature_map", "norms", "gates", "inputs", "errors", "wheels", "environment"}
+    | {"rollback", "masks"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 OWNERS_OF_KERNELS = {"attention"}

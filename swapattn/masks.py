@@ -1,0 +1,78 @@
+"""What a mask of transformers says about the new tokens: which are real, and where packed sequences start.
+
+A file of the checkpoint runtime: it imports torch only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+Found = tuple[torch.Tensor | None, torch.Tensor | None]
+_READ, _UNPACKED = "_swapattn_read", "_swapattn_unpacked"  # attributes of a mask: what all layers share
+
+
+def unpacked(mask: Any) -> Any:
+    """Note on a mask that it holds no packed sequences, so that nobody has to look."""
+    if isinstance(mask, torch.Tensor) and not torch.compiler.is_compiling():
+        setattr(mask, _UNPACKED, True)
+    return mask
+
+
+def read_mask(mask: Any, length: int, seen: int, *, may_be_packed: bool = True) -> Found:
+    """Real tokens `[B, T]` and sequence starts `[B, T]` (None when nothing is packed) from a 2D or 4D mask.
+
+    The diagonal of transformers' 4D mask is the padding mask of the new tokens, for full, sliding and chunked
+    masks alike; a gap right below the diagonal between two real tokens is a boundary of packed sequences.
+
+    Whether there is such a gap depends on values, so the host has to wait for the device to know it. That is done
+    once per forward pass, for the first layer that sees the mask, and only where it can be: in a prefill or without
+    a cache, with a 4D mask that was not made from a padding mask. While torch.compile traces it cannot be done:
+    there a gap is an error when the graph runs (on CUDA a device-side assertion); say `cu_seq_lens_q` instead.
+
+    Args:
+        mask: 2D `[B, K]`, 4D `[B, 1, T, K]` (bool, or additive), or None.
+        length: T, the number of new tokens.
+        seen: tokens in the cache before them.
+        may_be_packed: False to take the sequences for unpacked, or for already known.
+    """
+    if mask is None:
+        return None, None
+    if torch.compiler.is_compiling():
+        tokens, starts = _read(mask, length, seen, may_be_packed)
+        if starts is not None:
+            torch._assert_async(
+                ~starts.any(), "packed sequences in a compiled model: pass cu_seq_lens_q, or a 2D attention_mask"
+            )
+        return tokens, None
+    key = (length, seen, may_be_packed, None if mask.is_inference() else mask._version)
+    held = getattr(mask, _READ, None)
+    if held is not None and held[0] == key:
+        found: Found = held[1]
+        return found
+    tokens, starts = _read(mask, length, seen, may_be_packed and not getattr(mask, _UNPACKED, False))
+    if starts is not None and not bool(starts.any()):
+        starts = None
+    if starts is not None:
+        starts[:, 0] = True
+    setattr(mask, _READ, (key, (tokens, starts)))
+    return tokens, starts
+
+
+def _read(mask: torch.Tensor, length: int, seen: int, may_be_packed: bool) -> Found:
+    """Real tokens, and what comes right after a gap where there may be one, `[B, T]` each."""
+    if mask.dtype == torch.bool:
+        allowed = mask
+    else:  # eager's additive mask holds 0 where attending is allowed, a 2D mask holds 1
+        allowed = mask == 0 if mask.dim() == 4 else mask > 0
+    offset = min(seen, allowed.shape[-1] - length)
+    if allowed.dim() == 2:
+        return allowed[:, offset : offset + length], None
+    rows = allowed[:, 0]
+    tokens = rows.diagonal(offset, 1, 2)[:, :length]
+    if seen or length == 1 or not may_be_packed:
+        return tokens, None
+    starts = torch.zeros_like(tokens)
+    starts[:, 1:] = ~rows.diagonal(-1, 1, 2)[:, : length - 1] & tokens[:, 1:] & tokens[:, :-1]
+    return tokens, starts
