@@ -120,7 +120,7 @@ class AttentionCall:
         # Where the last sequence of each row starts: the largest boundary below the row's end.
         ends = torch.arange(1, rows + 1, device=cu_seqlens.device) * length
         begin = cu_seqlens[torch.searchsorted(cu_seqlens, ends) - 1]
-        of_last = torch.arange(rows * length, device=begin.device).unflatten(0, (rows, length)) >= begin[:, None]
+        of_last = torch.arange(rows * length, device=begin.device).view(rows, length) >= begin[:, None]
         self.last = of_last if self.tokens is None else of_last & self.tokens
         self.cu_seqlens = cu_seqlens
         self.q, self.k, self.v = (x.flatten(0, 1)[None] for x in (self.q, self.k, self.v))
@@ -138,7 +138,7 @@ class AttentionCall:
 
     def in_rows(self, x: torch.Tensor) -> torch.Tensor:
         """`[1, B·T, ...]` of a packed call back in rows `[B, T, ...]`."""
-        return x if self.cu_seqlens is None else x[0].unflatten(0, (self.rows, -1))
+        return x if self.cu_seqlens is None else torch.unflatten(x[0], 0, (self.rows, -1))
 
 
 def _compute_dtype(v: torch.Tensor) -> torch.dtype:

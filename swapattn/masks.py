@@ -67,12 +67,13 @@ def _read(mask: torch.Tensor, length: int, seen: int, may_be_packed: bool) -> Fo
     else:  # eager's additive mask holds 0 where attending is allowed, a 2D mask holds 1
         allowed = mask == 0 if mask.dim() == 4 else mask > 0
     offset = min(seen, allowed.shape[-1] - length)
+    index = torch.arange(length, device=mask.device)  # not slices or diagonals: a graph would hold for one offset only
     if allowed.dim() == 2:
-        return allowed[:, offset : offset + length], None
+        return allowed[:, offset + index], None
     rows = allowed[:, 0]
-    tokens = rows.diagonal(offset, 1, 2)[:, :length]
+    tokens = rows[:, index, offset + index]
     if seen or length == 1 or not may_be_packed:
         return tokens, None
     starts = torch.zeros_like(tokens)
-    starts[:, 1:] = ~rows.diagonal(-1, 1, 2)[:, : length - 1] & tokens[:, 1:] & tokens[:, :-1]
+    starts[:, 1:] = ~rows[:, index[1:], index[1:] - 1] & tokens[:, 1:] & tokens[:, :-1]
     return tokens, starts

@@ -77,8 +77,10 @@ def lightning(cache):
 
 
 def noisy(model, size):
-    """A model that agrees with `model` now and then."""
+    """A model that agrees with `model` now and then, and drafts five tokens at a time, sure of them or not."""
     twin = copy.deepcopy(model)
+    drafting = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "constant"}
+    twin.generation_config.update(**drafting, assistant_confidence_threshold=0.0)
     weight = twin.get_output_embeddings().weight
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(4), dtype=weight.dtype)
     weight.data += size * weight.data.std() * noise
@@ -120,7 +122,9 @@ def test_a_second_turn_on_a_padded_batch_equals_each_row_alone(model, side):
     second = model(
         input_ids=more, attention_mask=mask, position_ids=positions[:, 11:], past_key_values=cache, use_cache=True
     ).logits
-    for row in range(2):
+    # The window of a kept sliding layer counts slots, as in the teacher: pads in the middle of a row shorten it.
+    whole = side == "left" or not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+    for row in (0, 1) if whole else (1,):
         real = mask[row].bool()
         alone = logits_of(model, torch.cat((ids, more), 1)[row : row + 1, real])[0]
         n = int(real[11:].sum())
@@ -182,7 +186,7 @@ def test_beams_and_samples_equal_those_without_a_cache(model):
 @pytest.mark.parametrize("new", [16, pytest.param(64, marks=pytest.mark.slow)])
 def test_assisted_decoding_equals_greedy(model, taken_back, new):
     ids = ids_of(1, 9)
-    found = generate(model, ids, new, assistant_model=noisy(model, 0.15))
+    found = generate(model, ids, new, assistant_model=noisy(model, 0.3))
     assert torch.equal(found, generate(model, ids, new))
     assert max(taken_back) > 1, "nothing was rejected: the test says nothing"
     assert 0 in taken_back, "nothing was accepted: the test says nothing"
@@ -207,7 +211,7 @@ def test_prompt_lookup_equals_greedy(model, taken_back):
 
 def test_a_cache_after_assisted_decoding_serves_a_second_turn_and_records_no_more(model):
     ids = ids_of(1, 9)
-    first = generate(model, ids, 16, assistant_model=noisy(model, 0.15), return_dict_in_generate=True)
+    first = generate(model, ids, 16, assistant_model=noisy(model, 0.3), return_dict_in_generate=True)
     layers = lightning(first.past_key_values)
     assert layers
     assert not any(layer.record_past or layer.rollback.log or layer.rollback.base for layer in layers)
@@ -320,6 +324,7 @@ def test_the_state_is_fp32_and_its_size_constant_in_16_bits(tiny_family, dtype):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_decoding_compiles_without_a_graph_break(model):
     """One graph serves all steps: the number of tokens seen is no constant of it."""
     torch._dynamo.reset()
