@@ -22,6 +22,7 @@ LAYERS = (
     {"cli"},
     {"quickstart"},
     {"distillation", "evaluation", "generation", "conversion", "bench", "report", "throughput"}
+    | {"kernel_bench"}
     | {"inspection", "verification", "selection"},
     {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
     | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
@@ -33,7 +34,7 @@ LAYERS = (
     | {"rollback", "masks"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
-OWNERS_OF_KERNELS = {"attention"}
+OWNERS_OF_KERNELS = {"attention", "kernel_bench"}
 
 
 def imports(file: Path, *, top_level: bool = False) -> set[str]:

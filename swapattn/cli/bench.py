@@ -1,4 +1,4 @@
-"""`swapattn bench train`."""
+"""`swapattn bench train` and `swapattn bench kernel`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def bench_command() -> None:
     \b
     Example:
       swapattn bench train --recipe short --set distill.stages.distill.micro_batch=16
+      swapattn bench kernel
     """
 
 
@@ -67,4 +68,32 @@ def train_command(
         profile=profile,
         device=device,
     )
+    emit(as_json, result.to_dict(), result.to_table())
+
+
+@command("kernel", parent=bench_command)
+@click.option(
+    "--rows",
+    metavar="GROUP,...",
+    help="Of forward, backward, few, decay, both, gqa, dims, varlen, decode, memory; by default all.",
+)
+@click.option(
+    "--seconds", type=click.FloatRange(min=0), default=120, show_default=True, help="Begin no row after that."
+)
+@click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one. cpu: tiny shapes.")
+def kernel_command(rows: str | None, seconds: float, device: str | None, as_json: bool) -> None:
+    """The attention kernels beside the speed of the memory and of the peers that are installed.
+
+    Each row has the time, the share of the copy floor (or a ratio), the target and fla's time. Softmax of PyTorch is
+    timed up to 8K tokens; for flash-linear-attention: pip install fla-core.
+
+    \b
+    Examples:
+      swapattn bench kernel
+      swapattn bench kernel --rows forward,decode --json
+    """
+    from swapattn.kernel_bench import GROUPS, measure_kernels
+
+    groups = tuple(rows.replace(" ", "").split(",")) if rows else GROUPS
+    result = measure_kernels(groups, seconds=seconds, device=device)
     emit(as_json, result.to_dict(), result.to_table())

@@ -1,0 +1,591 @@
+"""`bench kernel`: the attention kernels alone, beside the memory's speed and the peers that can be imported.
+
+A floor is the time in which the measured copy bandwidth moves the bytes that must move once: q, k, v and o forward;
+q, k, v, do, dq, dk, dv backward; the state read and written for a decoding step. Times are medians.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_attention import lightning_attention, lightning_attention_step, local_attention
+from lightning_attention.reference import recurrent_attention
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .environment import default_device, hardware, say, versions
+from .errors import UsageError
+
+GROUPS = ("forward", "backward", "few", "decay", "both", "gqa", "dims", "varlen", "decode", "memory")
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+_TOKENS = 65536
+_CACHE_BYTES = 256 * 2**20  # inputs taken in turn that hold this much leave nothing of each other in the L2 cache
+_LONGEST_SOFTMAX = 8192
+_WINDOW, _SINKS = 64, 4
+_WORST_ERROR = 2e-2  # relative L2, of output and gradients, of an implementation that is right in bf16
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a row must reach: a share of the floor (at least), or a ratio, microseconds or MiB (at most)."""
+
+    value: float
+    kind: str = "share"
+    fla: float | None = None  # least speed-up over fla's chunk kernel
+
+    def reached(self, figure: float) -> bool:
+        """Whether `figure` is good enough."""
+        return figure >= self.value if self.kind == "share" else figure <= self.value
+
+    def text(self, figure: float) -> str:
+        """`figure` in the unit of the target."""
+        units = {"share": f"{figure:.1%}", "ratio": f"{figure:.2f}x", "us": f"{figure:.1f} us"}
+        return units.get(self.kind, f"{figure:.0f} MiB")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One measurement: milliseconds of ours (None for memory), the figure to hold against the target, peers' times."""
+
+    milliseconds: float | None
+    figure: float
+    peers: dict[str, float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to be: its group, name, target and the function that measures it."""
+
+    group: str
+    name: str
+    target: Target
+    run: Callable[[], Found]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A problem: B rows of T tokens, Hq query and Hkv key/value heads of D features."""
+
+    rows: int
+    length: int
+    heads: int = 32
+    shared: int = 32
+    dim: int = 128
+
+    def bytes(self, size: int, *, backward: bool) -> int:
+        """What must move once, with `size` bytes an element."""
+        wide, narrow = (self.rows * self.length * heads * self.dim * size for heads in (self.heads, self.shared))
+        forward = 2 * wide + 2 * narrow
+        return forward + 3 * wide + 4 * narrow if backward else forward
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """What `measure_kernels` found."""
+
+    hardware: str
+    bandwidth: float
+    commit: str | None
+    errors: dict[str, float | str]
+    rows: tuple[dict[str, Any], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {**asdict(self), "versions": versions()}
+
+    def to_table(self) -> str:
+        """The same as text."""
+        width = max([len(row["row"]) for row in self.rows] + [3])
+        lines = [
+            f"{'row':<{width}}{'ms':>10}{'figure':>11}{'target':>11}{'reached':>9}{'fla ms':>9}{'x fla':>14}  peers"
+        ]
+        for row in self.rows:
+            if row["error"]:
+                lines.append(f"{row['row']:<{width}}  {row['error']}")
+                continue
+            speedup, wanted = row["fla_speedup"], row["fla_target"]
+            against = "-" if speedup is None else f"{speedup:.2f}" + (f" (>= {wanted:g})" if wanted else "")
+            ours, fla = row["milliseconds"], row["peers"].get("fla")
+            others = [f"{name} {_milliseconds(ms)}" for name, ms in row["peers"].items() if name != "fla"]
+            lines.append(
+                f"{row['row']:<{width}}{'-' if ours is None else _milliseconds(ours):>10}{row['figure_text']:>11}"
+                f"{row['target_text']:>11}{'yes' if row['reached'] else 'no':>9}"
+                f"{_milliseconds(fla) if isinstance(fla, float) else '-':>9}{against:>14}  {', '.join(others)}".rstrip()
+            )
+        errors = ", ".join(
+            f"{name} {e:.1e}" if isinstance(e, float) else f"{name} {e}" for name, e in self.errors.items()
+        )
+        commit = f", commit {self.commit}" if self.commit else ""
+        found = versions()
+        return "\n".join(
+            [
+                *lines,
+                "",
+                f"largest relative L2 error of o, dq, dk, dv against fp64: {errors}",
+                f"{self.hardware}, copy {self.bandwidth / 1e12:.2f} TB/s, torch {found['torch']}, "
+                f"triton {found.get('triton', '-')}{commit}",
+            ]
+        )
+
+
+def _milliseconds(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
+
+
+def measure_kernels(groups: Sequence[str] = GROUPS, *, seconds: float = 120, device: str | None = None) -> KernelTable:
+    """Time the kernels of `lightning_attention` and their peers.
+
+    Args:
+        groups: of `GROUPS`, which rows.
+        seconds: rows not begun by then are reported as not run.
+        device: "cuda" or "cpu", by default the GPU if there is one; on a CPU the shapes are tiny and in float32, to
+            try the rows, and the figures say nothing about the kernels.
+
+    Raises:
+        UsageError: an unknown group, or no such device.
+    """
+    unknown = sorted(set(groups) - set(GROUPS))
+    if unknown:
+        raise UsageError(f"unknown rows {', '.join(unknown)}: choose from {', '.join(GROUPS)}")
+    device = device or default_device()
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UsageError(f"no device {device} here: PyTorch sees no GPU; use --device cpu to try the rows")
+    begun = time.perf_counter()
+    lab = Lab(device)
+    errors = lab.check()
+    bandwidth = lab.bandwidth
+    rows = []
+    for case in cases(lab):
+        if case.group not in groups:
+            continue
+        late = time.perf_counter() - begun > seconds
+        rows.append(_row(case, late, seconds))
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    return KernelTable(hardware(device), bandwidth, _commit(), errors, tuple(rows))
+
+
+def _row(case: Case, late: bool, seconds: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"group": case.group, "row": case.name, "target": case.target.value, "kind": case.target.kind}
+    row |= {"target_text": case.target.text(case.target.value), "fla_target": case.target.fla, "error": None}
+    row |= {"milliseconds": None, "figure": None, "reached": False, "fla_speedup": None, "peers": {}}
+    if late:
+        return row | {"error": f"not run: more than {seconds:g} s had passed"}
+    say(case.name)
+    try:
+        found = case.run()
+    except Exception as error:  # one kernel that fails must not hide the figures of the others
+        return row | {"error": _first_line(error)}
+    fla = found.peers.get("fla")
+    row |= {"milliseconds": found.milliseconds, "figure": found.figure, "peers": found.peers}
+    row |= {"figure_text": case.target.text(found.figure), "reached": case.target.reached(found.figure)}
+    if isinstance(fla, float) and found.milliseconds:
+        row["fla_speedup"] = fla / found.milliseconds
+    return row
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this file lies in, with a + if files differ from it."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name.strip() + ("+" if changed.stdout.strip() else "")
+
+
+class Lab:
+    """The device with its inputs, clock, copy bandwidth and peers."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self.small = self.device.type == "cpu"
+        self.dtype = torch.float32 if self.small else torch.bfloat16
+        self.size = self.dtype.itemsize
+        self.linear, self.softmax, self.recurrent = _peers(self.device)
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.bandwidth = self._copy_bandwidth()
+
+    def shape(self, rows: int, length: int, heads: int = 32, shared: int | None = None, dim: int = 128) -> Shape:
+        """The shape, on a CPU a tiny one of the same proportions."""
+        shared = shared or heads
+        if self.small:
+            rows, length, heads, shared, dim = min(rows, 2), max(2, length // 1024), heads // 8, shared // 8, dim // 16
+        return Shape(rows, length, heads, shared, dim)
+
+    def inputs(self, shape: Shape, *, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Random q, k, v."""
+        return tuple(  # type: ignore[return-value]
+            self.random(shape.rows, shape.length, heads, shape.dim).requires_grad_(grad)
+            for heads in (shape.heads, shape.shared, shape.shared)
+        )
+
+    def random(self, *size: int) -> Tensor:
+        """Standard normal numbers in the dtype of the run."""
+        return torch.randn(*size, device=self.device, dtype=self.dtype, generator=self.generator)
+
+    def decay(self, heads: int) -> Tensor:
+        """Log decays `[heads]`, the slopes of ALiBi, as the paper has them."""
+        return -torch.exp2(-8 * torch.arange(1, heads + 1, device=self.device) / heads)
+
+    def time(self, work: Callable[[], object]) -> float:
+        """Median milliseconds of a call, the L2 cache cleared before each."""
+        if self.small:
+            return _clocked(work)
+        from triton.testing import do_bench
+
+        return float(do_bench(work, warmup=5, rep=40, return_mode="median"))
+
+    def time_graph(self, work: Callable[[], object]) -> float:
+        """Median milliseconds of a call within a CUDA graph: no launch cost; `work` must see to a cold cache itself."""
+        if self.small:
+            return _clocked(work)
+        from triton.testing import do_bench_cudagraph
+
+        return float(do_bench_cudagraph(work, rep=10, return_mode="median"))
+
+    def floor(self, moved: int) -> float:
+        """Milliseconds in which a copy moves `moved` bytes, read and written ones together."""
+        return 1000 * moved / self.bandwidth
+
+    def _copy_bandwidth(self) -> float:
+        count = 2**16 if self.small else 2**30
+        source = torch.zeros(count, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * count / (self.time(lambda: target.copy_(source)) / 1000)
+
+    def against(self, peers: dict[str, Forward], measure: Callable[[Forward], float]) -> dict[str, float | str]:
+        """Time of every peer, or why there is none."""
+        found: dict[str, float | str] = {}
+        for name, peer in peers.items():
+            try:
+                found[name] = measure(peer)
+            except Exception as error:  # a peer that fails is a finding, not our failure
+                found[name] = _first_line(error)
+        return found
+
+    def check(self) -> dict[str, float | str]:
+        """Largest relative L2 error of output and gradients against fp64; a wrong peer is left out from here on."""
+        shape = Shape(2, 24 if self.small else 300, 4, 4, 8 if self.small else 64)
+        q, k, v = self.inputs(shape, grad=True)
+        decay, gradient = self.decay(shape.heads), self.random(shape.rows, shape.length, shape.heads, shape.dim)
+
+        def results(attend: Forward, double: bool = False) -> list[Tensor]:
+            tensors = [x.double() if double else x for x in (q, k, v, decay)]
+            out = attend(*tensors)
+            return [out, *torch.autograd.grad(out, tensors[:3], gradient.to(out.dtype))]
+
+        def error(attend: Forward, exact: list[Tensor]) -> float:
+            errors = [_error(x, y) for x, y in zip(results(attend), exact, strict=True)]
+            return float(torch.tensor(errors).max())  # unlike the built-in max, NaN wins
+
+        exact = results(lambda q, k, v, decay: recurrent_attention(q, k, v, decay)[0], True)
+        softmax = results(_backend(SDPBackend.MATH), True)
+        errors = self.against({"swapattn": _ours, **self.linear}, lambda attend: error(attend, exact))
+        errors |= self.against(self.softmax, lambda attend: error(attend, softmax))
+        for peers in (self.linear, self.softmax):
+            for name in [name for name in peers if not _right(errors[name])]:
+                del peers[name]
+        return errors | self.against({"swapattn step": _ours}, lambda _: self._check_step())
+
+    def _check_step(self) -> float:
+        shape = Shape(2, 1, 4, 4, 8 if self.small else 64)
+        q, k, v = self.inputs(shape)
+        decay = self.decay(shape.heads)
+        state = torch.randn(2, 4, shape.dim, shape.dim, device=self.device, generator=self.generator)
+        wide = q.double(), k.double(), v.double()
+        exact = recurrent_attention(*wide, decay.double(), initial_state=state.double())[0]
+        return _error(lightning_attention_step(q, k, v, decay, state), exact)
+
+
+def _clocked(work: Callable[[], object]) -> float:
+    work()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
+
+
+def _right(error: float | str) -> bool:
+    return isinstance(error, float) and error < _WORST_ERROR
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    return lightning_attention(q, k, v, decay)[0]
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+def _backend(backend: SDPBackend) -> Forward:
+    def attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return _softmax(q, k, v)
+
+    return attention
+
+
+def _peers(device: torch.device) -> tuple[dict[str, Forward], dict[str, Forward], Callable[..., Any] | None]:
+    """Linear attention of others, softmax attention, and fla's decoding step."""
+    if device.type == "cpu":
+        return {}, {"math": _backend(SDPBackend.MATH)}, None
+    softmax = {"FA2": _backend(SDPBackend.FLASH_ATTENTION), "cuDNN": _backend(SDPBackend.CUDNN_ATTENTION)}
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla, fused_recurrent_simple_gla
+    except Exception as error:  # an import may fail in any way on a foreign stack; the rows go on without it
+        say(f"no fla beside ours: {_first_line(error)}")
+        return {}, softmax, None
+    linear: dict[str, Forward] = {
+        "fla": lambda q, k, v, decay: chunk_simple_gla(q, k, v, g_gamma=decay)[0],
+        "fla fused": lambda q, k, v, decay: fused_chunk_simple_gla(q, k, v, g_gamma=decay)[0],
+    }
+    return linear, softmax, fused_recurrent_simple_gla
+
+
+def cases(lab: Lab) -> Iterator[Case]:
+    """All rows with the targets they must reach."""
+    for length in (1024, 4096, 8192, 32768):
+        shape, name = lab.shape(_TOKENS // length, length), f"{_TOKENS // length} x {length // 1024}K"
+        yield _timed(lab, "forward", f"forward {name}", shape, Target(0.9, fla=2.3))
+        yield _timed(lab, "backward", f"forward + backward {name}", shape, Target(0.7, fla=3.0), backward=True)
+    for length, heads, least in ((65536, 32, 0.7), (131072, 32, 0.7), (32768, 8, 0.6)):
+        shape, name = lab.shape(1, length, heads), f"1 x {length // 1024}K, H={heads}"
+        yield _timed(lab, "few", f"forward {name}", shape, Target(least), graph=True)
+        yield _timed(lab, "few", f"forward + backward {name}", shape, Target(0.5), backward=True, graph=True)
+    yield Case("few", "forward 1 x 2K, H=32, cold", Target(36, "us"), lambda: _cold(lab))
+    for backward, most in ((False, 1.15), (True, 1.3)):
+        yield Case(
+            "decay", f"{_kind(backward)} decay per token to fixed", Target(most, "ratio"), _decays(lab, backward)
+        )
+    for backward, most in ((False, 1.8), (True, 2.2)):
+        yield Case("both", f"{_kind(backward)} both branches to linear", Target(most, "ratio"), _both(lab, backward))
+    for backward in (False, True):
+        shape = lab.shape(8, 8192, 32, 8)
+        yield _timed(lab, "gqa", f"{_kind(backward)} 8 x 8K, 32/8 heads", shape, Target(0.75), backward=backward)
+    for heads, dim, least in ((32, 64, 0.75), (16, 256, 0.6)):
+        yield _timed(
+            lab, "dims", f"forward 8 x 8K, H={heads}, D={dim}", lab.shape(8, 8192, heads, dim=dim), Target(least)
+        )
+    for backward in (False, True):
+        yield Case("varlen", f"{_kind(backward)} 64 lengths to equal", Target(1.15, "ratio"), _lengths(lab, backward))
+    for rows, target in ((1, Target(5, "us")), (16, Target(0.85)), (64, Target(0.92)), (256, Target(0.95))):
+        yield Case("decode", f"decode B={rows}, 32 states", target, _decode(lab, rows, 32))
+    for rows, least in ((16, 0.8), (64, 0.88), (256, 0.92)):
+        yield Case("decode", f"decode B={rows}, 8 shared states", Target(least), _decode(lab, rows, 8))
+    yield Case("memory", "extra memory of forward + backward", Target(128, "MiB"), lambda: _memory(lab))
+
+
+def _kind(backward: bool) -> str:
+    return "forward + backward" if backward else "forward"
+
+
+def _work(lab: Lab, attend: Callable[..., Tensor], tensors: Sequence[Tensor], backward: bool) -> Callable[[], object]:
+    """A call of `attend` on the tensors, with the gradients of those that want one."""
+    if not backward:
+        return torch.no_grad()(lambda: attend(*tensors))
+    wanted = [x for x in tensors if x.requires_grad]
+    with torch.no_grad():
+        gradient = lab.random(*attend(*tensors).shape)
+    return lambda: torch.autograd.grad(attend(*tensors), wanted, gradient)
+
+
+def _timed(
+    lab: Lab, group: str, name: str, shape: Shape, target: Target, *, backward: bool = False, graph: bool = False
+) -> Case:
+    """A row of linear attention with a fixed decay: its share of the floor, with the peers."""
+
+    def run() -> Found:
+        tensors = (*lab.inputs(shape, grad=backward), lab.decay(shape.shared))
+        clock = lab.time_graph if graph else lab.time
+
+        def measure(attend: Forward) -> float:
+            return clock(_work(lab, attend, tensors, backward))
+
+        ours = measure(_ours)
+        # fla's chunk form has as many key/value heads as query heads.
+        peers = dict(lab.linear) if shape.heads == shape.shared else {}
+        if shape.length <= _LONGEST_SOFTMAX and group in ("forward", "backward", "gqa"):
+            peers |= lab.softmax
+        floor = lab.floor(shape.bytes(lab.size, backward=backward))
+        return Found(ours, floor / ours, lab.against(peers, measure))
+
+    return Case(group, name, target, run)
+
+
+def _cold(lab: Lab) -> Found:
+    shape = lab.shape(1, 2048)
+    held = shape.bytes(lab.size, backward=False)
+    turns = 2 if lab.small else 1 + _CACHE_BYTES // held
+    sets = [lab.inputs(shape) for _ in range(turns)]
+    decay = lab.decay(shape.heads)
+
+    def measure(attend: Forward) -> float:
+        turn = itertools.cycle(sets)
+        return lab.time_graph(torch.no_grad()(lambda: attend(*next(turn), decay)))
+
+    ours = measure(_ours)
+    return Found(ours, 1000 * ours, lab.against({**lab.linear, **lab.softmax}, measure))
+
+
+def _decays(lab: Lab, backward: bool) -> Callable[[], Found]:
+    def run() -> Found:
+        shape = lab.shape(8, 8192)
+        tensors = lab.inputs(shape, grad=backward)
+        fixed = lab.decay(shape.heads)
+        step = torch.rand(shape.rows, shape.length, shape.heads, device=lab.device, generator=lab.generator)
+        moving = (fixed * 2 * step).requires_grad_(backward)  # its gradient is a part of the work
+        times = [lab.time(_work(lab, _ours, (*tensors, decay), backward)) for decay in (fixed, moving)]
+        return Found(times[1], times[1] / times[0], {"fixed": times[0]})
+
+    return run
+
+
+def _both(lab: Lab, backward: bool) -> Callable[[], Found]:
+    def run() -> Found:
+        shape = lab.shape(8, 8192)
+        tensors = lab.inputs(shape, grad=backward)
+        decay = lab.decay(shape.heads)
+        share = torch.full((shape.heads, 1), 0.5, device=lab.device, requires_grad=backward)
+        scale = torch.ones(shape.heads, shape.dim, device=lab.device, requires_grad=backward)
+        # As in a compiled layer; its parameters are float32 and get gradients.
+        mix = _mix if lab.small else torch.compile(_mix, dynamic=False)
+
+        def branches(q: Tensor, k: Tensor, v: Tensor, share: Tensor, scale: Tensor) -> Tensor:
+            window = local_attention(q, k, v, window=_WINDOW, sinks=_SINKS)
+            return mix(_ours(q, k, v, decay), window, share, scale)
+
+        alone = lab.time(_work(lab, _ours, (*tensors, decay), backward))
+        together = lab.time(_work(lab, branches, (*tensors, share, scale), backward))
+        return Found(together, together / alone, {"linear alone": alone})
+
+    return run
+
+
+def _mix(linear: Tensor, local: Tensor, share: Tensor, scale: Tensor) -> Tensor:
+    share = torch.sigmoid(share)
+    return (linear * ((1 - share) * scale) + local * share).to(linear.dtype)
+
+
+def _lengths(lab: Lab, backward: bool) -> Callable[[], Found]:
+    def run() -> Found:
+        count, low, high = (4, 2, 9) if lab.small else (64, 100, 4001)
+        chosen = torch.randint(low, high, (count,), generator=torch.Generator().manual_seed(0))
+        chosen[chosen.argmax()] -= chosen.sum() % count
+        total = int(chosen.sum())
+        whole = lab.shape(1, 1)
+        shape = Shape(1, total, whole.heads, whole.shared, whole.dim)
+        tensors, decay = lab.inputs(shape, grad=backward), lab.decay(shape.heads)
+
+        def measure(lengths: Tensor) -> float:
+            bounds = F.pad(lengths.cumsum(0), (1, 0)).to(lab.device, torch.int32)
+
+            def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return lightning_attention(q, k, v, decay, cu_seqlens=bounds)[0]
+
+            return lab.time(_work(lab, packed, tensors, backward))
+
+        ours = measure(chosen)
+        rows = [x.detach().view(count, -1, *x.shape[2:]).requires_grad_(backward) for x in tensors]
+        equal: dict[str, float | str] = {
+            "equal packed": measure(torch.full((count,), total // count)),
+            "equal rows": lab.time(_work(lab, _ours, (*rows, decay), backward)),
+        }
+        return Found(ours, ours / min(ms for ms in equal.values() if isinstance(ms, float)), equal)
+
+    return run
+
+
+def _decode(lab: Lab, rows: int, shared: int) -> Callable[[], Found]:
+    def run() -> Found:
+        shape = lab.shape(rows, 1024, 32, shared)
+        shape = Shape(shape.rows, 1, shape.heads, shape.shared, shape.dim)
+        q, k, v = lab.inputs(shape)
+        decay = lab.decay(shape.shared)
+        size = 4 * shape.rows * shape.shared * shape.dim**2
+        turns = 2 if lab.small else 1 + _CACHE_BYTES // size  # the layers of a model: each step finds another state
+        states = torch.zeros(turns, shape.rows, shape.shared, shape.dim, shape.dim, device=lab.device)
+
+        def measure(step: Callable[[Tensor], object]) -> float:
+            turn = itertools.cycle(states)
+            return lab.time_graph(torch.no_grad()(lambda: step(next(turn))))
+
+        ours = measure(lambda state: lightning_attention_step(q, k, v, decay, state))
+        peers: dict[str, Callable[[Tensor], object]] = {}
+        recurrent = lab.recurrent
+        if recurrent is not None and shape.heads == shape.shared:
+            peers["fla"] = lambda state: recurrent(q, k, v, g_gamma=decay, initial_state=state, output_final_state=True)
+        peers["softmax over 512"] = _cached_softmax(lab, shape)
+        found: dict[str, float | str] = {}
+        for name, peer in peers.items():
+            found |= lab.against({name: _ours}, functools.partial(_apart, measure, peer))
+        return Found(ours, 1000 * ours if rows == 1 else lab.floor(2 * size) / ours, found)
+
+    return run
+
+
+def _apart(
+    measure: Callable[[Callable[[Tensor], object]], float], step: Callable[[Tensor], object], _: Forward
+) -> float:
+    return measure(step)
+
+
+def _cached_softmax(lab: Lab, shape: Shape) -> Callable[[Tensor], object]:
+    """A decoding step of grouped-query softmax over a cache of 512 tokens with a quarter of the heads."""
+    tokens, heads = (8, 1) if lab.small else (512, shape.heads // 4)
+    held = 2 * shape.rows * heads * tokens * shape.dim * lab.size
+    turns = 2 if lab.small else 1 + _CACHE_BYTES // held
+    caches = itertools.cycle(lab.random(turns, 2, shape.rows, heads, tokens, shape.dim))
+    query = lab.random(shape.rows, shape.heads, 1, shape.dim)
+
+    def step(_: Tensor) -> Tensor:
+        keys, values = next(caches)
+        return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+    return step
+
+
+def _memory(lab: Lab) -> Found:
+    if lab.small:
+        raise UsageError("peak memory is measured on a GPU only")
+    shape = lab.shape(8, 8192)
+    tensors = (*lab.inputs(shape, grad=True), lab.decay(shape.heads))
+
+    def extra(attend: Forward) -> float:
+        work = _work(lab, attend, tensors, True)
+        work()  # compiled, autotuned
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        kept = 4 * tensors[0].numel() * lab.size  # output and gradients
+        return (torch.cuda.max_memory_allocated() - before - kept) / 2**20
+
+    ours = extra(_ours)
+    others = lab.against({**lab.linear, **lab.softmax}, extra)
+    return Found(None, ours, {n: f"{m:.0f} MiB" if isinstance(m, float) else m for n, m in others.items()})
