@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,19 +14,21 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from . import processes
 from .calibration import calibrate_stage
 from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, find, new_record, write_json
 from .compilation import align_function
 from .conversion import convert
 from .data import PackedTokens, documents
-from .environment import default_device, hardware, say
+from .environment import default_device, hardware, is_first_process, say
 from .errors import CheckpointError, RecipeError, UsageError
 from .model_card import CARD, model_card
 from .modeling import load, load_teacher
 from .objectives import check_head, distill_loss, mixture_of, stage_flops
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TextSpec, load_recipe
 from .shards import decays, trained_keys, write_trained
-from .training import LossFunction, run_stage, trainable_parameters
+from .stopping import stopping_on_sigterm
+from .training import LossFunction, run_stage, shares, trainable_parameters
 
 _COLUMNS = (("tokens", 12), ("steps", 8), ("seconds", 10), ("tokens_per_second", 11))
 
@@ -119,21 +120,26 @@ def distill(
     device = device or default_device()
     teacher_path = Path(teacher) if teacher is not None else start.teacher_path
     _check_request(resolved, teacher_path, device, teacher is not None)
-    start = _with_convert_section(start, resolved, Path(directory), dry_run, overwrite)
+    processes.join(device)
+    if is_first_process():
+        start = _with_convert_section(start, resolved, Path(directory), dry_run, overwrite)
+    start = processes.from_first(start)
     text = resolved.distill.text.describe()
     if dry_run:
         stages = tuple(_stage_plan(start, stage) for stage in resolved.distill.stages)
         return DistillResult(target, start.path, start.teacher_note, text, device, stages, dry_run=True)
-    run = _Run(start, resolved, target, device, teacher_path)
-    return DistillResult(target, start.path, start.teacher_note, text, device, tuple(run.run(overwrite)))
+    with stopping_on_sigterm():
+        stages = tuple(_Run(start, resolved, target, device, teacher_path).run(overwrite))
+    return DistillResult(target, start.path, start.teacher_note, text, device, stages)
 
 
 def _check_request(recipe: Recipe, teacher: Path, device: str, named: bool) -> None:
-    """What would otherwise show only after the first stages: the teacher, the texts, the device."""
+    """What would otherwise show only after the first stages: the teacher, the texts, the device, the batches."""
     if device not in ("cpu", "cuda"):
         raise UsageError(f"device {device!r}: say cpu or cuda, and choose the GPU with CUDA_VISIBLE_DEVICES")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("distill runs in one process so far: start it without torchrun or accelerate launch")
+    for stage in recipe.distill.stages:
+        if not isinstance(stage, CalibrateStage):
+            shares(stage, stage.stage, processes.count())
     taught = [s for s in recipe.distill.stages if isinstance(s, DistillStage) and mixture_of(s).needs_teacher]
     needed = named or any(stage.train != "new" for stage in taught)
     if needed and not (teacher / "config.json").is_file():
@@ -187,7 +193,9 @@ class _Run:
         self.start, self.recipe, self.target, self.device, self.teacher = start, recipe, target, device, teacher
         self.work = target.parent / f".{target.name}.run"
         self.state_file = self.work / "run.json"
-        identity = {"recipe": recipe.to_dict(), "parent": str(start.path.resolve()), "parent_time": start.time}
+        values = recipe.to_dict()
+        del values["distill"]["save_steps"]  # how often it is saved does not make it another run
+        identity = {"recipe": values, "parent": str(start.path.resolve()), "parent_time": start.time}
         identity["teacher"] = str(teacher.resolve())
         self.state: dict[str, Any] = {"identity": identity, "stages": []}
 
@@ -196,7 +204,9 @@ class _Run:
         if tokenizer is None:
             raise CheckpointError(f"{self.start.path} has no tokenizer, which distillation needs")
         self._check_names(model)
-        self._open(overwrite)
+        if is_first_process():
+            self._open(overwrite)
+        self.state = processes.from_first(self.state)
         model.to(self.device)
         if self.state["stages"]:
             self._restore(model)
@@ -204,9 +214,12 @@ class _Run:
             if index < len(self.state["stages"]):
                 continue
             self.state["stages"].append(self._stage(index, stage, model, tokenizer))
-            self._save(model, index)
-        self._write(model, overwrite)
-        shutil.rmtree(self.work)
+            if is_first_process():
+                self._save(model, index)
+        if is_first_process():
+            self._write(model, overwrite)
+            shutil.rmtree(self.work)
+        processes.from_first(None)  # nobody leaves before the result is there
         return list(self.state["stages"])
 
     def _check_names(self, model: Any) -> None:
@@ -238,7 +251,9 @@ class _Run:
             _text_of(stage, self.recipe), tokenizer, stage.length, seed=self.recipe.distill.seed + index
         )
         if isinstance(stage, CalibrateStage):
-            return calibrate_stage(model, stage, data)
+            figures = calibrate_stage(model, stage, data) if is_first_process() else None
+            processes.copy_from_first_(p for name, p in model.named_parameters() if ".swap." in name)
+            return dict(processes.from_first(figures))
         loss: LossFunction
         teacher = None
         if isinstance(stage, AlignStage):
@@ -257,6 +272,7 @@ class _Run:
             seed=self.recipe.distill.seed,
             flops=stage_flops(model, stage, teacher),
             teacher=teacher,
+            save_steps=self.recipe.distill.save_steps,
         )
 
     def _distill_loss(self, stage: DistillStage, model: Any) -> tuple[LossFunction, Any | None]:

@@ -16,11 +16,15 @@ CPU_CHUNK_BYTES = 64 * 2**20
 def normalized_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Squared error over the teacher's squared norm, one fp32 number: 1 means as bad as zero, in every layer alike.
 
+    Each sequence is divided by its own norm, so that the mean over a batch does not depend on how the batch is cut
+    into micro-batches or shared out among processes.
+
     Args:
-        student, teacher: tensors of one shape, any dtype; no gradient flows into the teacher.
+        student, teacher: tensors of one shape `[B, ...]`, any dtype; no gradient flows into the teacher.
     """
     target = teacher.detach().float()
-    return (student.float() - target).pow(2).sum() / target.pow(2).sum().clamp(min=1e-12)
+    error = (student.float() - target).pow(2).flatten(1).sum(1)
+    return (error / target.pow(2).flatten(1).sum(1).clamp(min=1e-12)).mean()
 
 
 @dataclass(frozen=True)

@@ -305,10 +305,14 @@ Stage = Annotated[CalibrateStage | AlignStage | DistillStage, Field(discriminato
 
 
 class DistillSpec(Section):
-    """The stages in their order, and the text they share unless a stage names its own."""
+    """The stages in their order, and the text they share unless a stage names its own.
+
+    A trained stage is saved every five minutes, to go on after an interruption, and besides every `save_steps` steps.
+    """
 
     text: TextSpec = TextSpec(embedded=True)
     seed: int = 0
+    save_steps: int | None = Field(None, gt=0)
     stages: tuple[Stage, ...] = ()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -12,18 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from . import processes
 from .attention import swaps
 from .compilation import compiled_layers
-from .errors import TrainingError
+from .environment import is_first_process
+from .errors import TrainingError, UsageError
 from .peak import share_of_peak
-from .recipe import AlignStage, TrainStage
+from .recipe import AlignStage, DistillStage, TrainStage
+from .stopping import STOP, deferring
 
 SAVE_SECONDS = 300  # an interrupted run loses at most this much work
+_WEIGHTS = "trained.safetensors"
 LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 
@@ -96,28 +104,59 @@ class StepFigures:
 class StageProgress(TrainerCallback):  # type: ignore[misc]
     """One line on stderr (stage, step, loss, tokens/s, time left), a JSONL log, and saves by the clock."""
 
-    def __init__(self, title: str, stage: TrainStage, log: Path, run: str, flops: float | None = None) -> None:
+    def __init__(
+        self,
+        title: str,
+        stage: TrainStage,
+        log: Path,
+        run: str,
+        flops: float | None = None,
+        save_steps: int | None = None,
+    ) -> None:
         """`run` tells stages of the same kind apart in the log; `flops` per token, for the share of peak."""
-        self.title, self.log, self.run, self.flops = title, log, run, flops
+        self.title, self.log, self.run, self.flops, self.save_steps = title, log, run, flops, save_steps
         self.tokens_per_step = stage.batch * stage.length
         self.bar: Any = None
         self.trainer: StageTrainer | None = None
         self.saved = time.monotonic()
+        self.agreement = processes.Agreement()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the line; a resumed run starts where it was."""
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", file=sys.stderr)
+        """Open the line; a resumed run starts where it was, and so does its log."""
+        quiet = not is_first_process()
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.title,
+            unit="step",
+            file=sys.stderr,
+            disable=quiet,
+        )
         self.started, self.first = time.monotonic(), state.global_step
-        done = [record for record in self.history() if record["step"] <= self.first]
+        if not quiet:
+            self._cut_log()
+        done = self.history()
         self.before = done[-1]["seconds"] if done else 0.0
 
-    def history(self) -> list[dict[str, Any]]:
-        """The stage's log by step; steps that a resumed run repeated count once, the later time."""
+    def _records(self) -> list[dict[str, Any]]:
+        found = []
+        for line in self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else ():
+            with contextlib.suppress(ValueError):  # a process was killed, or the disk full, in the middle of a line
+                found.append(json.loads(line))
+        return found
+
+    def _cut_log(self) -> None:
+        """Drop the steps behind the checkpoint that the run goes on from, which are about to come again."""
         if not self.log.is_file():
-            return []
-        records = map(json.loads, self.log.read_text(encoding="utf-8").splitlines())
-        steps = {record["step"]: record for record in records if record["run"] == self.run}
-        return [steps[step] for step in sorted(steps)]
+            return
+        kept = [record for record in self._records() if record["run"] != self.run or record["step"] <= self.first]
+        scratch = self.log.with_name(f".{self.log.name}.writing")
+        scratch.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(scratch, self.log)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The stage's log, by step."""
+        return [record for record in self._records() if record["run"] == self.run]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A loss or gradient that is not finite changes no weight; on a CPU it is known at once and stops."""
@@ -143,14 +182,26 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
         On a GPU the figures come one step late, so that the next step is launched before this one has finished.
         """
         assert self.trainer is not None
-        last = state.global_step == state.max_steps
-        if time.monotonic() - self.saved > SAVE_SECONDS and not last:
+        step, last = state.global_step, state.global_step == state.max_steps
+        due = self.save_steps is not None and step % self.save_steps == 0
+        late_save = time.monotonic() - self.saved > SAVE_SECONDS
+        self.stopped, save = self.agreement.any(STOP.asked, STOP.asked or due or late_save)
+        if save and not last:
             self.saved = time.monotonic()
             control.should_save = True
         late = 0 if last or control.should_save or _immediate(args.device) else 1
         while len(self.trainer.waiting) > late:
             self._log(self.trainer.waiting[0])
             del self.trainer.waiting[0]
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After the save that SIGTERM asked for, end."""
+        if self.stopped:
+            self.bar.close()
+            raise TrainingError(
+                f"{self.title}: stopped by SIGTERM, saved after step {state.global_step} of {state.max_steps}; "
+                "repeat the command to go on"
+            )
 
     def _log(self, figures: StepFigures) -> None:
         self.check([figures])
@@ -171,8 +222,9 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
         peak = f", {share:.1%} of peak" if share is not None else ""
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s{peak}", refresh=False)
         self.bar.update(1)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if is_first_process():
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the line."""
@@ -198,8 +250,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The stage's loss of one micro-batch, without dropout: the teacher may be the model itself."""
-        _without_dropout(self.accelerator.unwrap_model(model))
-        loss = self.loss_function(self.accelerator.unwrap_model(model), inputs["input_ids"])
+        inner = self.accelerator.unwrap_model(model)
+        _without_dropout(inner)
+        loss = _through(model, inner, self.loss_function, inputs["input_ids"])
         self._losses.append(loss.detach())
         return (loss, None) if return_outputs else loss
 
@@ -207,6 +260,36 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         norm = super()._clip_grad_norm(model)
         self._norm = torch.as_tensor(norm).detach()
         return norm
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's; one that cannot be written stops the stage, and the last one stays."""
+        step = self.state.global_step
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save makes a full disk a RuntimeError
+            folder = Path(self.args.output_dir)
+            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+            last = _last_checkpoint(folder)
+            kept = (
+                f"that of step {last.rpartition('-')[2]} is kept" if last else "there is no earlier one in this stage"
+            )
+            raise TrainingError(
+                f"the checkpoint of step {step} could not be written to {folder} ({' '.join(str(error).split())[:200]})"
+                f"; {kept}: free some space and repeat the command"
+            ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """What the stage trains, and nothing else: the rest is in the checkpoint that the run started from."""
+        if self.args.should_save and output_dir is not None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
+            save_file(trained, Path(output_dir) / _WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in load_file(Path(resume_from_checkpoint) / _WEIGHTS).items():
+                parameters[name].copy_(tensor)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not the Trainer's count, which walks over all parameters in every micro-batch; see `peak`."""
@@ -217,7 +300,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
         It does so on the device (as under a gradient scaler), so that nobody has to wait for the verdict.
         """
-        loss = torch.stack(self._losses).mean()
+        loss = processes.mean(torch.stack(self._losses).mean())
         self._losses.clear()
         norm = loss.new_zeros(()) if self._norm is None else self._norm
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded parameters
@@ -235,8 +318,29 @@ def _immediate(device: torch.device) -> bool:
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The newest Trainer checkpoint that is whole: its state is what the Trainer writes last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    whole = []
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads(state.read_text(encoding="utf-8"))
+            whole.append(state.parent)
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _through(wrapper: nn.Module, inner: Any, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """`function(inner, *args)` as the forward pass of the wrapper, whose hooks make gradients meet (DDP).
+
+    The way of Lightning Fabric's `_ForwardRedirection`: the wrapper's forward calls the inner model's, once replaced.
+    """
+    if wrapper is inner:
+        return function(inner, *args)
+
+    def once(*given: Any) -> torch.Tensor:
+        del inner.forward
+        return function(inner, *given)
+
+    inner.forward = once
+    result: torch.Tensor = wrapper(*args)
+    return result
 
 
 def _without_dropout(model: nn.Module) -> None:
@@ -244,6 +348,36 @@ def _without_dropout(model: nn.Module) -> None:
     model.eval()
     for module in model.modules():
         module.training = bool(getattr(module, "gradient_checkpointing", False))
+
+
+def shares(stage: TrainStage, title: str, count: int) -> tuple[int, int]:
+    """Windows a forward pass and forward passes a step in each of `count` processes; the step's batch stays whole.
+
+    Raises:
+        UsageError: the batch cannot be shared out.
+    """
+    own, rest = divmod(stage.batch, count)
+    if rest or not own:
+        raise UsageError(
+            f"{title}: batch {stage.batch} cannot be shared out among {count} processes: choose a multiple of {count} "
+            f"(--set distill.stages.{title}.batch=...)"
+        )
+    micro = max(size for size in range(1, own + 1) if own % size == 0 and size <= (stage.micro_batch or own))
+    return micro, own // micro
+
+
+def out_of_memory(error: BaseException, title: str, stage: TrainStage, micro: int) -> TrainingError | None:
+    """The line for a stage that ran out of memory, with the settings that help most first; None for other errors."""
+    on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+        return None
+    ways = [f"lower micro_batch (now {micro})"] if micro > 1 else []
+    if not stage.gradient_checkpointing:
+        ways.append("set gradient_checkpointing: true" + (" and compile: false" if stage.compile else ""))
+    if isinstance(stage, DistillStage):
+        ways.append(f"lower chunk (now {stage.chunk or 'chosen by itself'})")
+    ways.append(f"lower length (now {stage.length})")
+    return TrainingError(f"{title}: out of memory; under distill.stages.{title}: {', or '.join(ways)}")
 
 
 def run_stage(
@@ -259,6 +393,7 @@ def run_stage(
     seed: int,
     flops: float | None = None,
     teacher: Any | None = None,
+    save_steps: int | None = None,
 ) -> dict[str, Any]:
     """Train one stage in place, resuming from the newest Trainer checkpoint in `folder` if there is one.
 
@@ -274,21 +409,24 @@ def run_stage(
         seed: of the Trainer.
         flops: of a step per token, to show the share of peak; None if not known.
         teacher: a separate model that the loss function calls, to be compiled if the stage says so.
+        save_steps: optimiser steps between Trainer checkpoints, besides those by the clock.
 
     Returns:
         Tokens, steps, seconds, tokens/s, first and last loss (means over a tenth of the steps), trained names.
 
     Raises:
-        TrainingError: nothing to train, a non-finite loss, or out of memory.
+        TrainingError: nothing to train, a non-finite loss, out of memory, no room for a checkpoint, or SIGTERM, after
+            a save.
+        UsageError: the batch cannot be shared out among the processes.
     """
     new, own = trainable_parameters(model, stage)
     if not new and not own:
         raise TrainingError(f"{title}: nothing is trainable")
-    micro = stage.micro_batch or stage.batch
+    micro, accumulated = shares(stage, title, processes.count())
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=stage.batch // micro,
+        gradient_accumulation_steps=accumulated,
         max_steps=stage.steps,
         max_grad_norm=stage.max_grad_norm,
         # align's loss is computed inside the layers, which the Trainer must not run a second time
@@ -303,11 +441,12 @@ def run_stage(
         seed=seed,
         use_cpu=device == "cpu",
         dataloader_pin_memory=device != "cpu",
+        accelerator_config={"dispatch_batches": False},  # every process reads its own share, none waits for another's
         dataloader_num_workers=int(device != "cpu"),  # one process tokenises while this one feeds the GPU
     )
     _ = arguments.device  # sets the next line's count to all visible GPUs, which would multiply the batch
     arguments._n_gpu = 1
-    progress = StageProgress(title, stage, log, run=folder.name, flops=flops)
+    progress = StageProgress(title, stage, log, run=folder.name, flops=flops, save_steps=save_steps)
     model.to(device)  # before the optimiser is chosen, which is fused on a GPU
     optimizer = build_optimizer(model, stage, new, own)
     trainer = StageTrainer(
@@ -323,13 +462,14 @@ def run_stage(
     progress.trainer = trainer
     compiled = [model] if teacher is None else [model, teacher]
     try:
-        with compiled_layers(*compiled) if stage.compile else contextlib.nullcontext():
+        with deferring(), compiled_layers(*compiled) if stage.compile else contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"{title}: out of memory; lower distill.stages.{title}.micro_batch (now {micro})"
-        ) from error
-    history = progress.history()
+    except (RuntimeError, MemoryError) as error:
+        line = out_of_memory(error, title, stage, micro)
+        if line is None:
+            raise
+        raise line from error
+    history = processes.from_first(progress.history())
     losses = [record["loss"] for record in history]
     tenth = max(1, len(losses) // 10)
     tokens, seconds = stage.steps * stage.batch * stage.length, history[-1]["seconds"]

@@ -325,12 +325,6 @@ def test_a_dry_run_checks_the_request(converted, work, changes, message):
     assert not (work / ".out.run").exists()
 
 
-def test_more_than_one_process_is_refused(converted, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="one process"):
-        distill(converted, recipe=recipe(CALIBRATE), device="cpu")
-
-
 def test_every_option_of_the_layer_is_trained_and_stored(tiny_teacher, work):
     options = {
         "qk_norm": "rms",

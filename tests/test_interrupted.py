@@ -1,0 +1,235 @@
+"""A distillation that is killed, told to stop, out of disk, or run by two processes ends as if nothing had been."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import swapattn.training
+from swapattn.conversion import convert
+from swapattn.distillation import distill
+from swapattn.errors import TrainingError, UsageError
+from swapattn.recipe import parse_recipe
+
+STAGE = {"tokens": 768, "length": 32, "batch": 4, "learning_rate": 1e-2, "warmup": 0.4}
+RECIPE = {
+    "name": "tiny",
+    "convert": {"local": {"window": 8, "sinks": 2}},
+    "distill": {
+        "save_steps": 2,
+        "stages": [
+            {"stage": "calibrate", "tokens": 256, "length": 64},
+            {"stage": "align", **STAGE},
+            {"stage": "distill", **STAGE, "train": "all", "backbone_learning_rate": 1e-3, "chunk": 20},
+        ],
+    },
+}
+
+# One process imports once and forks a child for each run; a child does to itself what `harm` says.
+PROGRAM = """
+import json, os, signal, sys, traceback
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from swapattn import distillation, training
+from swapattn.recipe import parse_recipe
+
+start, work, recipe, runs = Path(sys.argv[1]), Path(sys.argv[2]), *map(json.loads, sys.argv[3:])
+
+def harmed(signal_name, where, title, step):
+    number = getattr(signal, signal_name)
+    if where == "save":  # the weights are written, the optimiser's state is not
+        original = training.StageTrainer._save_optimizer_and_scheduler
+        def patched(self, folder):
+            if self.state.global_step == step and Path(folder).parent.name == title:
+                os.kill(os.getpid(), number)
+            original(self, folder)
+        training.StageTrainer._save_optimizer_and_scheduler = patched
+    else:
+        original = training.StageProgress.on_pre_optimizer_step
+        def patched(self, args, state, control, **kwargs):
+            original(self, args, state, control, **kwargs)
+            if (self.title, state.global_step + 1) == (title, step):
+                os.kill(os.getpid(), number)
+        training.StageProgress.on_pre_optimizer_step = patched
+
+def child(out, harm, environment):
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.environ.update(environment)
+        if harm:
+            harmed(*harm)
+        distillation.distill(start, recipe=parse_recipe(recipe), output=work / out, device="cpu")
+        code = 0
+    except Exception as error:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+codes = []
+for out, harm, environments in runs:
+    print("=== a run", file=sys.stderr, flush=True)
+    pids = [child(out, harm, environment) for environment in environments]
+    codes.append([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+print(json.dumps(codes))
+"""
+
+
+MARK = "=== a run\n"
+
+
+@pytest.fixture(scope="module")
+def start(tiny_teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start") / "c"
+    return convert(tiny_teacher, folder, recipe=parse_recipe(RECIPE)).path
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """The run that nothing happens to."""
+    return distill(start, recipe=parse_recipe(RECIPE), output=tmp_path_factory.mktemp("whole") / "w", device="cpu").path
+
+
+KILLED = [
+    ("SIGKILL", "step", "align", 4),
+    ("SIGKILL", "save", "stage-1", 4),  # only half of the checkpoint is there
+    ("SIGKILL", "step", "distill", 1),
+    ("SIGKILL", "step", "distill", 6),
+]
+TOLD = [("SIGTERM", "step", "align", 3), ("SIGTERM", "save", "stage-2", 2)]
+SHARED = [("SIGTERM", "step", "distill", 3)]
+
+
+@pytest.fixture(scope="module")
+def runs(start, tmp_path_factory):
+    """Folder of all runs that were interrupted, their exit codes and what they said, each by its name."""
+    work = tmp_path_factory.mktemp("interrupted")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    base = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [{**base, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    wanted = [("killed", harm, [{}]) for harm in [*KILLED, None]] + [("told", harm, [{}]) for harm in [*TOLD, None]]
+    wanted += [("shared", harm, ranks) for harm in [*SHARED, None]]
+    command = [sys.executable, "-c", PROGRAM, str(start), str(work), json.dumps(RECIPE), json.dumps(wanted)]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    codes, said = {}, {}
+    found = json.loads(answer.stdout.splitlines()[-1])
+    parts = answer.stderr.split(MARK)[1:]
+    for (name, _, _), code, text in zip(wanted, found, parts, strict=True):
+        codes.setdefault(name, []).append(code)
+        said[name] = said.get(name, "") + text
+    return work, codes, said
+
+
+def losses(folder):
+    records = map(json.loads, (folder / "train.jsonl").read_text().splitlines())
+    return [(record["stage"], record["step"], record["loss"]) for record in records]
+
+
+def weights(folder):
+    return {key: value for path in sorted(folder.glob("*.safetensors")) for key, value in load_file(path).items()}
+
+
+def assert_same(found, expected, tolerance):
+    assert [row[:2] for row in losses(found)] == [row[:2] for row in losses(expected)]
+    assert [row[2] for row in losses(found)] == pytest.approx([row[2] for row in losses(expected)], abs=tolerance)
+    other = weights(found)
+    for key, value in weights(expected).items():
+        assert torch.allclose(other[key], value, rtol=0, atol=tolerance), key
+
+
+def test_killed_at_any_step_the_loss_curve_is_that_of_an_uninterrupted_run(whole, runs):
+    work, codes, said = runs
+    assert codes["killed"] == [[-9], [-9], [-9], [-9], [0]], said["killed"]
+    assert said["killed"].count("resuming") == 4
+    assert_same(work / "killed", whole, 1e-6)
+    assert not (work / ".killed.run").exists()
+
+
+def test_sigterm_saves_the_step_and_says_how_to_go_on(whole, runs):
+    work, codes, said = runs
+    assert codes["told"] == [[1], [1], [0]], said["told"]
+    assert "align: stopped by SIGTERM, saved after step 3 of 6; repeat the command to go on" in said["told"]
+    # told while it was saving step 2, it takes one step more
+    assert "distill: stopped by SIGTERM, saved after step 3 of 6; repeat the command to go on" in said["told"]
+    assert_same(work / "told", whole, 1e-6)
+
+
+def test_two_processes_are_one(whole, runs):
+    work, codes, said = runs
+    assert codes["shared"] == [[1, 1], [0, 0]], said["shared"]
+    assert "distill: stopped by SIGTERM, saved after step 3 of 6" in said["shared"]
+    assert said["shared"].count("resuming") == 1, "one process talks"
+    assert_same(work / "shared", whole, 1e-5)
+    assert not (work / ".shared.run").exists()
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(start, whole, tmp_path, monkeypatch):
+    original = swapattn.training.StageTrainer._save_rng_state
+
+    def full(self, folder):
+        if self.state.global_step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+        original(self, folder)
+
+    monkeypatch.setattr(swapattn.training.StageTrainer, "_save_rng_state", full)
+    with pytest.raises(TrainingError, match=r"checkpoint of step 4 .*No space left.*that of step 2 is kept: free some"):
+        distill(start, recipe=parse_recipe(RECIPE), output=tmp_path / "out", device="cpu")
+    assert [path.name for path in (tmp_path / ".out.run" / "stage-1").iterdir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    distill(start, recipe=parse_recipe(RECIPE), output=tmp_path / "out", device="cpu")
+    assert_same(tmp_path / "out", whole, 1e-6)
+
+
+def _crash_at_three(self, args, state, control, **_):
+    self.trainer.record_step(state.global_step + 1)
+    if state.global_step == 3:
+        raise KeyboardInterrupt
+
+
+def test_a_torn_log_is_mended_and_another_save_interval_is_the_same_run(start, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(swapattn.training.StageProgress, "on_pre_optimizer_step", _crash_at_three)
+    with pytest.raises(KeyboardInterrupt):
+        distill(start, recipe=parse_recipe(RECIPE), output=tmp_path / "out", device="cpu")
+    monkeypatch.undo()
+    with (tmp_path / ".out.run" / "train.jsonl").open("a") as file:
+        file.write('{"stage": "align", "st')
+    other = parse_recipe({**RECIPE, "distill": {**RECIPE["distill"], "save_steps": None}})
+    distill(start, recipe=other, output=tmp_path / "out", device="cpu")
+    assert_same(tmp_path / "out", whole, 1e-6)
+
+
+@pytest.mark.parametrize("launcher", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharded_parameters_are_refused(start, tmp_path, monkeypatch, launcher):
+    monkeypatch.setenv(launcher, "true")
+    with pytest.raises(UsageError, match="does not shard parameters"):
+        distill(start, recipe=parse_recipe(RECIPE), output=tmp_path / "out", device="cpu")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_torchrun_and_the_command_line(start, whole, tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(parse_recipe(RECIPE).to_yaml())
+    program = tmp_path / "run.py"
+    program.write_text("from swapattn.cli import main; main()")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program), "distill"]
+    options = ["--recipe", str(recipe), "--device", "cpu", "-o", str(tmp_path / "out"), "--json"]
+    answer = subprocess.run([*command, str(start), *options], capture_output=True, text=True, check=True)
+    assert len(json.loads(answer.stdout)["stages"]) == 3
+    assert_same(tmp_path / "out", whole, 1e-5)
+    shutil.rmtree(tmp_path / "out")
