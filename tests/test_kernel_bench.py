@@ -8,10 +8,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from swapattn import kernel_bench
+from swapattn import kernel_bench, kernel_lab
 from swapattn.cli import main
 from swapattn.errors import UsageError
-from swapattn.kernel_bench import GROUPS, Shape, Target, measure_kernels
+from swapattn.kernel_bench import GROUPS, Target, measure_kernels
+from swapattn.kernel_lab import Shape
 
 
 def test_every_row_runs_and_stands_in_the_table():
@@ -52,7 +53,7 @@ def test_a_failing_kernel_is_a_row_of_its_own(monkeypatch):
 
 
 def test_a_wrong_peer_is_told_and_not_timed(monkeypatch):
-    monkeypatch.setattr(kernel_bench, "_backend", lambda _: lambda q, k, v, decay: (q + k + v) * q.element_size())
+    monkeypatch.setattr(kernel_lab, "_backend", lambda _: lambda q, k, v, decay: (q + k + v) * q.element_size())
     found = measure_kernels(("forward",), device="cpu")
     assert found.errors["math"] == pytest.approx(0.5)
     assert all(row["peers"] == {} for row in found.rows)

@@ -22,7 +22,7 @@ LAYERS = (
     {"cli"},
     {"quickstart"},
     {"distillation", "evaluation", "generation", "conversion", "bench", "report", "throughput"}
-    | {"kernel_bench"}
+    | {"kernel_bench", "kernel_lab"}
     | {"inspection", "verification", "selection"},
     {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
     | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
@@ -35,7 +35,7 @@ LAYERS = (
     | {"rollback", "masks"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
-OWNERS_OF_KERNELS = {"attention", "kernel_bench"}
+OWNERS_OF_KERNELS = {"attention", "kernel_bench", "kernel_lab"}
 
 
 def imports(file: Path, *, top_level: bool = False) -> set[str]:
