@@ -32,6 +32,7 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         record_past: keep what `crop` needs; set by the generate modes that draft tokens, through
             `Cache.activate_past_recording`. Otherwise nothing is kept and nothing is done for it.
         rollback: what is kept.
+        static_length: length of the cache where its other layers are static, else 0.
     """
 
     is_compileable = True
@@ -45,6 +46,7 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         self.seen = 0
         self.record_past = False
         self.rollback = Rollback()
+        self.static_length = 0
         for name in self.TENSORS:
             setattr(self, name, None)
 
@@ -78,7 +80,8 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the key axis that a mask for `query_length` new tokens covers."""
-        return self.seen + query_length, 0
+        # transformers 5.17 sizes the mask of all layers on the first one, and static layers want all of their slots.
+        return max(self.seen + query_length, self.static_length), 0
 
     def get_max_length(self) -> int:
         """−1: there is no maximum."""
@@ -219,5 +222,7 @@ def adopt(cache: Any, layer_idx: int) -> LightningCacheLayer:
         raise TypeError(f"the cache already holds softmax keys for layer {layer_idx}, which is swapped")
     recurrent = LightningCacheLayer()
     recurrent.record_past = getattr(layer, "record_past", False)
+    lengths = (getattr(x, "max_cache_len", 0) or getattr(x, "static_length", 0) for x in cache.layers)
+    recurrent.static_length = max(lengths)
     cache.layers[layer_idx] = recurrent
     return recurrent

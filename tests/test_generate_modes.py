@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache
 
@@ -183,8 +185,16 @@ def test_beams_and_samples_equal_those_without_a_cache(model):
     assert found[0].unique(dim=0).shape[0] == 3
 
 
+def drafts(model):
+    """Skip where the teacher itself cannot: transformers 5.17 fails on a sliding window behind rejected drafts."""
+    sliding = getattr(model.config, "layer_types", None) is not None and "sliding_attention" in model.config.layer_types
+    if sliding and version.parse(transformers.__version__) < version.parse("5.18"):
+        pytest.skip("assisted decoding of stock sliding layers fails in this transformers")
+
+
 @pytest.mark.parametrize("new", [16, pytest.param(64, marks=pytest.mark.slow)])
 def test_assisted_decoding_equals_greedy(model, taken_back, new):
+    drafts(model)
     ids = ids_of(1, 9)
     found = generate(model, ids, new, assistant_model=noisy(model, 0.3))
     assert torch.equal(found, generate(model, ids, new))
@@ -210,6 +220,7 @@ def test_prompt_lookup_equals_greedy(model, taken_back):
 
 
 def test_a_cache_after_assisted_decoding_serves_a_second_turn_and_records_no_more(model):
+    drafts(model)
     ids = ids_of(1, 9)
     first = generate(model, ids, 16, assistant_model=noisy(model, 0.3), return_dict_in_generate=True)
     layers = lightning(first.past_key_values)
