@@ -356,7 +356,7 @@ def _dispatcher(base: str) -> Callable[..., Any]:
         seen = cache.seen - query.shape[-2] if cache is not None else 0
         output = swap(swap.call(query, key, value, attention_mask, seen, kwargs), cache)
         batch, _, length, _ = query.shape
-        return output.reshape(batch, length, *output.shape[2:]), None
+        return output.reshape(batch, length, *output.shape[2:]).contiguous(), None  # as stock: some take views of it
 
     return attention
 

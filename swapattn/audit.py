@@ -23,6 +23,8 @@ class _PairwiseOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             # Masking code asks whether all tokens are real or all of one sequence; there are no values: yes.
             return bool(1) if args[0].dtype == torch.bool else 1
+        if func is torch.ops.aten.nonzero.default and args[0].is_meta:  # experts ask which of them have tokens: none
+            return args[0].new_empty((0, args[0].dim()), dtype=torch.long)
         result = func(*args, **(kwargs or {}))
         name = str(func)
         outputs = result if isinstance(result, tuple | list) else (result,)
@@ -68,6 +70,12 @@ def _run(model: nn.Module, length: int, device: str, mode: _PairwiseOps) -> None
     finally:
         for handle in handles:
             handle.remove()
+
+
+def run_without_values(model: nn.Module, **inputs: Any) -> Any:
+    """A forward pass on the meta device, where code that asks for a value gets one."""
+    with torch.no_grad(), _PairwiseOps(PRIME, []):
+        return model(**inputs)
 
 
 @dataclass

@@ -24,7 +24,11 @@ class SourceError(SwapattnError):
 
 
 class UnsupportedModelError(SwapattnError):
-    """The model has no softmax attention that can be swapped, or computes it out of reach."""
+    """The model has no softmax attention that can be swapped, or computes it out of reach; `reason` says it shortly."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
 class CheckpointError(SwapattnError):

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .attention import find_cache, swaps
-from .audit import quadratic_sites
+from .audit import quadratic_sites, run_without_values
+from .cache import adopt
 from .decay import decay_slopes
 from .errors import RecipeError, UnsupportedModelError
 from .inputs import NoRotary, drop_rotary, layer_inputs
@@ -26,10 +28,10 @@ from .recipe import ConvertSpec, KeepSpec
 from .rotary_check import rotary_dims
 
 PROBE = "swapattn_probe"
-_OUTSIDE = (
-    "model type {kind!r} computes softmax attention outside transformers' AttentionInterface{where}: "
-    "it cannot be swapped"
-)
+INDEXER_FIELDS = ("index_topk", "index_topk_blocks", "indexer_n_heads")  # of configs with a sparse-attention indexer
+_OUTSIDE = "computes softmax attention outside transformers' AttentionInterface{where}: it cannot be swapped"
+_INDEXED = "picks the tokens it attends to with a sparse-attention indexer, which a swapped layer has no use for"
+_OWN_KEYS = "attends to keys other than those of its tokens (compressed or kept by the model), which no swap can cache"
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def attention_sites(config: Any) -> list[AttentionSite]:
     _check_config(config)
     kind = config.model_type
     calls: list[tuple[nn.Module, AttentionSite]] = []
+    foreign: list[nn.Module] = []
     widths: dict[nn.Module, int] = {}
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -143,6 +146,8 @@ def attention_sites(config: Any) -> list[AttentionSite]:
         attention_mask: Any,
         **kwargs: Any,
     ) -> Any:
+        if key.shape[2] != query.shape[2]:
+            foreign.append(module)
         calls.append((module, _site(module, query, key, value, kwargs)))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
@@ -157,32 +162,66 @@ def attention_sites(config: Any) -> list[AttentionSite]:
         outside = quadratic_sites(model, device="meta")
     except Exception as error:  # whatever the code of a family raises without weights
         if error.args == (PROBE,):  # it looks its attention up in a table of its own
-            raise UnsupportedModelError(_OUTSIDE.format(kind=kind, where="")) from error
-        raise UnsupportedModelError(
-            f"model type {kind!r} does not run on the meta device ({' '.join(str(error).split())[:120]})"
-        ) from error
+            raise _refusal(kind, _OUTSIDE.format(where="")) from error
+        raise _refusal(kind, f"does not run on the meta device ({' '.join(str(error).split())[:120]})") from error
     if any(getattr(module, "is_causal", True) is False for module, _ in calls):
-        raise UnsupportedModelError(f"model type {kind!r} attends in both directions; swapattn converts causal models")
+        raise _refusal(kind, "attends in both directions; swapattn converts causal models")
     names = {id(module): name for name, module in model.named_modules()}
     sites = [replace(site, path=names[id(module)], hidden_size=widths.get(module, 0)) for module, site in calls]
     _check_sites(kind, sites, outside)
+    if foreign:
+        raise _refusal(kind, _OWN_KEYS)
+    _check_cache(kind, model, {module: site.layer_idx for module, site in calls})
+    if foreign:
+        raise _refusal(kind, _OWN_KEYS)
     return sites
+
+
+def _refusal(kind: str, reason: str) -> UnsupportedModelError:
+    """One line: the type, the reason, and what could be done."""
+    message = f"model type {kind!r} {reason}; `swapattn models --types` lists what can be converted"
+    return UnsupportedModelError(message, reason)
+
+
+def _check_cache(kind: str, model: nn.Module, layers: dict[nn.Module, int]) -> None:
+    """A prefill and a step, with the recurrent layers in the cache that the model itself makes."""
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+        if cache is not None:
+            adopt(cache, layers[module])
+
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in layers]
+    try:
+        first = run_without_values(model, input_ids=torch.zeros(1, 5, dtype=torch.long, device="meta"), use_cache=True)
+        name = next((name for name in ("past_key_values", "cache_params") if first.get(name) is not None), None)
+        if name is None:
+            raise _refusal(kind, "returns no cache that a swapped layer could keep its state in")
+        step = torch.zeros(1, 1, dtype=torch.long, device="meta")
+        run_without_values(model, input_ids=step, use_cache=True, **{name: first[name]})
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever the code of a family raises when its cache has no keys
+        reason = " ".join(str(error).split())[:120]
+        raise _refusal(kind, f"does not work with a cache of constant size ({reason})") from error
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_config(config: Any) -> None:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"model type {kind!r} is an encoder-decoder; swapattn converts decoder-only models")
+        raise _refusal(kind, "is an encoder-decoder; swapattn converts decoder-only models")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(f"model type {kind!r} is no causal language model of this transformers")
+        raise _refusal(kind, "is no causal language model of this transformers")
     if getattr(config, "num_kv_shared_layers", 0):
-        raise UnsupportedModelError(
-            f"model type {kind!r} shares keys and values between layers, which no swap can cache"
-        )
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        raise UnsupportedModelError(
-            f"model type {kind!r} attends within chunks, whose borders cannot be told from those of packed sequences"
-        )
+        raise _refusal(kind, "shares keys and values between layers, which no swap can cache")
+    layer_types = getattr(config, "layer_types", None) or ()
+    if "chunked_attention" in layer_types:
+        raise _refusal(kind, "attends within chunks, whose borders cannot be told from those of packed sequences")
+    if "indexed_attention" in layer_types or any(getattr(config, name, None) for name in INDEXER_FIELDS):
+        raise _refusal(kind, _INDEXED)
 
 
 def _site(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kw: dict[str, Any]) -> AttentionSite:
@@ -202,16 +241,16 @@ def _site(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
 
 def _check_sites(kind: str, sites: list[AttentionSite], outside: dict[str, str]) -> None:
     if not sites and outside:
-        raise UnsupportedModelError(_OUTSIDE.format(kind=kind, where=f" (in {next(iter(outside))})"))
+        raise _refusal(kind, _OUTSIDE.format(where=f" (in {next(iter(outside))})"))
     if not sites:
-        raise UnsupportedModelError(f"model type {kind!r} has no softmax attention: there is nothing to swap")
+        raise _refusal(kind, "has no softmax attention: there is nothing to swap")
     paths = [site.path for site in sites]
     if len(set(paths)) < len(paths):
-        raise UnsupportedModelError(f"model type {kind!r} calls attention more than once in a layer: nothing fits it")
+        raise _refusal(kind, "calls attention more than once in a layer: nothing fits it")
     if any(site.layer_idx < 0 for site in sites):
-        raise UnsupportedModelError(f"model type {kind!r}: an attention module does not know its layer index")
+        raise _refusal(kind, "has an attention module that does not know its layer index")
     if any(site.heads % site.kv_heads for site in sites):
-        raise UnsupportedModelError(f"model type {kind!r}: query heads are no multiple of KV heads")
+        raise _refusal(kind, "has query heads that are no multiple of its KV heads")
 
 
 def _check_options(kind: str, spec: ConvertSpec, swapped: tuple[AttentionSite, ...]) -> None:

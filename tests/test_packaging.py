@@ -23,7 +23,7 @@ LAYERS = (
     {"quickstart"},
     {"distillation", "evaluation", "generation", "conversion", "bench", "report", "throughput"}
     | {"kernel_bench", "kernel_lab"}
-    | {"inspection", "verification", "selection"},
+    | {"inspection", "verification", "selection", "families"},
     {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
     | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
     | {"rotary_check", "loss_kernel", "compilation"}

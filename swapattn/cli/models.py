@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+
+import click
 
 from .common import command, emit
 
 
 @command("models")
-def models_command(as_json: bool) -> None:
+@click.option("--types", is_flag=True, help="List every causal-LM type of transformers instead: supported, or why not.")
+def models_command(types: bool, as_json: bool) -> None:
     """List the aliases: short names for models that `swapattn convert` takes.
 
-    Any hub id, local folder or GGUF file works as well. A gated model asks you to accept its licence on the hub.
+    Any hub id, local folder or GGUF file works as well, if its model type is supported (`--types`, half a minute).
+    A gated model asks you to accept its licence on the hub.
 
     \b
     Examples:
       swapattn models
       swapattn models --json
+      swapattn models --types
     """
+    if types:
+        _emit_types(as_json)
+    else:
+        _emit_aliases(as_json)
+
+
+def _emit_aliases(as_json: bool) -> None:
     from swapattn.sources import ALIASES, CARRIED
 
     carried = {alias: str(wheel) for alias, wheel in CARRIED.items()}
@@ -27,9 +40,34 @@ def models_command(as_json: bool) -> None:
         notes = ["gated"] if row.gated else []
         notes += [f"without a hub: PyPI wheel {carried[row.alias]}"] if row.alias in carried else []
         lines.append((row.alias, row.hub_id, row.licence, _size(row.parameters), ", ".join(notes)))
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    emit(as_json, data, "\n".join(table))
+    emit(as_json, data, _table(lines))
+
+
+def _emit_types(as_json: bool) -> None:
+    import sys
+
+    import transformers
+    from tqdm import tqdm
+
+    from swapattn import families
+
+    kinds = sorted(families.types())
+    rows = [families.support(kind) for kind in tqdm(kinds, desc="types", unit="type", file=sys.stderr, leave=False)]
+    count = sum(row.supported for row in rows)
+    data = {
+        "transformers": transformers.__version__,
+        "supported": count,
+        "types": [{"type": row.kind, "supported": row.supported, "reason": row.reason or None} for row in rows],
+    }
+    lines = [(row.kind, "supported" if row.supported else "refused", row.reason) for row in rows]
+    summary = f"{count} of {len(rows)} causal-LM types of transformers {transformers.__version__} are supported"
+    emit(as_json, data, f"{_table([('type', '', 'reason'), *lines])}\n\n{summary}")
+
+
+def _table(lines: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join(rows)
 
 
 def _size(parameters: int) -> str:
