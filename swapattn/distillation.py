@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .conversion import convert
 from .data import PackedTokens, documents
 from .environment import default_device, hardware, is_first_process, say
 from .errors import CheckpointError, RecipeError, UsageError
+from .estimate import estimate, table
 from .model_card import CARD, model_card
 from .modeling import load, load_teacher
 from .objectives import check_head, distill_loss, mixture_of, stage_flops
@@ -60,6 +61,10 @@ class DistillResult:
 
     def to_table(self) -> str:
         """The same as a short text table."""
+        note = f" ({self.teacher_note})" if self.teacher_note else ""
+        ends = ["", f"text     {self.text}", f"teacher of {self.parent}{note}"]
+        if self.dry_run:
+            return "\n".join([*table(self.stages), *ends, f"would write {self.path}"])
         heads = "".join(f"{key.replace('_per_second', '/s'):>{width}}" for key, width in _COLUMNS)
         lines = [f"{'stage':<14}{heads}   loss"]
         for stage in self.stages:
@@ -70,10 +75,7 @@ class DistillResult:
                 loss = f"layer error {stage['error_before']:.3f} -> {stage['error_after']:.3f}"
             cells = [_cell(stage.get(key), width) for key, width in _COLUMNS]
             lines.append(f"{stage['stage']:<14}" + "".join(cells) + f"   {loss}")
-        note = f" ({self.teacher_note})" if self.teacher_note else ""
-        lines += ["", f"text     {self.text}", f"teacher of {self.parent}{note}"]
-        lines.append(f"{'would write' if self.dry_run else 'wrote'} {self.path}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *ends, f"wrote {self.path}"])
 
 
 def _cell(value: float | None, width: int) -> str:
@@ -100,7 +102,7 @@ def distill(
         output: default `NAME-swapattn-RECIPE` in `directory`.
         overrides: `KEY=VALUE` changes of the recipe.
         overwrite: replace an existing folder.
-        dry_run: check everything, write nothing.
+        dry_run: check everything, write nothing; run a few steps of each stage with random weights (`estimate`).
         device: default "cuda" if there is one, else "cpu".
         teacher: folder of another teacher than the recorded one.
         directory: where to look and to write.
@@ -126,7 +128,7 @@ def distill(
     start = processes.from_first(start)
     text = resolved.distill.text.describe()
     if dry_run:
-        stages = tuple(_stage_plan(start, stage) for stage in resolved.distill.stages)
+        stages = _estimates(start, resolved, device, teacher_path)
         return DistillResult(target, start.path, start.teacher_note, text, device, stages, dry_run=True)
     with stopping_on_sigterm():
         stages = tuple(_Run(start, resolved, target, device, teacher_path).run(overwrite))
@@ -179,11 +181,23 @@ def _with_convert_section(
     return find(directory, target)
 
 
-def _stage_plan(start: Checkpoint, stage: Stage) -> dict[str, Any]:
-    plan: dict[str, Any] = {"stage": stage.stage, "tokens": stage.tokens}
-    if not isinstance(stage, CalibrateStage):
-        plan["steps"] = stage.steps
-    return plan
+def _estimates(start: Checkpoint, recipe: Recipe, device: str, teacher: Path) -> tuple[dict[str, Any], ...]:
+    from transformers import AutoConfig
+
+    if not (start.teacher_path / "config.json").is_file():
+        raise CheckpointError(f"no teacher at {start.teacher_path}, of whose shape the steps would be measured")
+    config = AutoConfig.from_pretrained(start.teacher_path)
+    own = teacher == start.teacher_path and not _other_weights(start.record.get("trained", ()))
+    found = []
+    for stage in recipe.distill.stages:
+        own = own and (isinstance(stage, CalibrateStage) or stage.train == "new")
+        found.append(estimate(config, recipe, stage, device, own_teacher=own))
+    return tuple(found)
+
+
+def _other_weights(names: Iterable[str]) -> bool:
+    """Whether any of the parameters is the teacher's own rather than a swap's."""
+    return any(".swap." not in name for name in names)
 
 
 class _Run:
@@ -278,7 +292,7 @@ class _Run:
     def _distill_loss(self, stage: DistillStage, model: Any) -> tuple[LossFunction, Any | None]:
         """The teacher is the same weights in softmax mode while they are frozen, else a separate model, if any."""
         check_head(model)
-        changed = any(".swap." not in name for name in self._trained() | set(self.start.record.get("trained", ())))
+        changed = _other_weights(self._trained() | set(self.start.record.get("trained", ())))
         own = stage.train == "new" and not changed and self.teacher == self.start.teacher_path
         if own or not mixture_of(stage).needs_teacher:
             return functools.partial(distill_loss, stage=stage, teacher=None, amp=self.device != "cpu"), None

@@ -161,7 +161,7 @@ def _measure_one(
     config: Any, recipe: Recipe, stage: TrainStage, kind: str, counts: tuple[int, int, bool], device: str
 ) -> tuple[dict[str, Any], str]:
     steps, warmup, profile = counts
-    model, loss, teacher = _prepared(config, recipe, stage, kind, device)
+    model, loss, teacher = prepared(config, recipe, stage, kind, device)
     plain = kind == "finetune"
     flops = step_flops(kind, forward_flops(model, stage.length)) if plain else stage_flops(model, stage, teacher)
     with tempfile.TemporaryDirectory() as folder:
@@ -208,14 +208,22 @@ def _measure_one(
     return row, table
 
 
-def _prepared(config: Any, recipe: Recipe, stage: TrainStage, kind: str, device: str) -> tuple[Any, LossFunction, Any]:
+def prepared(
+    config: Any, recipe: Recipe, stage: TrainStage, kind: str, device: str, *, own_teacher: bool | None = None
+) -> tuple[Any, LossFunction, Any]:
+    """A model of random weights on `device`, the loss of a stage, and its teacher where that is a model beside it.
+
+    `kind` is "finetune" for the unswapped model; `own_teacher` says whether the teacher is the student's own weights,
+    by default if they are frozen.
+    """
     amp = device != "cpu"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if kind == "finetune":
         return model.to(device), functools.partial(finetune_loss, amp=amp), None
     teacher = None
-    if isinstance(stage, DistillStage) and stage.train != "new" and mixture_of(stage).needs_teacher:
+    own = own_teacher or (own_teacher is None and isinstance(stage, DistillStage) and stage.train == "new")
+    if isinstance(stage, DistillStage) and mixture_of(stage).needs_teacher and not own:
         teacher = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if amp else torch.float32)
         teacher = teacher.to(device).eval().requires_grad_(False)
     apply_(model, plan(model.config, recipe.convert))

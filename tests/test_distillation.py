@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import swapattn.distillation
+import swapattn.estimate
 import swapattn.training
 from swapattn.attention import swaps
 from swapattn.checkpoint import read
@@ -165,12 +166,47 @@ def test_a_distilled_checkpoint_can_be_distilled_further(converted, work, monkey
     assert all(".swap." in name for name in differing(first, second))
 
 
-def test_dry_run_writes_nothing(converted, work):
-    result = distill(recipe=recipe(CALIBRATE, ALIGN, feature_map="elu1"), device="cpu", dry_run=True)
+def test_dry_run_writes_nothing_and_measures_the_stages(converted, work):
+    what = recipe(CALIBRATE, ALIGN, DISTILL, EVERYTHING, feature_map="elu1")
+    result = distill(recipe=what, device="cpu", dry_run=True)
     assert names(work) == ["c"]
     assert result.dry_run
-    assert [stage.get("steps") for stage in result.stages] == [None, 4]
-    assert "would write" in result.to_table()
+    stages = json.loads(json.dumps(result.to_dict()))["stages"]
+    assert [stage.get("steps") for stage in stages] == [None, 4, 4, 4]
+    model, _ = load(converted)
+    # without the matrices of the Hedgehog map, which elu1 has not
+    new = sum(p.numel() for n, p in model.named_parameters() if n.endswith((".out_scale", ".mix")))
+    own = sum(p.numel() for n, p in model.named_parameters() if ".swap." not in n)
+    slopes = sum(p.numel() for n, p in model.named_parameters() if n.endswith("log_slope"))
+    assert [stage["trainable_parameters"] for stage in stages] == [0, new, new, new + own]
+    for stage in stages:
+        assert stage["hours"] == pytest.approx(256 / stage["tokens_per_second"] / 3600, rel=1e-2)
+        assert stage["measured"]["seconds"] >= 0
+    weights = 4 * (new + own + slopes)
+    memory = [stage["memory_bytes"] for stage in stages]
+    assert memory[0] == weights
+    assert weights + 12 * new < memory[1] < memory[2], "activations, then logits"
+    assert memory[3] > 2 * weights - 4 * slopes + 12 * (new + own), "a teacher beside it"
+    assert stages[1]["measured"] == {"steps": 2, "batch": 2, "length": 32, "seconds": stages[1]["measured"]["seconds"]}
+    table = result.to_table()
+    assert "would write" in table
+    assert "align: measured 2 step(s) of 2 x 32 in " in table
+
+
+def test_dry_run_measures_nothing_that_does_not_fit(converted, monkeypatch):
+    monkeypatch.setattr(swapattn.estimate, "_free_bytes", lambda device: 1000)
+    result = distill(recipe=recipe(ALIGN), device="cpu", dry_run=True)
+    assert result.stages[0]["hours"] is None
+    assert result.stages[0]["memory_bytes"] > 1000
+    assert "align: not measured" in result.to_table()
+
+
+def test_what_the_backward_pass_keeps_is_counted_once():
+    model = torch.nn.Linear(10, 10)
+    kept = swapattn.estimate._Kept(model, lambda m, x: m(x).exp().square().sum())
+    kept(model, torch.zeros(7, 10))
+    # the input for the matrix; the exponential, for itself and for the square
+    assert kept.bytes == 2 * 7 * 10 * 4
 
 
 def test_requests_that_make_no_sense_are_refused(converted, work):

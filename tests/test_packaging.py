@@ -22,6 +22,7 @@ LAYERS = (
     {"cli"},
     {"quickstart"},
     {"distillation", "evaluation", "generation", "conversion", "bench", "report", "throughput"}
+    | {"curves", "estimate"}
     | {"kernel_bench", "kernel_lab"}
     | {"inspection", "verification", "selection", "families"},
     {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
