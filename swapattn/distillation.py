@@ -19,6 +19,7 @@ from .calibration import calibrate_stage
 from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, find, new_record, write_json
 from .compilation import align_function
 from .conversion import convert
+from .curves import CURVES, draw_curves
 from .data import PackedTokens, documents
 from .environment import default_device, hardware, is_first_process, say
 from .errors import CheckpointError, RecipeError, UsageError
@@ -27,6 +28,7 @@ from .model_card import CARD, model_card
 from .modeling import load, load_teacher
 from .objectives import check_head, distill_loss, mixture_of, stage_flops
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TextSpec, load_recipe
+from .reporting import Reporting
 from .shards import decays, trained_keys, write_trained
 from .stopping import stopping_on_sigterm
 from .training import LossFunction, run_stage, shares, trainable_parameters
@@ -93,6 +95,7 @@ def distill(
     device: str | None = None,
     teacher: str | Path | None = None,
     directory: str | Path = ".",
+    report_to: Sequence[str] = (),
 ) -> DistillResult:
     """Train a converted checkpoint to answer as its teacher does.
 
@@ -106,6 +109,7 @@ def distill(
         device: default "cuda" if there is one, else "cpu".
         teacher: folder of another teacher than the recorded one.
         directory: where to look and to write.
+        report_to: "tensorboard", "wandb", as far as installed; event files go to `runs/NAME` beside the output.
 
     Raises:
         UsageError, RecipeError, CheckpointError, SourceError, TrainingError: each says what to do.
@@ -119,6 +123,8 @@ def distill(
     target = Path(output) if output is not None else Path(directory) / f"{start.name}-swapattn-{resolved.name}"
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists: use --overwrite, or another folder with -o")
+    reporting = Reporting(tuple(report_to), target.parent / "runs" / target.name)
+    reporting.check()
     device = device or default_device()
     teacher_path = Path(teacher) if teacher is not None else start.teacher_path
     _check_request(resolved, teacher_path, device, teacher is not None)
@@ -131,7 +137,7 @@ def distill(
         stages = _estimates(start, resolved, device, teacher_path)
         return DistillResult(target, start.path, start.teacher_note, text, device, stages, dry_run=True)
     with stopping_on_sigterm():
-        stages = tuple(_Run(start, resolved, target, device, teacher_path).run(overwrite))
+        stages = tuple(_Run(start, resolved, target, device, teacher_path, reporting).run(overwrite))
     return DistillResult(target, start.path, start.teacher_note, text, device, stages)
 
 
@@ -203,7 +209,10 @@ def _other_weights(names: Iterable[str]) -> bool:
 class _Run:
     """One distillation on disk: finished stages and Trainer checkpoints lie beside the target until it is whole."""
 
-    def __init__(self, start: Checkpoint, recipe: Recipe, target: Path, device: str, teacher: Path) -> None:
+    def __init__(
+        self, start: Checkpoint, recipe: Recipe, target: Path, device: str, teacher: Path, reporting: Reporting
+    ) -> None:
+        self.reporting = reporting
         self.start, self.recipe, self.target, self.device, self.teacher = start, recipe, target, device, teacher
         self.work = target.parent / f".{target.name}.run"
         self.state_file = self.work / "run.json"
@@ -287,6 +296,7 @@ class _Run:
             flops=stage_flops(model, stage, teacher),
             teacher=teacher,
             save_steps=self.recipe.distill.save_steps,
+            reporting=self.reporting,
         )
 
     def _distill_loss(self, stage: DistillStage, model: Any) -> tuple[LossFunction, Any | None]:
@@ -328,6 +338,7 @@ class _Run:
             write_trained(folder, self.start.path, model, trained)
             if (self.work / LOG).is_file():
                 shutil.copyfile(self.work / LOG, folder / LOG)
+                draw_curves(folder / LOG, folder / CURVES, self.target.name)
             record = new_record(
                 "distilled",
                 self.start.name,

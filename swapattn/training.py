@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,20 +14,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import processes
 from .attention import swaps
 from .compilation import compiled_layers
-from .environment import is_first_process
 from .errors import TrainingError, UsageError
-from .peak import share_of_peak
+from .progress import StageProgress, StepFigures
 from .recipe import AlignStage, DistillStage, TrainStage
-from .stopping import STOP, deferring
+from .reporting import Reporting
+from .stopping import deferring
 
-SAVE_SECONDS = 300  # an interrupted run loses at most this much work
 _WEIGHTS = "trained.safetensors"
 LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
@@ -78,157 +73,6 @@ def build_scheduler(optimizer: torch.optim.Optimizer, stage: TrainStage) -> torc
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-class StepFigures:
-    """Loss and gradient norm of one optimiser step, on their way from the device without holding it up."""
-
-    def __init__(self, step: int, figures: torch.Tensor) -> None:
-        self.step = step
-        self.event: torch.cuda.Event | None = None
-        self.figures = figures
-        if figures.is_cuda:
-            self.figures = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
-            self.figures.copy_(figures, non_blocking=True)
-            self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.event.record()
-
-    def read(self) -> tuple[float, float]:
-        """Loss and norm; waits until the device has come to them."""
-        if self.event is not None:
-            self.event.synchronize()
-        loss, norm = self.figures.tolist()
-        return loss, norm
-
-
-class StageProgress(TrainerCallback):  # type: ignore[misc]
-    """One line on stderr (stage, step, loss, tokens/s, time left), a JSONL log, and saves by the clock."""
-
-    def __init__(
-        self,
-        title: str,
-        stage: TrainStage,
-        log: Path,
-        run: str,
-        flops: float | None = None,
-        save_steps: int | None = None,
-    ) -> None:
-        """`run` tells stages of the same kind apart in the log; `flops` per token, for the share of peak."""
-        self.title, self.log, self.run, self.flops, self.save_steps = title, log, run, flops, save_steps
-        self.tokens_per_step = stage.batch * stage.length
-        self.bar: Any = None
-        self.trainer: StageTrainer | None = None
-        self.saved = time.monotonic()
-        self.agreement = processes.Agreement()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the line; a resumed run starts where it was, and so does its log."""
-        quiet = not is_first_process()
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.title,
-            unit="step",
-            file=sys.stderr,
-            disable=quiet,
-        )
-        self.started, self.first = time.monotonic(), state.global_step
-        if not quiet:
-            self._cut_log()
-        done = self.history()
-        self.before = done[-1]["seconds"] if done else 0.0
-
-    def _records(self) -> list[dict[str, Any]]:
-        found = []
-        for line in self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else ():
-            with contextlib.suppress(ValueError):  # a process was killed, or the disk full, in the middle of a line
-                found.append(json.loads(line))
-        return found
-
-    def _cut_log(self) -> None:
-        """Drop the steps behind the checkpoint that the run goes on from, which are about to come again."""
-        if not self.log.is_file():
-            return
-        kept = [record for record in self._records() if record["run"] != self.run or record["step"] <= self.first]
-        scratch = self.log.with_name(f".{self.log.name}.writing")
-        scratch.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(scratch, self.log)
-
-    def history(self) -> list[dict[str, Any]]:
-        """The stage's log, by step."""
-        return [record for record in self._records() if record["run"] == self.run]
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A loss or gradient that is not finite changes no weight; on a CPU it is known at once and stops."""
-        assert self.trainer is not None
-        self.trainer.record_step(state.global_step + 1)
-        if _immediate(args.device):
-            self.check(self.trainer.waiting)
-
-    def check(self, steps: list[StepFigures]) -> None:
-        """Raise TrainingError if one of the steps was not finite."""
-        for figures in steps:
-            loss, norm = figures.read()
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                what = "gradient" if math.isfinite(loss) else "loss"
-                raise TrainingError(
-                    f"{self.title}: the {what} is not finite at step {figures.step}; no weight was changed by it. "
-                    "Lower the learning rate (--set distill.stages.STAGE.learning_rate=...)"
-                )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Show and log what is known; ask for a save when the last is long ago.
-
-        On a GPU the figures come one step late, so that the next step is launched before this one has finished.
-        """
-        assert self.trainer is not None
-        step, last = state.global_step, state.global_step == state.max_steps
-        due = self.save_steps is not None and step % self.save_steps == 0
-        late_save = time.monotonic() - self.saved > SAVE_SECONDS
-        self.stopped, save = self.agreement.any(STOP.asked, STOP.asked or due or late_save)
-        if save and not last:
-            self.saved = time.monotonic()
-            control.should_save = True
-        late = 0 if last or control.should_save or _immediate(args.device) else 1
-        while len(self.trainer.waiting) > late:
-            self._log(self.trainer.waiting[0])
-            del self.trainer.waiting[0]
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After the save that SIGTERM asked for, end."""
-        if self.stopped:
-            self.bar.close()
-            raise TrainingError(
-                f"{self.title}: stopped by SIGTERM, saved after step {state.global_step} of {state.max_steps}; "
-                "repeat the command to go on"
-            )
-
-    def _log(self, figures: StepFigures) -> None:
-        self.check([figures])
-        loss, _ = figures.read()
-        seconds = time.monotonic() - self.started
-        rate = (figures.step - self.first) * self.tokens_per_step / max(seconds, 1e-9)
-        record = {
-            "stage": self.title,
-            "run": self.run,
-            "step": figures.step,
-            "loss": loss,
-            "seconds": round(self.before + seconds, 3),
-            "tokens_per_second": round(rate, 1),
-        }
-        share = share_of_peak(rate, self.flops, str(self.trainer.args.device)) if self.trainer else None
-        if share is not None:
-            record["share_of_peak"] = round(share, 4)
-        peak = f", {share:.1%} of peak" if share is not None else ""
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s{peak}", refresh=False)
-        self.bar.update(1)
-        if is_first_process():
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the line."""
-        self.bar.close()
 
 
 class StageTrainer(Trainer):  # type: ignore[misc]
@@ -311,11 +155,6 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         self.waiting.append(StepFigures(step, figures))
 
 
-def _immediate(device: torch.device) -> bool:
-    """Whether a figure is there as soon as it is asked for; a GPU works behind the caller's back."""
-    return device.type == "cpu"
-
-
 def _last_checkpoint(folder: Path) -> str | None:
     """The newest Trainer checkpoint that is whole: its state is what the Trainer writes last."""
     whole = []
@@ -394,6 +233,7 @@ def run_stage(
     flops: float | None = None,
     teacher: Any | None = None,
     save_steps: int | None = None,
+    reporting: Reporting | None = None,
 ) -> dict[str, Any]:
     """Train one stage in place, resuming from the newest Trainer checkpoint in `folder` if there is one.
 
@@ -410,6 +250,7 @@ def run_stage(
         flops: of a step per token, to show the share of peak; None if not known.
         teacher: a separate model that the loss function calls, to be compiled if the stage says so.
         save_steps: optimiser steps between Trainer checkpoints, besides those by the clock.
+        reporting: where figures go besides the log.
 
     Returns:
         Tokens, steps, seconds, tokens/s, first and last loss (means over a tenth of the steps), trained names.
@@ -422,6 +263,7 @@ def run_stage(
     new, own = trainable_parameters(model, stage)
     if not new and not own:
         raise TrainingError(f"{title}: nothing is trainable")
+    reporting = reporting or Reporting()
     micro, accumulated = shares(stage, title, processes.count())
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -435,7 +277,8 @@ def run_stage(
         save_total_limit=1,
         logging_strategy="no",
         logging_nan_inf_filter=False,  # it would wait for the device in every micro-batch
-        report_to=[],
+        report_to=list(reporting.tools),
+        run_name=reporting.name(folder.name),
         remove_unused_columns=False,
         disable_tqdm=True,
         seed=seed,
@@ -449,26 +292,27 @@ def run_stage(
     progress = StageProgress(title, stage, log, run=folder.name, flops=flops, save_steps=save_steps)
     model.to(device)  # before the optimiser is chosen, which is fused on a GPU
     optimizer = build_optimizer(model, stage, new, own)
-    trainer = StageTrainer(
-        loss_function,
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        callbacks=[progress],
-        optimizers=(optimizer, build_scheduler(optimizer, stage)),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    progress.trainer = trainer
-    compiled = [model] if teacher is None else [model, teacher]
-    try:
-        with deferring(), compiled_layers(*compiled) if stage.compile else contextlib.nullcontext():
-            trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    except (RuntimeError, MemoryError) as error:
-        line = out_of_memory(error, title, stage, micro)
-        if line is None:
-            raise
-        raise line from error
+    with reporting.open(folder.name):
+        trainer = StageTrainer(
+            loss_function,
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            callbacks=[progress],
+            optimizers=(optimizer, build_scheduler(optimizer, stage)),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        progress.trainer = trainer
+        compiled = [model] if teacher is None else [model, teacher]
+        try:
+            with deferring(), compiled_layers(*compiled) if stage.compile else contextlib.nullcontext():
+                trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        except (RuntimeError, MemoryError) as error:
+            line = out_of_memory(error, title, stage, micro)
+            if line is None:
+                raise
+            raise line from error
     history = processes.from_first(progress.history())
     losses = [record["loss"] for record in history]
     tenth = max(1, len(losses) // 10)

@@ -284,13 +284,15 @@ class TestDistill:
         calls = library("distillation", "distill")
         assert run("distill").stdout == "| result |\n"
         settings = {"recipe": "short", "output": None, "overrides": (), "overwrite": False, "dry_run": False}
-        assert calls == [((None,), {**settings, "device": None, "teacher": None})]
+        assert calls == [((None,), {**settings, "device": None, "teacher": None, "report_to": ()})]
 
     def test_every_option(self, library):
         calls = library("distillation", "distill")
         words = "distill c --recipe smoke --set a=1 -o out --overwrite --dry-run --device cuda:1 --teacher t --json"
+        words += " --report-to wandb --report-to tensorboard"
         assert json.loads(run(*words.split()).stdout) == {"kind": "result"}
         settings = {"recipe": "smoke", "output": Path("out"), "overrides": ("a=1",), "overwrite": True, "dry_run": True}
+        settings["report_to"] = ("wandb", "tensorboard")
         assert calls == [((Path("c"),), {**settings, "device": "cuda:1", "teacher": "t"})]
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import swapattn.distillation
 import swapattn.estimate
-import swapattn.training
+import swapattn.progress
+import swapattn.reporting
 from swapattn.attention import swaps
 from swapattn.checkpoint import read
 from swapattn.conversion import convert
@@ -80,6 +84,7 @@ def test_all_stages_from_end_to_end(converted, tiny_teacher, work):
     assert [(line["stage"], line["step"]) for line in log] == [
         (s, i) for s in ("align", "distill") for i in range(1, 5)
     ]
+    assert (result.path / "train.png").read_bytes().startswith(b"\x89PNG")
     model, tokenizer = load(result.path)
     assert len(swaps(model)) == 2
     assert tokenizer is not None
@@ -246,21 +251,58 @@ def test_weights_that_are_broken_stop_the_stage_and_leave_no_output(tiny_llama, 
         distill(folder, recipe=recipe(CALIBRATE), device="cpu")
 
 
+class Recorder(TrainerCallback):
+    """Stands for TensorBoard's callback, which is made when the stage begins."""
+
+    seen = ()
+
+    def __init__(self):
+        self.folder = os.environ["TENSORBOARD_LOGGING_DIR"]
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:  # the Trainer adds a summary of its own at the end
+            Recorder.seen = (*Recorder.seen, (self.folder, args.run_name, state.global_step, logs))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_figures_of_every_step_are_reported(converted, work, monkeypatch, late):
+    monkeypatch.setattr(swapattn.reporting, "find_spec", lambda name: name)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Recorder)
+    monkeypatch.setattr(swapattn.progress, "immediate", lambda device: not late)
+    monkeypatch.setattr(Recorder, "seen", ())
+    result = distill(recipe=recipe(ALIGN, DISTILL), device="cpu", output=work / "out", report_to=["tensorboard"])
+    assert [row[:3] for row in Recorder.seen] == [
+        (str(work / "runs" / "out" / f"stage-{i}"), f"out-stage-{i}", step) for i in range(2) for step in range(1, 5)
+    ]
+    log = [json.loads(line) for line in (result.path / "train.jsonl").read_text().splitlines()]
+    assert [row[3]["loss"] for row in Recorder.seen] == [line["loss"] for line in log]
+    assert all(row[3]["grad_norm"] > 0 and row[3]["learning_rate"] > 0 for row in Recorder.seen)
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
+def test_a_tool_that_is_not_installed_is_refused_at_once(converted, monkeypatch):
+    monkeypatch.setattr(swapattn.reporting, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="wandb is not installed: pip install wandb"):
+        distill(recipe=recipe(ALIGN), device="cpu", report_to=["wandb"])
+    with pytest.raises(UsageError, match="cannot report to 'paper'; there are: tensorboard, wandb"):
+        distill(recipe=recipe(ALIGN), device="cpu", report_to=["paper"])
+
+
 class Crash(Exception):
     pass
 
 
 def crash_at(monkeypatch, title, step):
     """Kill the run after a step of a stage, once it was saved; gives the patch to undo."""
-    monkeypatch.setattr(swapattn.training, "SAVE_SECONDS", -1)
-    original = swapattn.training.StageProgress.on_pre_optimizer_step
+    monkeypatch.setattr(swapattn.progress, "SAVE_SECONDS", -1)
+    original = swapattn.progress.StageProgress.on_pre_optimizer_step
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         original(self, args, state, control, **kwargs)
         if self.title == title and state.global_step == step:
             raise Crash
 
-    monkeypatch.setattr(swapattn.training.StageProgress, "on_pre_optimizer_step", on_pre_optimizer_step)
+    monkeypatch.setattr(swapattn.progress.StageProgress, "on_pre_optimizer_step", on_pre_optimizer_step)
 
 
 @pytest.mark.parametrize(("title", "step", "done"), [("align", 2, 1), ("distill", 0, 2), ("distill", 3, 2)], ids=str)
@@ -274,13 +316,13 @@ def test_a_run_that_crashed_ends_as_if_it_had_not(converted, work, monkeypatch, 
     monkeypatch.undo()
     monkeypatch.chdir(work)
     steps = []
-    original = swapattn.training.StageProgress.on_step_end
+    original = swapattn.progress.StageProgress.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         steps.append((self.title, state.global_step))
         original(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(swapattn.training.StageProgress, "on_step_end", on_step_end)
+    monkeypatch.setattr(swapattn.progress.StageProgress, "on_step_end", on_step_end)
     capsys.readouterr()
     found = distill(converted, recipe=what, output=work / "out", device="cpu").path
     assert f"resuming {work}/.out.run: {done} stages done" in capsys.readouterr().err

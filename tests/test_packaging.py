@@ -28,7 +28,7 @@ LAYERS = (
     {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
     | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
     | {"rotary_check", "loss_kernel", "compilation"}
-    | {"processes", "stopping"}
+    | {"processes", "progress", "reporting", "stopping"}
     | {"graph", "integrity", "unpickling"}
     | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"}
     | {"streaming", "footprint", "model_card", "publishing"},

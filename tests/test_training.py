@@ -215,7 +215,7 @@ def test_a_gradient_that_is_not_finite_stops_as_well(llama, tmp_path, steps):
 
 def test_figures_that_come_late_are_all_logged_and_still_stop(llama, tmp_path, monkeypatch):
     """As on a GPU, where the figures of a step are read when the next one has been launched."""
-    monkeypatch.setattr("swapattn.training._immediate", lambda device: False)
+    monkeypatch.setattr("swapattn.progress.immediate", lambda device: False)
     train(llama, stage(steps=5), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
@@ -238,7 +238,7 @@ def test_a_fused_optimizer_leaves_out_a_step_that_is_marked():
 
 
 def test_the_share_of_peak_is_shown_and_logged_where_it_is_known(llama, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("swapattn.training.share_of_peak", lambda rate, flops, device: 0.25)
+    monkeypatch.setattr("swapattn.progress.share_of_peak", lambda rate, flops, device: 0.25)
     train(llama, stage(), tmp_path)
     assert "25.0% of peak" in capfd.readouterr().err
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["share_of_peak"] == 0.25

@@ -15,6 +15,12 @@ from .common import command, dry_run_option, emit, output_options, recipe_option
 @output_options
 @click.option("--teacher", metavar="FOLDER", help="Use this teacher, not the one that the checkpoint records.")
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one.")
+@click.option(
+    "--report-to",
+    type=click.Choice(["tensorboard", "wandb"]),
+    multiple=True,
+    help="Also send the figures of every step there, if it is installed; repeatable.",
+)
 @dry_run_option
 def distill_command(
     checkpoint: Path | None,
@@ -24,6 +30,7 @@ def distill_command(
     overwrite: bool,
     teacher: str | None,
     device: str | None,
+    report_to: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -49,5 +56,6 @@ def distill_command(
         dry_run=dry_run,
         device=device,
         teacher=teacher,
+        report_to=report_to,
     )
     emit(as_json, result.to_dict(), result.to_table())
