@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,7 @@ except ImportError:  # inside a saved checkpoint, where the plain PyTorch forms 
 KERNEL_FOLDER = Path(inspect.getfile(lightning_attention)).parent  # this folder, inside a saved checkpoint
 PREFIX = "swapattn_"
 BASES = ("sdpa", "eager")
+PADDING_ONLY = PREFIX + "padding_only_"  # before the base, for adapted families without a kept layer
 
 Observer = Callable[["LightningSwap", "AttentionCall", torch.Tensor], None]
 
@@ -61,6 +62,7 @@ class AttentionCall:
         tokens: bool `[B, T]`, False for padding, or None when every token is real.
         cu_seqlens: int64 `[N + 1]` when sequences are packed in the batch (then the batch is one row), else None.
         hidden: `[B, T, M]`, the input of the attention module, for layers with gates; else None.
+        softcap, sliding_window: of the teacher's softmax; a swapped layer has neither.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class AttentionCall:
         hidden: torch.Tensor | None = None,
         linear: tuple[torch.Tensor, torch.Tensor] | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        alibi: tuple[Sequence[float], torch.Tensor | None] | None = None,
     ) -> None:
         dtype = _compute_dtype(v)
         self.q, self.k, self.v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
@@ -85,6 +88,8 @@ class AttentionCall:
         self.hidden = hidden
         given = cu_seqlens if seen == 0 else None
         self.tokens, starts = read_mask(mask, q.shape[-2], seen, may_be_packed=given is None)
+        if alibi is not None:
+            self._add_alibi(*alibi)
         self.cu_seqlens: torch.Tensor | None = None
         self.rows, self.last = q.shape[0], self.tokens
         if given is not None:
@@ -92,6 +97,27 @@ class AttentionCall:
         elif starts is not None:
             ends = starts.new_tensor([starts.numel()], dtype=torch.long)
             self._pack(torch.cat((starts.flatten().nonzero().flatten(), ends)))
+
+    softcap: float | None = None
+    sliding_window: int | None = None
+
+    def _add_alibi(self, slopes: Sequence[float], count: torch.Tensor | None) -> None:
+        """Give q and k two channels whose product is slope · position of the key: the bias, up to a constant a query.
+
+        Softmax does not see that constant. Multiples of 256 have a channel of their own, so that bf16 holds positions
+        up to 65,535 exactly. The linear branch does without: its decay stands for the bias.
+        """
+        batch, length, heads, _ = self.q.shape
+        if self.tokens is None:
+            position = torch.arange(length, device=self.q.device).expand(batch, length)
+        else:
+            position = (self.tokens.long().cumsum(1) - 1).clamp(min=0)
+        position = position if count is None else position + count[:, None]
+        low = position % 256
+        parts = torch.stack((position - low, low), -1)[:, :, None].expand(-1, -1, self.k.shape[2], -1)
+        bias = torch.tensor(slopes, device=self.q.device, dtype=torch.float64) / self.scaling
+        bias = bias[:, None].expand(batch, length, heads, 2)
+        self.q, self.k = torch.cat((self.q, bias.to(self.q)), -1), torch.cat((self.k, parts.to(self.k)), -1)
 
     TENSORS = ("q", "k", "v", "linear_q", "linear_k", "tokens", "hidden")
 
@@ -220,11 +246,20 @@ class LightningSwap(nn.Module):
         return self.decay_gate is not None or self.output_gate is not None or self.rotary_dims > 0
 
     def call(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, seen: int, given: Mapping[str, Any]
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Any,
+        seen: int,
+        given: Mapping[str, Any],
+        count: torch.Tensor | None = None,
     ) -> AttentionCall:
         """One call of the attention function, q `[B, Hq, T, D]`, k and v, with the inputs that the pre-hook found.
 
-        Of the other arguments `given` it takes `scaling`, and `cu_seq_lens_q` where the caller packed sequences.
+        Of the other arguments `given` it takes `scaling`, `softcap`, `sliding_window`, `alibi` (a slope for each query
+        head) and `cu_seq_lens_q` where the caller packed sequences. `count` `[B]` are the real tokens of each row that
+        came before.
         """
         inputs, self.inputs = self.inputs, None
         hidden = inputs.hidden if inputs is not None else None
@@ -235,7 +270,12 @@ class LightningSwap(nn.Module):
             assert inputs.rotary is not None
             linear = unrotated(self.rotate, self.rotary_dims, q, k, inputs.rotary)
         scaling, cu_seqlens = given.get("scaling"), given.get("cu_seq_lens_q")
-        return AttentionCall(q, k, v, scaling, mask, seen, hidden=hidden, linear=linear, cu_seqlens=cu_seqlens)
+        alibi = (given["alibi"], count) if given.get("alibi") is not None else None
+        call = AttentionCall(
+            q, k, v, scaling, mask, seen, hidden=hidden, linear=linear, cu_seqlens=cu_seqlens, alibi=alibi
+        )
+        call.softcap, call.sliding_window = given.get("softcap"), given.get("sliding_window")
+        return call
 
     def linear(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
         """The linear branch before its scale, `[B, T, Hq, Dv]`; reads and advances the cache's state."""
@@ -337,6 +377,18 @@ def _softmax_function(base: str, module: nn.Module) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS[base]  # type: ignore[no-any-return]
 
 
+def compute(
+    swap: LightningSwap, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, given: Mapping[str, Any]
+) -> torch.Tensor:
+    """What a swapped layer puts out, `[B, T, Hq, Dv]`, for q `[B, Hq, T, D]`, k and v; see `LightningSwap.call`."""
+    cache, swap.cache_layer = swap.cache_layer, None
+    seen = cache.seen - q.shape[-2] if cache is not None else 0
+    count = cache.count if cache is not None else None
+    output: torch.Tensor = swap(swap.call(q, k, v, mask, seen, given, count), cache)
+    batch, _, length, _ = q.shape
+    return output.reshape(batch, length, *output.shape[2:]).contiguous()  # as stock: some models take views of it
+
+
 def _dispatcher(base: str) -> Callable[..., Any]:
     def attention(
         module: nn.Module,
@@ -352,11 +404,7 @@ def _dispatcher(base: str) -> Callable[..., Any]:
             if swap is not None and swap.observer is not None:
                 swap.observer(swap, swap.call(query, key, value, attention_mask, 0, kwargs), output)
             return output, weights
-        cache, swap.cache_layer = swap.cache_layer, None
-        seen = cache.seen - query.shape[-2] if cache is not None else 0
-        output = swap(swap.call(query, key, value, attention_mask, seen, kwargs), cache)
-        batch, _, length, _ = query.shape
-        return output.reshape(batch, length, *output.shape[2:]).contiguous(), None  # as stock: some take views of it
+        return compute(swap, query, key, value, attention_mask, kwargs), None
 
     return attention
 
@@ -370,11 +418,21 @@ def _mask_function(base: str) -> Callable[..., Any]:
     return mask
 
 
+def _padding_only(*_: Any, batch_size: int, kv_length: int, attention_mask: Any = None, **more: Any) -> torch.Tensor:
+    """Real tokens, bool `[B, S]`: swapped layers need no more, and nothing quadratic is made."""
+    if attention_mask is not None:
+        return attention_mask[:, -kv_length:].bool()  # type: ignore[no-any-return]
+    place = more.get("device")
+    place = place if place is not None else more["cache_position"].device
+    return torch.ones(batch_size, kv_length, dtype=torch.bool, device=place)
+
+
 def register() -> None:
     """Register the dispatcher and its mask for each stock implementation that kept layers may use; idempotent."""
     for base in BASES:
         AttentionInterface.register(PREFIX + base, _dispatcher(base))
         AttentionMaskInterface.register(PREFIX + base, _mask_function(base))
+        AttentionMaskInterface.register(PADDING_ONLY + base, _padding_only)
 
 
 def find_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

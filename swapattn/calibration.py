@@ -174,15 +174,20 @@ def _run(model: Any, batches: list[torch.Tensor], title: str, observer: Observer
 def attention_distance(call: AttentionCall) -> torch.Tensor:
     """Mean distance in tokens that each head's softmax looks back, fp32 `[Hq]`, first tokens left out.
 
+    It is the teacher's softmax, with its softcap, within its sliding window.
+
     Source: Taylor-Calibrate, arXiv 2606.16429, section 3. Materialises `[B, Hq, T, T]`.
     """
     batch, length, heads, dim = call.q.shape
     groups = heads // call.k.shape[2]
     q = call.q.float().view(batch, length, -1, groups, dim)
     scores = torch.einsum("btkgd,bskd->bkgts", q, call.k.float()) * call.scaling
+    if call.softcap is not None:
+        scores = call.softcap * (scores / call.softcap).tanh()
     steps = torch.arange(length, device=q.device)
     back = steps[:, None] - steps[None, :]
-    p = scores.masked_fill(back < 0, float("-inf")).softmax(-1)
+    hidden = (back < 0) | (back >= (call.sliding_window or length))
+    p = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     p = p[..., SINKS_LEFT_OUT:]
     back = back[:, SINKS_LEFT_OUT:].clamp(min=0).float()
     mass = p.sum(dim=(0, 3, 4))

@@ -21,7 +21,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
-from .attention import BASES, KERNEL_FOLDER, PREFIX, LightningSwap, find_cache, register, swaps
+from .adapters import adapt_, adaptable
+from .attention import BASES, KERNEL_FOLDER, PADDING_ONLY, PREFIX, LightningSwap, find_cache, register, swaps
 from .cache import LightningCacheLayer, adopt
 from .errors import CheckpointError
 from .inputs import NoRotary, drop_rotary, rotation_of
@@ -31,6 +32,7 @@ SCHEMA_VERSION = 2
 ENTRY = "modeling_swapattn"
 RUNTIME = (
     "modeling.py",
+    "adapters.py",
     "attention.py",
     "cache.py",
     "rollback.py",
@@ -80,6 +82,7 @@ def attach(
     register()
     for path, shape in layers.items():
         module = model.get_submodule(path)
+        adapt_(module)
         module.swap = LightningSwap(shape, spec, slopes[path] if slopes else None)
         module.swap.rotate = rotation_of(module)
         module.register_forward_pre_hook(find_cache, with_kwargs=True)
@@ -87,9 +90,15 @@ def attach(
         module = model.get_submodule(path)
         module.nope = NoRotary()
         module.register_forward_pre_hook(drop_rotary, with_kwargs=True)
+    adapted = adaptable(model)
+    if adapted and not all(hasattr(module, "swap") for module in adapted):
+        return  # the kept layers are stock modules, which know the stock implementations only
     for module in model.modules():
         config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation"):
+        if config is not None and adapted:
+            base = str(config._attn_implementation).removeprefix(PADDING_ONLY)  # modules share their config
+            config._attn_implementation_internal = PADDING_ONLY + base
+        elif config is not None and hasattr(config, "_attn_implementation"):
             base = str(config._attn_implementation).removeprefix(PREFIX)
             config._attn_implementation_internal = PREFIX + (base if base in BASES else BASES[0])
 
@@ -116,7 +125,8 @@ class SwapMixin:
         base = str(attn_implementation).removeprefix(PREFIX)
         if base not in BASES:
             raise ValueError(f"a swapped model computes its kept layers with {' or '.join(BASES)}, not {base}")
-        super().set_attn_implementation(PREFIX + base, *args, **kwargs)  # type: ignore[misc]
+        prefix = "" if adaptable(self) else PREFIX  # type: ignore[arg-type]
+        super().set_attn_implementation(prefix + base, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, and beside it the files that plain transformers needs to load the folder."""

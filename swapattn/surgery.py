@@ -6,6 +6,7 @@ whoever calls it is an attention layer, whatever its module is called. Nothing d
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +18,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .attention import find_cache, swaps
+from .adapters import ADAPTED, adapt_, adaptable, release_
+from .attention import PADDING_ONLY, find_cache, swaps
 from .audit import quadratic_sites, run_without_values
 from .cache import adopt
 from .decay import decay_slopes
@@ -151,12 +153,19 @@ def attention_sites(config: Any) -> list[AttentionSite]:
         calls.append((module, _site(module, query, key, value, kwargs)))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
+    def probe_adapted(module: nn.Module, q: Any, k: Any, v: Any, mask: Any, options: dict[str, Any]) -> Any:
+        return probe(module, q, k, v, mask, **options)[0]
+
     AttentionInterface.register(PROBE, probe)
     AttentionMaskInterface.register(PROBE, lambda *args, **kwargs: None)
     config = type(config).from_dict(config.to_dict())
     try:
         with torch.device("meta"):  # in bf16, the only dtype that fused experts multiply in there
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=PROBE, dtype=torch.bfloat16)
+            implementation = "eager" if kind in ADAPTED else PROBE
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.bfloat16)
+        for module in adaptable(model):
+            adapt_(module)
+            vars(module)["attend"] = functools.partial(probe_adapted, module)
         for module in model.modules():
             module.register_forward_pre_hook(enter, with_kwargs=True)
         outside = quadratic_sites(model, device="meta")
@@ -269,6 +278,8 @@ def _with_rotary(
     """The swapped sites with what is needed to drop the rotary embedding, where the recipe says so."""
     undone = [site.path for site in swapped] if spec.rope.linear == "drop" else []
     silenced = [site.path for site in keep] if spec.rope.kept == "drop" else []
+    if (undone or silenced) and config.model_type in ADAPTED:
+        raise UnsupportedModelError(f"model type {config.model_type!r}: convert.rope cannot drop its rotary embedding")
     dims = rotary_dims(config, undone, silenced) if undone or silenced else {}
     return tuple(replace(site, rotary=dims.get(site.path, 0)) for site in swapped)
 
@@ -330,8 +341,13 @@ def revert_(model: nn.Module) -> None:
     for path in swaps(model):
         module = model.get_submodule(path)
         del module.swap
+        release_(module)
         _remove_hook(module, find_cache)
     for module in list(model.modules()):
+        config = getattr(module, "config", None)
+        chosen = str(getattr(config, "_attn_implementation", ""))
+        if config is not None and chosen.startswith(PADDING_ONLY):  # stock modules need the whole mask again
+            config._attn_implementation_internal = chosen.removeprefix(PADDING_ONLY)
         if isinstance(getattr(module, "nope", None), NoRotary):
             del module.nope
             _remove_hook(module, drop_rotary)

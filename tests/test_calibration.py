@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swapattn.attention import AttentionCall, observing, swaps
-from swapattn.calibration import SHARE_RANGE, _Gram, attention_distance, calibrate_, fit_output_
+from swapattn.calibration import SHARE_RANGE, SINKS_LEFT_OUT, _Gram, attention_distance, calibrate_, fit_output_
 from swapattn.errors import TrainingError
 from swapattn.recipe import ConvertSpec
 from swapattn.surgery import apply_, plan
@@ -44,6 +44,30 @@ def test_the_attention_distance_is_the_mean_over_pairs():
     q, k, v = (torch.randn(2, h, 19, 8, generator=generator) for h in (4, 2, 2))
     call = AttentionCall(q, k, v, 0.8, None, 0)
     assert torch.allclose(attention_distance(call), brute_distance(call), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("softcap", "window"), [(2.0, None), (None, 6), (2.0, 6)])
+def test_the_attention_distance_is_that_of_a_softcap_and_a_sliding_window(softcap, window):
+    q, k, v = (torch.randn(2, 4, 19, 8, generator=torch.Generator().manual_seed(i)) * 2 for i in range(3))
+    call = AttentionCall(q, k, v, 0.8, None, 0)
+    plain = attention_distance(call)
+    call.softcap, call.sliding_window = softcap, window
+    scores = 0.8 * q @ k.mT
+    scores = softcap * (scores / softcap).tanh() if softcap else scores
+    back = torch.arange(19)[:, None] - torch.arange(19)
+    p = scores.masked_fill((back < 0) | (back >= (window or 19)), -torch.inf).softmax(-1)[..., SINKS_LEFT_OUT:]
+    expected = (p * back[:, SINKS_LEFT_OUT:].clamp(min=0)).sum((0, 2, 3)) / p.sum((0, 2, 3))
+    assert torch.allclose(attention_distance(call), expected.clamp(min=1), rtol=1e-4)
+    assert not torch.allclose(plain, expected, rtol=1e-2)
+
+
+def test_the_teachers_softcap_and_window_reach_the_measurement(tiny_family):
+    model = tiny_family("gemma2")
+    apply_(model, plan(model.config, ConvertSpec()))
+    seen = []
+    with observing(model, lambda swap, call, _: seen.append((call.softcap, call.sliding_window))):
+        model(input_ids=torch.arange(2, 12)[None], use_cache=False)
+    assert seen == [(5.0, 6), (5.0, None), (5.0, 6)]
 
 
 @pytest.mark.parametrize("per", ["kv_head", "query_head"])

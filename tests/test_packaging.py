@@ -25,7 +25,19 @@ LAYERS = (
     | {"curves", "estimate"}
     | {"kernel_bench", "kernel_lab"}
     | {"inspection", "verification", "selection", "families"},
-    {"surgery", "calibration", "attention", "modeling", "cache", "data", "losses", "sources", "tasks", "checkpoint"}
+    {
+        "surgery",
+        "calibration",
+        "attention",
+        "adapters",
+        "modeling",
+        "cache",
+        "data",
+        "losses",
+        "sources",
+        "tasks",
+        "checkpoint",
+    }
     | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
     | {"rotary_check", "loss_kernel", "compilation"}
     | {"processes", "progress", "reporting", "stopping"}
