@@ -346,7 +346,7 @@ class _Run:
                 self.start.record["teacher"],
                 parent={"path": str(self.start.path.resolve()), "time": self.start.time},
                 text=self.recipe.distill.text.describe(),
-                hardware=hardware(self.device),
+                hardware=f"{processes.count()} x " * (processes.count() > 1) + hardware(self.device),
                 stages=stages,
                 trained=sorted(trained | set(self.start.record.get("trained", ()))),
                 decay=decays(dict(model.named_parameters())),

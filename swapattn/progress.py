@@ -140,7 +140,6 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After the save that SIGTERM asked for, end."""
         if self.stopped:
-            self.bar.close()
             raise TrainingError(
                 f"{self.title}: stopped by SIGTERM, saved after step {state.global_step} of {state.max_steps}; "
                 "repeat the command to go on"
@@ -159,7 +158,7 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
             "seconds": round(self.before + seconds, 3),
             "tokens_per_second": round(rate, 1),
         }
-        share = share_of_peak(rate, self.flops, str(self.trainer.args.device))
+        share = share_of_peak(rate / processes.count(), self.flops, str(self.trainer.args.device))
         if share is not None:
             record["share_of_peak"] = round(share, 4)
         peak = f", {share:.1%} of peak" if share is not None else ""
@@ -179,9 +178,10 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
         trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, figures)
         trainer.state.global_step = now
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def close(self) -> None:
         """Close the line."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 def immediate(device: torch.device) -> bool:

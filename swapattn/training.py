@@ -313,6 +313,8 @@ def run_stage(
             if line is None:
                 raise
             raise line from error
+        finally:
+            progress.close()  # an error starts a line of its own
     history = processes.from_first(progress.history())
     losses = [record["loss"] for record in history]
     tenth = max(1, len(losses) // 10)

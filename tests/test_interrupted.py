@@ -21,6 +21,7 @@ from swapattn.errors import TrainingError, UsageError
 from swapattn.recipe import parse_recipe
 
 STAGE = {"tokens": 768, "length": 32, "batch": 4, "learning_rate": 1e-2, "warmup": 0.4}
+EVERYTHING = {"train": "all", "backbone_learning_rate": 1e-3}
 RECIPE = {
     "name": "tiny",
     "convert": {"local": {"window": 8, "sinks": 2}},
@@ -29,7 +30,7 @@ RECIPE = {
         "stages": [
             {"stage": "calibrate", "tokens": 256, "length": 64},
             {"stage": "align", **STAGE},
-            {"stage": "distill", **STAGE, "train": "all", "backbone_learning_rate": 1e-3, "chunk": 20},
+            {"stage": "distill", **STAGE, **EVERYTHING, "micro_batch": 1, "gradient_checkpointing": True, "chunk": 20},
         ],
     },
 }

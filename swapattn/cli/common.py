@@ -32,6 +32,7 @@ _STDOUT = "swapattn.stdout"  # key in the click context's `meta`: the stream tha
 _LINE_LIMIT = 600  # characters of a foreign exception's message; some carry whole state dicts
 _NOISY_LOGGERS = ("transformers", "datasets", "huggingface_hub", "lm_eval", "lm-eval", "accelerate", "torch", "fsspec")
 _QUIET_ENVIRONMENT = {
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "DATASETS_VERBOSITY": "error",
