@@ -57,7 +57,7 @@ def segment_length(length: int, programs: int, sequences: int, device: torch.dev
         device: where it runs.
     """
     wanted = processors(device)
-    if programs >= wanted:
+    if 4 * programs >= 3 * wanted:  # reading k and v twice costs more than a quarter of the device
         return length
     parts = -(-2 * wanted // programs)
     segment = -(-length // (parts * sequences))
