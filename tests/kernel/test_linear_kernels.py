@@ -13,7 +13,7 @@ from lightning_attention import lightning_attention
 from lightning_attention.reference import chunked_attention, recurrent_attention
 
 SLOPES = (0.0, 0.0039, 0.96, 7.9, 0.1, 0.02)
-EXACT = 2e-6  # of float32
+EXACT = 1e-5  # of float32; an exponent of 50 alone is known to 3e-6
 
 
 @pytest.fixture(autouse=True)
