@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swapattn import families
+from swapattn.adapters import _slopes
 from swapattn.attention import AttentionCall, observing, only_branch, swaps
 from swapattn.audit import beyond_linear
 from swapattn.calibration import attention_distance, calibrate_
@@ -186,6 +187,16 @@ def test_a_checkpoint_loads_here_and_in_plain_transformers(tmp_path, kind):
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.stdout.strip() == "True", result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpt"])
+def test_the_decays_of_schedule_alibi_start_at_the_teachers_slopes(kind):
+    config = families.tiny_config(kind)
+    planned = plan(config, ConvertSpec.model_validate({"decay": {"schedule": "alibi"}}))
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config).get_submodule(planned.swap[0].path)
+    for slopes in planned.slopes().values():
+        assert torch.allclose(slopes, torch.tensor(_slopes(module, 4)))
 
 
 def test_the_attention_distance_sees_alibi():
