@@ -104,7 +104,7 @@ def forward(
         state = v.new_empty(shape.sequences, shape.heads, shape.dim, shape.value_dim, dtype=torch.float32)
         leaving = state, v.new_empty(state.shape[:3], dtype=torch.float32) if shape.normalize else None
     config = sweep_config("forward", shape.dim, shape.value_dim, q.dtype, shape.normalize)
-    entering = entering_states(k, v, log_decay, mask, cu_seqlens, initial, shape, config)
+    entering = entering_states(k, v, log_decay, mask, cu_seqlens, initial, shape, config, exact=final)
 
     def given(tensor: Tensor | None) -> Tensor:  # a pointer that is not read still has to be one
         return o if tensor is None else tensor

@@ -28,7 +28,7 @@ def segment_kernel(
     stride_x_row, stride_x, stride_x_head, stride_y_row, stride_y, stride_y_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
     REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr,
-    SEQUENCES: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr,
+    SEQUENCES: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """What a segment adds to the state `[D, Dv]`: sum of decayed x y^T, with (k, v) forward and (q, do) in reverse.
 
@@ -74,7 +74,10 @@ def segment_kernel(
                 vectors = (wide_row * length + begin + step) * query_heads + first + g
                 given = given * tl.load(factor + vectors, mask=real, other=0.0)
             faded = tile_y.to(tl.float32) * given[:, None]
-            state = product(tl.trans(tile_x), faded.to(tile_x.dtype), state, PRECISION)
+            part = faded.to(tile_x.dtype)
+            state = product(tl.trans(tile_x), part, state, PRECISION)
+            if EXACT:
+                state = product(tl.trans(tile_x), (faded - part.to(tl.float32)).to(tile_x.dtype), state, PRECISION)
             if NORMALIZE:
                 if REVERSE:
                     given = given * tl.load(delta + vectors, mask=real, other=0.0)
@@ -137,6 +140,7 @@ def entering_states(
     *,
     scale: float = 1.0,
     reverse: bool = False,
+    exact: bool = False,
     factor: Tensor | None = None,
     delta: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -146,6 +150,7 @@ def entering_states(
         x, y: k and v, or with `reverse` q and do, `[B, T, H, D or Dv]`.
         initial: state and sum state before the first segment, in the order of the walk.
         scale: factor of every token's share.
+        exact: keep the states to fp32.
         factor, delta: fp32 `[B, T, Hq]`, with `reverse` and a normalised output.
     """
     if not shape.split:
@@ -167,7 +172,7 @@ def entering_states(
         D=dim, V=value_dim, BD=padded(dim), BV=block, C=config.chunk, GROUP=shape.group if reverse else 1,
         REVERSE=reverse, PER_TOKEN=shape.per_token, MASKED=shape.masked, NORMALIZE=shape.normalize,
         SEQUENCES=shape.block_sequences, PRECISION=precision(x.dtype),
-        BULK=bulk_copies(shape, config, shape.group if reverse else 1, (x, y)),
+        BULK=bulk_copies(shape, config, shape.group if reverse else 1, (x, y)), EXACT=exact,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     for tensor, start in ((states, initial[0]), (extras, initial[1])):

@@ -39,7 +39,7 @@ def build(kind: str, dtype: str, dim: int, value_dim: int, arch: int, normalize:
         "TD": min(config.columns, padded(dim)), "TV": columns, "C": config.chunk, "GROUP": 1, "REVERSE": False,
         "PER_TOKEN": False, "MASKED": False, "NORMALIZE": normalize, "ENTERING": True, "BEHIND": True, "FIRST": True,
         "FINAL": True, "DOTS": False, "SEQUENCES": 0, "PRECISION": precision(DTYPES[dtype]), "DIRECT": kind == "dq",
-        "BULK": arch >= 90,
+        "BULK": arch >= 90, "EXACT": True,
     }  # fmt: skip
     constants = {name: value for name, value in given.items() if name in kernel.arg_names}
     signature: dict[str, Any] = {}

@@ -138,6 +138,17 @@ def test_half_precision_loses_no_more_than_the_plain_form():
         assert relative(x, z) <= max(2 * relative(y, z), 1e-3)
 
 
+@pytest.mark.parametrize("segment", [128, 32])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_final_state_of_half_precision_is_kept_to_fp32(segment, normalize):
+    from lightning_attention.linear_op import lightning_attention_kernel
+
+    case = Case(100, dtype=torch.float16, rows=1, final=True, normalize=normalize)
+    found, wanted = case.run(lightning_attention_kernel, segment=segment), case.run(recurrent_attention, torch.float64)
+    for x, y in list(zip(found, wanted, strict=True))[1 : 2 + normalize]:
+        assert relative(x.flatten(2)[:, None], y.flatten(2)[:, None]) <= 1e-5
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     length=st.integers(1, 70),
