@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .attention import AttentionCall, LightningSwap, Observer, observing, swaps
+from .attention import LightningSwap, Observer, observing, swaps
+from .call import AttentionCall
 from .decay import slope_of_distance
 from .errors import TrainingError
 from .recipe import CalibrateStage

@@ -34,6 +34,7 @@ RUNTIME = (
     "modeling.py",
     "adapters.py",
     "attention.py",
+    "call.py",
     "cache.py",
     "rollback.py",
     "feature_map.py",

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from .attention import AttentionCall, LightningSwap, observing
+from .attention import LightningSwap, observing
+from .call import AttentionCall
 from .errors import UnsupportedModelError
 from .losses import Mixture, OutputEmbedding, linear_loss, normalized_mse
 from .modeling import MODEL_TYPE_PREFIX

@@ -23,7 +23,7 @@ Tensors = dict[str, torch.Tensor | None]
 
 
 class Tokens(Protocol):
-    """New tokens of one layer: an `attention.AttentionCall`."""
+    """New tokens of one layer: a `call.AttentionCall`."""
 
     @property
     def length(self) -> int:

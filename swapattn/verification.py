@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from . import sources
-from .attention import AttentionCall, LightningSwap, swaps
+from .attention import LightningSwap, swaps
 from .audit import beyond_linear
+from .call import AttentionCall
 from .checkpoint import Checkpoint, find
 from .environment import say
 from .errors import SwapattnError

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from swapattn import families
 from swapattn.adapters import _slopes
-from swapattn.attention import AttentionCall, observing, only_branch, swaps
+from swapattn.attention import observing, only_branch, swaps
 from swapattn.audit import beyond_linear
 from swapattn.calibration import attention_distance, calibrate_
+from swapattn.call import AttentionCall
 from swapattn.errors import UnsupportedModelError
 from swapattn.modeling import load, swap_classes
 from swapattn.recipe import ConvertSpec

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from swapattn.attention import AttentionCall, LightningSwap, observing, only_branch, swaps
+from swapattn.attention import LightningSwap, observing, only_branch, swaps
+from swapattn.call import AttentionCall
 from swapattn.recipe import ConvertSpec
 from swapattn.surgery import apply_, plan, revert_
 

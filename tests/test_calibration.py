@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from swapattn.attention import AttentionCall, observing, swaps
+from swapattn.attention import observing, swaps
 from swapattn.calibration import SHARE_RANGE, SINKS_LEFT_OUT, _Gram, attention_distance, calibrate_, fit_output_
+from swapattn.call import AttentionCall
 from swapattn.errors import TrainingError
 from swapattn.recipe import ConvertSpec
 from swapattn.surgery import apply_, plan

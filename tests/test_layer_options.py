@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from swapattn.attention import AttentionCall, LightningSwap, observing, only_branch, swaps
+from swapattn.attention import LightningSwap, observing, only_branch, swaps
+from swapattn.call import AttentionCall
 from swapattn.conversion import convert
 from swapattn.errors import UnsupportedModelError
 from swapattn.modeling import load, load_teacher
