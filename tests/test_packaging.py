@@ -28,7 +28,7 @@ LAYERS = (
     {
         "surgery",
         "calibration",
-        "attention",
+        "attention", "call",
         "adapters",
         "modeling",
         "cache",
