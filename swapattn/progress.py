@@ -117,7 +117,7 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
                 what = "gradient" if math.isfinite(loss) else "loss"
                 raise TrainingError(
                     f"{self.title}: the {what} is not finite at step {figures.step}; no weight was changed by it. "
-                    "Lower the learning rate (--set distill.stages.STAGE.learning_rate=...)"
+                    f"Lower the learning rate (--set distill.stages.{self.title}.learning_rate=...)"
                 )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

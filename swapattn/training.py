@@ -112,14 +112,15 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save makes a full disk a RuntimeError
             folder = Path(self.args.output_dir)
+            free = shutil.disk_usage(folder).free if folder.is_dir() else 0
             shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
             last = _last_checkpoint(folder)
             kept = (
                 f"that of step {last.rpartition('-')[2]} is kept" if last else "there is no earlier one in this stage"
             )
             raise TrainingError(
-                f"the checkpoint of step {step} could not be written to {folder} ({' '.join(str(error).split())[:200]})"
-                f"; {kept}: free some space and repeat the command"
+                f"the checkpoint of step {step} could not be written to {folder} ({' '.join(str(error).split())[:200]}; "
+                f"{free / 2**20:,.1f} MiB were free there); {kept}: free some space and repeat the command"
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
