@@ -118,8 +118,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             kept = (
                 f"that of step {last.rpartition('-')[2]} is kept" if last else "there is no earlier one in this stage"
             )
+            reason = " ".join(str(error).split())[:200]
             raise TrainingError(
-                f"the checkpoint of step {step} could not be written to {folder} ({' '.join(str(error).split())[:200]}; "
+                f"the checkpoint of step {step} could not be written to {folder} ({reason}; "
                 f"{free / 2**20:,.1f} MiB were free there); {kept}: free some space and repeat the command"
             ) from error
 

@@ -28,7 +28,8 @@ LAYERS = (
     {
         "surgery",
         "calibration",
-        "attention", "call",
+        "attention",
+        "call",
         "adapters",
         "modeling",
         "cache",
