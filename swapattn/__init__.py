@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from .conversion import convert
     from .distillation import distill
     from .evaluation import evaluate
-    from .modeling import load
+    from .loading import load
 
 # No module carries the name of a function here: importing it would put the module in the function's place.
-_HOMES = {"convert": "conversion", "distill": "distillation", "evaluate": "evaluation", "load": "modeling"}
+_HOMES = {"convert": "conversion", "distill": "distillation", "evaluate": "evaluation", "load": "loading"}
 
 
 def __getattr__(name: str) -> Any:

@@ -172,7 +172,7 @@ def _calibrate(
     from . import surgery
     from .calibration import calibrate_stage
     from .data import PackedTokens
-    from .modeling import load_teacher
+    from .loading import load_teacher
     from .streaming import streamed_teacher
 
     if not (teacher / "tokenizer_config.json").is_file():

@@ -24,8 +24,8 @@ from .data import PackedTokens, documents
 from .environment import default_device, hardware, is_first_process, say
 from .errors import CheckpointError, RecipeError, UsageError
 from .estimate import estimate, table
+from .loading import load, load_teacher
 from .model_card import CARD, model_card
-from .modeling import load, load_teacher
 from .objectives import check_head, distill_loss, mixture_of, stage_flops
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TextSpec, load_recipe
 from .reporting import Reporting

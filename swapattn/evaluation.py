@@ -251,17 +251,17 @@ def _subjects(
     found: Checkpoint, teacher: bool, device: str, dtype: torch.dtype | None, partial: Path | None
 ) -> list[Subject]:
     """Teacher, if wanted, and student, with where their results are kept; `partial` None = nowhere."""
-    from . import modeling  # the loaders are looked up when they are called
+    from . import loading  # the loaders are looked up when they are called
 
     stored = "as stored" if dtype is None else str(dtype)
     common = {"device": device, "dtype": stored}
     subjects = []
     if teacher:
         store = Store(cache_dir() / _TEACHER_SCORES if partial is not None else None)
-        load = functools.partial(modeling.load_teacher, found, device=device, dtype=dtype)
+        load = functools.partial(loading.load_teacher, found, device=device, dtype=dtype)
         subjects.append(Subject("teacher", found.teacher_path, load, store, **common))
     store = Store(partial / _PARTIAL if partial is not None else None)
-    load = functools.partial(modeling.load, found.path, device=device, dtype=dtype)
+    load = functools.partial(loading.load, found.path, device=device, dtype=dtype)
     return [*subjects, Subject(found.kind, Path(found.path), load, store, **common)]
 
 

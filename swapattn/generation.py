@@ -125,7 +125,7 @@ def open_model(
         SwapattnError: no checkpoint there, a damaged one, or a teacher that cannot be had.
     """
     from .checkpoint import find
-    from .modeling import load, load_teacher
+    from .loading import load, load_teacher
 
     found = find(Path.cwd(), None if checkpoint is None else str(checkpoint))
     place = device or default_device()

@@ -7,7 +7,6 @@ by `type()` from the base type's own, so there is no modelling code per family.
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils.logging import disable_progress_bar
 
 from .adapters import adapt_, adaptable
 from .attention import BASES, KERNEL_FOLDER, PADDING_ONLY, PREFIX, LightningSwap, find_cache, register, swaps
@@ -201,85 +199,3 @@ def write_runtime(folder: Path, base_model_type: str) -> dict[str, str]:
     text = _ENTRY_TEXT.format(config=config, model=model, base=base_model_type)
     (folder / f"{ENTRY}.py").write_text(text, encoding="utf-8")
     return {"AutoConfig": f"{ENTRY}.{config}", "AutoModelForCausalLM": f"{ENTRY}.{model}"}
-
-
-def load(
-    path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-) -> tuple[Any, Any]:
-    """Load a converted or distilled checkpoint.
-
-    Args:
-        path: folder written by `swapattn convert` or `swapattn distill`.
-        device: where to put the model, default CPU.
-        dtype: of the model, default as stored; the parameters of the swapped layers stay fp32.
-
-    Returns:
-        (model in eval mode, tokenizer or None when the folder has none).
-
-    Raises:
-        CheckpointError: no swapattn checkpoint, or a tensor is missing, unexpected or of another shape.
-    """
-    path = Path(path)
-    try:
-        block = json.loads((path / "config.json").read_text(encoding="utf-8")).get("swapattn")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no readable config.json ({error.__class__.__name__})") from error
-    if block is None:
-        raise CheckpointError(f"{path} is not a swapattn checkpoint: convert it first with `swapattn convert {path}`")
-    _, model_class = swap_classes(block["base_model_type"])
-    model = from_folder(model_class, path, dtype)
-    model = model.to(device) if device is not None else model
-    has_tokenizer = (path / "tokenizer_config.json").is_file()
-    return model.eval(), AutoTokenizer.from_pretrained(path) if has_tokenizer else None
-
-
-def load_teacher(
-    checkpoint: Any, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-) -> tuple[Any, Any]:
-    """Load the original model of a checkpoint: (model in eval mode, tokenizer or None).
-
-    Args:
-        checkpoint: a `swapattn.checkpoint.Checkpoint`, or the teacher's own folder.
-        device: where to put the model, default CPU.
-        dtype: default as stored.
-
-    Raises:
-        CheckpointError: the teacher is not where it was, or is damaged.
-    """
-    path = Path(getattr(checkpoint, "teacher_path", checkpoint))
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"no teacher at {path}: it was moved or never there; convert the model again")
-    model = from_folder(AutoModelForCausalLM, path, dtype)
-    model = model.to(device) if device is not None else model
-    has_tokenizer = (path / "tokenizer_config.json").is_file()
-    return model.eval(), AutoTokenizer.from_pretrained(path) if has_tokenizer else None
-
-
-def from_folder(model_class: Any, path: Path, dtype: torch.dtype | None) -> Any:
-    """`from_pretrained` that treats every missing, unexpected or mismatched tensor as an error."""
-    disable_progress_bar()  # a bar per load, on loads of a second
-    try:
-        model, info = model_class.from_pretrained(
-            path,
-            dtype=dtype or "auto",
-            output_loading_info=True,
-            use_safetensors=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # an error below, which names the tensor
-        )
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged file raises what it likes
-        if "conversion of the weights" in str(error):  # transformers' message only points to a report on the terminal
-            raise CheckpointError(
-                f"{path}: tensors that are stacked on loading, as those of experts, do not fit together: "
-                "one is missing, unexpected or of another shape"
-            ) from error
-        raise CheckpointError(f"{path} does not load: {' '.join(str(error).split())[:300]}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        found = sorted(map(str, info.get(kind) or ()))
-        if found:
-            raise CheckpointError(f"{path}: {len(found)} {kind.replace('_', ' ')}, first {found[0]}")
-    for swap in swaps(model).values():
-        swap.log_slope.requires_grad_(swap.learnable_decay)  # from_pretrained makes every parameter trainable
-    return model

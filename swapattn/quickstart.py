@@ -174,7 +174,7 @@ def _evaluate(
 ) -> list[QuickstartRow]:
     """All rows; one model in memory at a time."""
     from .attention import only_branch
-    from .modeling import load, load_teacher
+    from .loading import load, load_teacher
 
     device = default_device()
     spent = (sum(int(stage["tokens"]) for stage in stages), sum(float(stage["seconds"]) for stage in stages))

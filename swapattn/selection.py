@@ -25,8 +25,8 @@ from .checkpoint import RECORD, read
 from .data import PackedTokens, heldout_windows
 from .environment import default_device, say
 from .errors import CheckpointError, UsageError
+from .loading import load, load_teacher
 from .losses import Mixture, divergence
-from .modeling import load, load_teacher
 from .perplexity import heldout_perplexity
 from .recipe import CalibrateStage, KeepSpec, Recipe, load_recipe
 from .score_store import fingerprint

@@ -25,7 +25,8 @@ from .checkpoint import Checkpoint, find
 from .environment import say
 from .errors import SwapattnError
 from .integrity import damaged_shards, foreign_code, pickled_files
-from .modeling import load, swap_classes
+from .loading import load
+from .modeling import swap_classes
 from .shards import INDEX, decays, read_config, read_weight_map
 from .surgery import SwapPlan, plan
 

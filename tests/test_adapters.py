@@ -17,7 +17,8 @@ from swapattn.audit import beyond_linear
 from swapattn.calibration import attention_distance, calibrate_
 from swapattn.call import AttentionCall
 from swapattn.errors import UnsupportedModelError
-from swapattn.modeling import load, swap_classes
+from swapattn.loading import load
+from swapattn.modeling import swap_classes
 from swapattn.recipe import ConvertSpec
 from swapattn.surgery import apply_, plan, revert_
 

@@ -15,7 +15,8 @@ import swapattn.shards
 from swapattn.checkpoint import read
 from swapattn.conversion import convert
 from swapattn.errors import CheckpointError, RecipeError, SwapattnError, UnsupportedModelError, UsageError
-from swapattn.modeling import load, swap_classes
+from swapattn.loading import load
+from swapattn.modeling import swap_classes
 from swapattn.recipe import load_recipe
 
 SPEC = ["convert.local={window: 5, sinks: 2}"]

@@ -21,7 +21,7 @@ from swapattn.checkpoint import read
 from swapattn.conversion import convert
 from swapattn.distillation import distill
 from swapattn.errors import CheckpointError, RecipeError, SwapattnError, TrainingError, UsageError
-from swapattn.modeling import load
+from swapattn.loading import load
 from swapattn.recipe import parse_recipe
 
 CALIBRATE = {"stage": "calibrate", "tokens": 256, "length": 64}

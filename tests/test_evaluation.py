@@ -616,7 +616,7 @@ def test_same_numbers_as_the_lm_eval_command_for_a_converted_checkpoint(
 ) -> None:
     from swapattn import sources
     from swapattn.conversion import convert
-    from swapattn.modeling import load
+    from swapattn.loading import load
 
     monkeypatch.setattr(sources, "hub_reachable", lambda: False)
     monkeypatch.setattr(sources, "_cached_snapshot", lambda hub_id: None)

@@ -11,7 +11,7 @@ import pytest
 from swapattn.checkpoint import read
 from swapattn.conversion import convert
 from swapattn.errors import SwapattnError
-from swapattn.modeling import load
+from swapattn.loading import load
 
 # One process imports once and forks a child for each moment: the child kills itself just before the n-th event.
 PROGRAM = """

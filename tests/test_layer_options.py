@@ -14,7 +14,7 @@ from swapattn.attention import LightningSwap, observing, only_branch, swaps
 from swapattn.call import AttentionCall
 from swapattn.conversion import convert
 from swapattn.errors import UnsupportedModelError
-from swapattn.modeling import load, load_teacher
+from swapattn.loading import load, load_teacher
 from swapattn.norms import HeadNorm
 from swapattn.objectives import align_loss
 from swapattn.recipe import ConvertSpec, parse_recipe

@@ -18,7 +18,8 @@ from swapattn.attention import only_branch, swaps
 from swapattn.checkpoint import find
 from swapattn.conversion import convert
 from swapattn.errors import CheckpointError
-from swapattn.modeling import KERNEL_RUNTIME, RUNTIME, SCHEMA_VERSION, load, load_teacher
+from swapattn.loading import load, load_teacher
+from swapattn.modeling import KERNEL_RUNTIME, RUNTIME, SCHEMA_VERSION
 from swapattn.shards import INDEX, NEW_SHARD
 
 SPEC = ["convert.local={window: 5, sinks: 2}"]

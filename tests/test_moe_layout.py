@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from swapattn.conversion import convert
 from swapattn.errors import CheckpointError
-from swapattn.modeling import load
+from swapattn.loading import load
 
 HIDDEN, INNER, EXPERTS, LAYERS = 32, 16, 3, 2
 SIZES = {

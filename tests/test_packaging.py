@@ -32,6 +32,7 @@ LAYERS = (
         "call",
         "adapters",
         "modeling",
+        "loading",
         "cache",
         "data",
         "losses",

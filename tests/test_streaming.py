@@ -7,7 +7,7 @@ import torch
 
 from swapattn.calibration import CALIBRATED, calibrate_, calibrate_stage
 from swapattn.conversion import convert
-from swapattn.modeling import load_teacher
+from swapattn.loading import load_teacher
 from swapattn.recipe import CalibrateStage, ConvertSpec
 from swapattn.shards import read_config, read_weight_map
 from swapattn.streaming import NotStreamableError, streamed_teacher

@@ -1,0 +1,97 @@
+"""Read models from disk: converted checkpoints and their teachers, with every tensor accounted for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from .attention import swaps
+from .errors import CheckpointError
+from .modeling import swap_classes
+
+
+def load(
+    path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """Load a converted or distilled checkpoint.
+
+    Args:
+        path: folder written by `swapattn convert` or `swapattn distill`.
+        device: where to put the model, default CPU.
+        dtype: of the model, default as stored; the parameters of the swapped layers stay fp32.
+
+    Returns:
+        (model in eval mode, tokenizer or None when the folder has none).
+
+    Raises:
+        CheckpointError: no swapattn checkpoint, or a tensor is missing, unexpected or of another shape.
+    """
+    path = Path(path)
+    try:
+        block = json.loads((path / "config.json").read_text(encoding="utf-8")).get("swapattn")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no readable config.json ({error.__class__.__name__})") from error
+    if block is None:
+        raise CheckpointError(f"{path} is not a swapattn checkpoint: convert it first with `swapattn convert {path}`")
+    _, model_class = swap_classes(block["base_model_type"])
+    model = from_folder(model_class, path, dtype)
+    model = model.to(device) if device is not None else model
+    has_tokenizer = (path / "tokenizer_config.json").is_file()
+    return model.eval(), AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+
+
+def load_teacher(
+    checkpoint: Any, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """Load the original model of a checkpoint: (model in eval mode, tokenizer or None).
+
+    Args:
+        checkpoint: a `swapattn.checkpoint.Checkpoint`, or the teacher's own folder.
+        device: where to put the model, default CPU.
+        dtype: default as stored.
+
+    Raises:
+        CheckpointError: the teacher is not where it was, or is damaged.
+    """
+    path = Path(getattr(checkpoint, "teacher_path", checkpoint))
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"no teacher at {path}: it was moved or never there; convert the model again")
+    model = from_folder(AutoModelForCausalLM, path, dtype)
+    model = model.to(device) if device is not None else model
+    has_tokenizer = (path / "tokenizer_config.json").is_file()
+    return model.eval(), AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+
+
+def from_folder(model_class: Any, path: Path, dtype: torch.dtype | None) -> Any:
+    """`from_pretrained` that treats every missing, unexpected or mismatched tensor as an error."""
+    disable_progress_bar()  # a bar per load, on loads of a second
+    try:
+        model, info = model_class.from_pretrained(
+            path,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # an error below, which names the tensor
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file raises what it likes
+        if "conversion of the weights" in str(error):  # transformers' message only points to a report on the terminal
+            raise CheckpointError(
+                f"{path}: tensors that are stacked on loading, as those of experts, do not fit together: "
+                "one is missing, unexpected or of another shape"
+            ) from error
+        raise CheckpointError(f"{path} does not load: {' '.join(str(error).split())[:300]}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(map(str, info.get(kind) or ()))
+        if found:
+            raise CheckpointError(f"{path}: {len(found)} {kind.replace('_', ' ')}, first {found[0]}")
+    for swap in swaps(model).values():
+        swap.log_slope.requires_grad_(swap.learnable_decay)  # from_pretrained makes every parameter trainable
+    return model
