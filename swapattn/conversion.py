@@ -82,6 +82,7 @@ def convert(
     dry_run: bool = False,
     push_to_hub: str | None = None,
     allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     record_name: str | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> ConvertResult:
@@ -97,6 +98,7 @@ def convert(
         dry_run: plan from config.json alone, write nothing; of a hub repository nothing else is fetched.
         push_to_hub: OWNER/NAME of a repository to upload the checkpoint to; asked for before anything is converted.
         allow_pickle: read a folder that holds pickled weights only, without running code of theirs.
+        trust_remote_code: allow code that comes with the model, now and in later commands on it (`remote_code`).
         record_name, origin: what the record says of the teacher, when a recorded teacher is converted again.
 
     Raises:
@@ -112,14 +114,14 @@ def convert(
         with atomic_folder(target):  # says that it exists, before anything is fetched
             pass
     if dry_run:
-        return _planned(target, source, resolved)
-    teacher = sources.materialize(source)
+        return _planned(target, source, resolved, trust_remote_code)
+    teacher = sources.materialize(source, code=trust_remote_code)
     if target.resolve() == teacher.path.resolve():
         raise UsageError(f"{target} is the model itself: choose another folder with -o")
     from . import footprint, shards, surgery
     from .model_card import teacher_licence
 
-    config = shards.read_config(teacher.path)
+    config = shards.read_config(teacher.path, trust_remote_code=trust_remote_code)
     plan = surgery.plan(config, resolved.convert)
     tensors = shards.new_parameters(plan)
     weight_map = shards.read_weight_map(teacher.path)
@@ -144,14 +146,14 @@ def convert(
     return result
 
 
-def _planned(target: Path, source: sources.Source, recipe: Recipe) -> ConvertResult:
+def _planned(target: Path, source: sources.Source, recipe: Recipe, trust_remote_code: bool) -> ConvertResult:
     """The dry run: the config is enough; weights that are there anyway are checked and counted."""
     from . import footprint, shards, surgery
 
-    teacher = sources.describe(source)
+    teacher = sources.describe(source, code=trust_remote_code)
     if target.resolve() == teacher.path.resolve():
         raise UsageError(f"{target} is the model itself: choose another folder with -o")
-    config = shards.read_config(teacher.path)
+    config = shards.read_config(teacher.path, trust_remote_code=trust_remote_code)
     plan = surgery.plan(config, recipe.convert)
     whole = teacher.hub_id is None and any(teacher.path.glob("*.safetensors"))
     files = shards.read_weight_map(teacher.path).values() if whole else ()

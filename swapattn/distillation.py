@@ -29,7 +29,7 @@ from .model_card import CARD, model_card
 from .objectives import check_head, distill_loss, mixture_of, stage_flops
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TextSpec, load_recipe
 from .reporting import Reporting
-from .shards import decays, trained_keys, write_trained
+from .shards import decays, read_config, trained_keys, write_trained
 from .stopping import stopping_on_sigterm
 from .training import LossFunction, run_stage, shares, trainable_parameters
 
@@ -188,11 +188,9 @@ def _with_convert_section(
 
 
 def _estimates(start: Checkpoint, recipe: Recipe, device: str, teacher: Path) -> tuple[dict[str, Any], ...]:
-    from transformers import AutoConfig
-
     if not (start.teacher_path / "config.json").is_file():
         raise CheckpointError(f"no teacher at {start.teacher_path}, of whose shape the steps would be measured")
-    config = AutoConfig.from_pretrained(start.teacher_path)
+    config = read_config(start.teacher_path)
     own = teacher == start.teacher_path and not _other_weights(start.record.get("trained", ()))
     found = []
     for stage in recipe.distill.stages:

@@ -216,7 +216,9 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     from .modeling import swap_classes
+    from .remote_code import use_own_code
 
+    use_own_code(folder)
     try:
         # without its classes transformers would ask whether to run the folder's own code
         block = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("swapattn")

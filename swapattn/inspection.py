@@ -92,32 +92,25 @@ def inspect_model(
         model: alias, hub id, folder (config.json is enough) or GGUF file.
         recipe: whose convert section says what would be swapped.
         overrides: `KEY=VALUE` changes of the recipe.
-        trust_remote_code: run modelling code that comes with the model.
+        trust_remote_code: allow modelling code that comes with the model, now and later (`remote_code`).
 
     Raises:
         UsageError, SourceError: there is no such model.
         UnsupportedModelError: transformers cannot build the type at all.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    return inspect_config(_config(str(model), trust_remote_code), resolved, trust_remote_code=trust_remote_code)
+    return inspect_config(_config(str(model), trust_remote_code), resolved)
 
 
 def _config(model: str, trust_remote_code: bool) -> Any:
     path = Path(model).expanduser()
     if (path / "config.json").is_file():
         return read_config(path, trust_remote_code=trust_remote_code)
-    source = sources.resolve(model)
-    if source.kind == "hub" and sources.hub_reachable():
-        from transformers import AutoConfig
-
-        try:
-            return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code)
-        except OSError:  # gated, private, not there: `materialize` says which
-            pass
-    return read_config(sources.materialize(source).path, trust_remote_code=trust_remote_code)
+    teacher = sources.describe(sources.resolve(model), code=trust_remote_code)
+    return read_config(teacher.path, trust_remote_code=trust_remote_code)
 
 
-def inspect_config(config: Any, recipe: Recipe, *, trust_remote_code: bool = False) -> Inspection:
+def inspect_config(config: Any, recipe: Recipe) -> Inspection:
     """`inspect_model` of a transformers config."""
     planned: SwapPlan | None = None
     refusal = None
@@ -131,7 +124,7 @@ def inspect_config(config: Any, recipe: Recipe, *, trust_remote_code: bool = Fal
     try:
         # sdpa leaves a softcap out, and some versions of transformers let it
         eager = planned is not None and any(site.softcap for site in (*planned.swap, *planned.keep))
-        graph, tracer, fallback = trace(*_on_meta(config, trust_remote_code, "eager" if eager else None))
+        graph, tracer, fallback = trace(*_on_meta(config, "eager" if eager else None))
         sites = attention_in(graph)
     except Exception as error:  # whatever the code of a family raises without weights
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -166,7 +159,7 @@ def _notes(sites: list[GraphSite], actions: tuple[str, ...], planned: SwapPlan |
     return tuple(notes)
 
 
-def _on_meta(config: Any, trust_remote_code: bool, attention: str | None) -> tuple[nn.Module, dict[str, Any]]:
+def _on_meta(config: Any, attention: str | None) -> tuple[nn.Module, dict[str, Any]]:
     """A model without weights, and the inputs of its forward pass."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.models.auto.modeling_auto import (
@@ -180,9 +173,9 @@ def _on_meta(config: Any, trust_remote_code: bool, attention: str | None) -> tup
     kind = AutoModel
     if getattr(config, "is_encoder_decoder", False) and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         kind, inputs = AutoModelForSeq2SeqLM, {**inputs, "decoder_input_ids": ids}
-    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None):
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = AutoModelForCausalLM
     with torch.device("meta"):
         more = {"attn_implementation": attention} if attention else {}
-        model = kind.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code, **more)
+        model = kind.from_config(config, dtype=torch.bfloat16, **more)
     return model.eval(), inputs

@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from .attention import swaps
 from .errors import CheckpointError
 from .modeling import swap_classes
+from .remote_code import use_own_code
 
 
 def load(
@@ -30,6 +31,7 @@ def load(
 
     Raises:
         CheckpointError: no swapattn checkpoint, or a tensor is missing, unexpected or of another shape.
+        UnsupportedModelError: its base type comes with code that nobody allowed to run.
     """
     path = Path(path)
     try:
@@ -38,6 +40,7 @@ def load(
         raise CheckpointError(f"{path}: no readable config.json ({error.__class__.__name__})") from error
     if block is None:
         raise CheckpointError(f"{path} is not a swapattn checkpoint: convert it first with `swapattn convert {path}`")
+    use_own_code(path)
     _, model_class = swap_classes(block["base_model_type"])
     model = from_folder(model_class, path, dtype)
     model = model.to(device) if device is not None else model
@@ -61,6 +64,7 @@ def load_teacher(
     path = Path(getattr(checkpoint, "teacher_path", checkpoint))
     if not (path / "config.json").is_file():
         raise CheckpointError(f"no teacher at {path}: it was moved or never there; convert the model again")
+    use_own_code(path)
     model = from_folder(AutoModelForCausalLM, path, dtype)
     model = model.to(device) if device is not None else model
     has_tokenizer = (path / "tokenizer_config.json").is_file()

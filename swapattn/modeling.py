@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .adapters import adapt_, adaptable
 from .attention import BASES, KERNEL_FOLDER, PADDING_ONLY, PREFIX, LightningSwap, find_cache, register, swaps
@@ -54,10 +57,10 @@ With swapattn installed its classes (and kernels) are used; otherwise the copies
 """
 
 try:
-    from swapattn.modeling import swap_classes
+    from swapattn.modeling import register_base, swap_classes
 except ImportError:
-    from .modeling import swap_classes
-
+    from .modeling import register_base, swap_classes
+{code}
 {config}, {model} = swap_classes("{base}")
 '''
 
@@ -183,6 +186,26 @@ def swap_classes(base_model_type: str) -> tuple[type, type]:
     return config, model
 
 
+def register_base(model_type: str, model_class: Any) -> None:
+    """Make a model type that comes with code of its own known to the Auto classes, unless it is."""
+    if model_type not in CONFIG_MAPPING:
+        AutoConfig.register(model_type, model_class.config_class)
+        AutoModelForCausalLM.register(model_class.config_class, model_class)
+
+
+def own_class(base_model_type: str) -> Any | None:
+    """The causal-LM class of a type whose code is not part of transformers; None for any other."""
+    config = CONFIG_MAPPING[base_model_type]
+    own = config.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
+    return MODEL_FOR_CAUSAL_LM_MAPPING[config] if own else None
+
+
+def code_reference(base_model_type: str) -> str | None:
+    """The same as "file.Class", by which a checkpoint names the code of its base."""
+    kind = own_class(base_model_type)
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" if kind is not None else None
+
+
 def class_names(base_model_type: str) -> tuple[str, str]:
     """Names of the config and the model class for a base model type."""
     stem = "SwapAttn" + CONFIG_MAPPING[base_model_type].__name__.removesuffix("Config")
@@ -190,12 +213,27 @@ def class_names(base_model_type: str) -> tuple[str, str]:
 
 
 def write_runtime(folder: Path, base_model_type: str) -> dict[str, str]:
-    """Copy the files that plain transformers needs into a checkpoint; returns the `auto_map` for its config."""
-    for origin, names in ((Path(__file__).parent, RUNTIME), (KERNEL_FOLDER, KERNEL_RUNTIME)):
-        for name in names:
-            if not (folder / name).exists() or not (folder / name).samefile(origin / name):
-                shutil.copyfile(origin / name, folder / name)
+    """Copy the files that plain transformers needs into a checkpoint; returns the `auto_map` for its config.
+
+    Raises:
+        CheckpointError: a file of the base type's own code has the name of one of ours.
+    """
+    files = [Path(__file__).parent / name for name in RUNTIME] + [KERNEL_FOLDER / name for name in KERNEL_RUNTIME]
+    code, own = "", own_class(base_model_type)
+    if own is not None:
+        file = str(sys.modules[own.__module__].__file__)
+        theirs = sorted({Path(file), *map(Path, get_relative_import_files(file))})
+        twice = {path.name for path in theirs} & {f"{ENTRY}.py", *(path.name for path in files)}
+        if twice:
+            raise CheckpointError(
+                f"the code of model type {base_model_type!r} has a file {min(twice)}, as has swapattn's own"
+            )
+        files += theirs
+        code = f'from .{Path(file).stem} import {own.__name__}\n\nregister_base("{base_model_type}", {own.__name__})\n'
+    for path in files:
+        if not (folder / path.name).exists() or not (folder / path.name).samefile(path):
+            shutil.copyfile(path, folder / path.name)
     config, model = class_names(base_model_type)
-    text = _ENTRY_TEXT.format(config=config, model=model, base=base_model_type)
+    text = _ENTRY_TEXT.format(config=config, model=model, base=base_model_type, code=code)
     (folder / f"{ENTRY}.py").write_text(text, encoding="utf-8")
     return {"AutoConfig": f"{ENTRY}.{config}", "AutoModelForCausalLM": f"{ENTRY}.{model}"}

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import surgery
 from .attention import LightningSwap
@@ -28,6 +27,7 @@ from .errors import CheckpointError, SourceError, UnsupportedModelError
 from .integrity import check_shards
 from .model_card import CARD, model_card
 from .modeling import MODEL_TYPE_PREFIX, write_runtime
+from .remote_code import use_own_code
 
 INDEX = "model.safetensors.index.json"
 NEW_SHARD = "swap.safetensors"
@@ -50,7 +50,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     Args:
         folder: with a config.json.
-        trust_remote_code: run code that comes with the model, where it has any.
+        trust_remote_code: allow the code that comes with the model, where it has any (`remote_code`).
 
     Raises:
         UnsupportedModelError: transformers does not know the model type, it is one of ours, or it comes with code
@@ -63,13 +63,9 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     model_type = str(data.get("model_type"))
     if model_type.startswith(MODEL_TYPE_PREFIX):
         raise UnsupportedModelError(f"{folder} is already converted (model type {model_type})")
-    if "AutoConfig" in data.get("auto_map", {}) and model_type not in CONFIG_MAPPING and not trust_remote_code:
-        raise UnsupportedModelError(
-            f"{folder}: model type {model_type!r} comes with code of its own, which convert does not take; "
-            "read it, and see its attention with `swapattn inspect --trust-remote-code`"
-        )
+    use_own_code(folder, trust=trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(f"{folder}: transformers does not know the model type {model_type!r}") from error
 

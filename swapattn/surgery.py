@@ -25,7 +25,7 @@ from .cache import adopt
 from .decay import decay_slopes
 from .errors import RecipeError, UnsupportedModelError
 from .inputs import NoRotary, drop_rotary, layer_inputs
-from .modeling import SCHEMA_VERSION, attach
+from .modeling import SCHEMA_VERSION, attach, code_reference
 from .recipe import ConvertSpec, KeepSpec
 from .rotary_check import rotary_dims
 
@@ -77,6 +77,7 @@ class SwapPlan:
         return {
             "version": SCHEMA_VERSION,
             "base_model_type": self.base_model_type,
+            "code": code_reference(self.base_model_type),
             "spec": self.spec.model_dump(mode="json"),
             "layers": {site.path: site.shape() for site in self.swap},
             "nope": self.nope(),

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from . import sources
 from .compilation import align_function
 from .environment import default_device, hardware, say, versions
-from .errors import RecipeError, UsageError
+from .errors import RecipeError
 from .objectives import distill_loss, mixture_of, stage_flops
 from .peak import forward_flops, share_of_peak, step_flops
 from .recipe import AlignStage, DistillStage, Recipe, TrainStage
+from .shards import read_config
 from .surgery import apply_, plan
 from .training import LossFunction, run_stage
 
@@ -111,7 +112,7 @@ def measure(
 
     Raises:
         RecipeError: the recipe has no such stage.
-        UsageError, SourceError: no such model.
+        UsageError, SourceError, UnsupportedModelError: no such model, or it is converted already.
     """
     device = device or default_device()
     config = _config(model)
@@ -135,10 +136,7 @@ def _config(model: str) -> Any:
     path = Path(model).expanduser()
     if not (path / "config.json").is_file():
         path = sources.materialize(sources.resolve(model)).path
-    config = AutoConfig.from_pretrained(path)
-    if hasattr(config, "swapattn"):
-        raise UsageError(f"{model} is converted already: name its teacher, which the recipe's convert section changes")
-    return config
+    return read_config(path)
 
 
 def _stage(recipe: Recipe, kind: str, length: int) -> TrainStage:

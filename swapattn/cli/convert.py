@@ -16,6 +16,7 @@ from .common import command, dry_run_option, emit, output_options, recipe_option
 @click.option("--calibrate", is_flag=True, help="Also run the closed-form calibrate stage (runs the teacher).")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the checkpoint, with a model card.")
 @click.option("--allow-pickle", is_flag=True, help="Read a folder that has pickled weights only.")
+@click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the model.")
 @dry_run_option
 def convert_command(
     model: str,
@@ -26,6 +27,7 @@ def convert_command(
     calibrate: bool,
     push_to_hub: str | None,
     allow_pickle: bool,
+    trust_remote_code: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -51,5 +53,6 @@ def convert_command(
         dry_run=dry_run,
         push_to_hub=push_to_hub,
         allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
     )
     emit(as_json, result.to_dict(), result.to_table())
