@@ -1,13 +1,15 @@
 """Whether a model folder is whole, without reading its weights: every damaged file named, in one line.
 
 What the format of safetensors says about itself is checked (header, sizes, offsets); a flipped bit of a weight is
-found by comparing with the teacher (`verify`).
+found by comparing with the teacher, and one of the teacher by the sha256 that the hub's cache names its files by; both
+in `verify`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 from .errors import CheckpointError
 from .modeling import write_runtime
+from .wheels import sha256_of
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _BYTES |= {"U64": 8, "U32": 4, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "F8_E8M0": 1}
@@ -73,6 +76,16 @@ def _damage(path: Path, tensors: Iterable[str]) -> str | None:
         return f"is damaged: {size - 8 - length - end} bytes more than its header says"
     missing = sorted(set(tensors) - set(header))
     return f"lacks {len(missing)} tensors of the index, first {missing[0]}" if missing else None
+
+
+def altered_files(folder: Path) -> list[str]:
+    """Weight files whose content is not what they are named by, a clause each; the hub's cache names by sha256."""
+    problems = []
+    for path in sorted(folder.glob("*.safetensors")):
+        name = path.resolve().name
+        if re.fullmatch("[0-9a-f]{64}", name) and sha256_of(path) != name:
+            problems.append(f"{path.name} of the teacher is altered: its sha256 is not that of the hub's file")
+    return problems
 
 
 def _span(name: str, entry: Any) -> tuple[int, int]:

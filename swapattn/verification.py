@@ -24,7 +24,7 @@ from .call import AttentionCall
 from .checkpoint import Checkpoint, find
 from .environment import say
 from .errors import SwapattnError
-from .integrity import damaged_shards, foreign_code, pickled_files
+from .integrity import altered_files, damaged_shards, foreign_code, pickled_files
 from .loading import load
 from .modeling import swap_classes
 from .remote_code import use_own_code
@@ -162,7 +162,10 @@ class _Verifier:
             weight_map = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         except (OSError, ValueError, KeyError) as error:
             raise _Failed(f"{INDEX} cannot be read ({type(error).__name__})") from error
-        if problems := damaged_shards(self.folder, weight_map):
+        problems = damaged_shards(self.folder, weight_map)
+        if not problems and self.checkpoint.teacher_path.is_dir():
+            problems = altered_files(self.checkpoint.teacher_path)
+        if problems:
             raise _Failed("; ".join(problems))
         if pickled := pickled_files(self.folder):
             raise _Failed(f"{pickled[0]} is pickled; a checkpoint holds safetensors only")
@@ -209,14 +212,17 @@ class _Verifier:
         pairs: dict[tuple[str, str], list[str]] = {}
         for name in theirs.keys() - trained:
             pairs.setdefault((theirs[name], ours[name]), []).append(name)
-        different: list[str] = []
+        different: dict[str, list[str]] = {}
         for (their_file, our_file), names in sorted(pairs.items()):
             if (teacher / their_file).samefile(self.folder / our_file):
                 continue  # one file under two names
             with safe_open(teacher / their_file, "pt") as a, safe_open(self.folder / our_file, "pt") as b:
-                different += [name for name in names if not _same_bits(a.get_tensor(name), b.get_tensor(name))]
+                found = [name for name in sorted(names) if not _same_bits(a.get_tensor(name), b.get_tensor(name))]
+            if found:
+                different.setdefault(our_file, []).extend(found)
         if different:
-            raise _Failed(f"{len(different)} differ from the teacher's and are not listed as trained: {min(different)}")
+            files = "; ".join(f"{file}: {len(names)}, first {names[0]}" for file, names in sorted(different.items()))
+            raise _Failed(f"tensors differ from the teacher's and are not listed as trained: {files}")
         same = len(theirs.keys() - trained)
         return f"{same} of {len(theirs)} tensors bit-equal to the teacher's, {len(theirs) - same} listed as trained"
 

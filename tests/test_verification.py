@@ -18,6 +18,7 @@ from swapattn.conversion import convert
 from swapattn.recipe import ConvertSpec
 from swapattn.surgery import apply_, plan
 from swapattn.verification import verify
+from swapattn.wheels import sha256_of
 
 SPEC = ["convert.local={window: 5, sinks: 2}"]
 ROWS = ["files", "loads", "weights", "linear in length", "decay", "cached = uncached", "padded = alone", "GQA mapping"]
@@ -94,6 +95,27 @@ def test_one_flipped_bit_of_a_weight_is_found(checkpoint, bit):
     data[-1000] ^= bit
     path.write_bytes(data)
     assert failed(checkpoint) == ["weights"]
+    row = next(row for row in verify(checkpoint, reload=False).rows if row.name == "weights")
+    assert "teacher.safetensors: 1, first " in row.detail
+
+
+def test_a_flipped_bit_of_a_linked_file_is_found_by_its_name_in_the_hubs_cache(tiny_teacher, tmp_path):
+    """The checkpoint and the teacher share the file, so that comparing them says nothing."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    shutil.copytree(tiny_teacher, snapshot)
+    blob = blobs / sha256_of(snapshot / "model.safetensors")
+    (snapshot / "model.safetensors").rename(blob)
+    (snapshot / "model.safetensors").symlink_to(blob)
+    convert(snapshot, tmp_path / "c", recipe="smoke", overrides=SPEC)
+    assert failed(tmp_path / "c") == []
+    with blob.open("r+b") as file:
+        file.seek(-1000, 2)
+        byte = file.read(1)[0]
+        file.seek(-1000, 2)
+        file.write(bytes([byte ^ 1]))
+    assert failed(tmp_path / "c") == ["files"]
+    assert "model.safetensors of the teacher is altered" in verify(tmp_path / "c", reload=False).to_table()
 
 
 def test_a_trained_tensor_may_differ_only_if_it_is_listed(checkpoint):
