@@ -11,6 +11,7 @@ it (see `AttentionCall`).
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,6 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention import compute
-
-ADAPTED = ("bloom", "falcon", "gpt_neo", "gptj", "mpt")  # model types
 
 
 class _Adapted(nn.Module):
@@ -78,7 +77,7 @@ class _Whole(_Adapted):
         self,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         mask: Any,
-        cache: Cache | None,
+        given: dict[str, Any],
         options: dict[str, Any],
         output: nn.Module,
         teacher: Callable[[Any], Any],
@@ -86,6 +85,7 @@ class _Whole(_Adapted):
         """The output projection's result, or (of a layer that is observed) whatever the stock forward returns."""
         q, k, v = qkv
         if not self.observed():
+            cache = next((x for x in given.values() if isinstance(x, Cache)), None)  # its name changes
             if cache is not None:
                 cache.update(k, v, self.layer_idx)
             return output(self.attend(q, k, v, mask, options).flatten(2))
@@ -121,7 +121,7 @@ class _Falcon(_Whole):
             full = _full_mask(attention_mask, q)
             return super(_Falcon, self).forward(hidden_states, alibi=alibi, attention_mask=full, **kwargs)
 
-        result = self.run((q, k, v), mask, kwargs.get("layer_past"), options, self.dense, teacher)
+        result = self.run((q, k, v), mask, kwargs, options, self.dense, teacher)
         return result if isinstance(result, tuple) else (result, None)
 
 
@@ -135,7 +135,7 @@ class _Bloom(_Whole):
         def teacher(mask: Any) -> Any:
             return super(_Bloom, self).forward(hidden_states, residual, alibi, _full_mask(mask, q), **kwargs)
 
-        result = self.run((q, k, v), attention_mask, kwargs.get("layer_past"), options, self.dense, teacher)
+        result = self.run((q, k, v), attention_mask, kwargs, options, self.dense, teacher)
         if isinstance(result, tuple):
             return result
         return _function(self, "dropout_add")(result, residual, self.hidden_dropout, self.training), None
@@ -159,37 +159,51 @@ class _Mpt(_Whole):
             full = _full_mask(mask, q).bool() if full is None else full
             return super(_Mpt, self).forward(hidden_states, position_bias, attention_mask=full, **kwargs)
 
-        result = self.run((q, k, v), mask, kwargs.get("past_key_values"), options, self.out_proj, teacher)
+        result = self.run((q, k, v), mask, kwargs, options, self.out_proj, teacher)
         return result if isinstance(result, tuple) else (result, None)
 
 
-_CLASSES: dict[str, type[_Adapted]] = {
-    "BloomAttention": _Bloom,
-    "FalconAttention": _Falcon,
-    "GPTJAttention": _GPTJ,
-    "GPTNeoSelfAttention": _GPTNeo,
-    "MptAttention": _Mpt,
+# Model type -> its attention class, as long as transformers computes it out of reach of the interface.
+_STOCK: dict[str, tuple[str, type[_Adapted]]] = {
+    "bloom": ("BloomAttention", _Bloom),
+    "falcon": ("FalconAttention", _Falcon),
+    "gpt_neo": ("GPTNeoSelfAttention", _GPTNeo),
+    "gptj": ("GPTJAttention", _GPTJ),  # on the interface from transformers 5.24 on
+    "mpt": ("MptAttention", _Mpt),
 }
+
+
+def needs_adapter(model_type: str) -> bool:
+    """Whether only an adapter can swap a type's attention in this transformers."""
+    if model_type not in _STOCK:
+        return False
+    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    return _adapter(getattr(module, _STOCK[model_type][0])) is not None
+
+
+def _adapter(kind: type) -> type[_Adapted] | None:
+    """What swaps a stock attention class; None if the interface does, or nothing."""
+    file = kind.__module__
+    if not file.startswith("transformers.models.") or hasattr(sys.modules[file], "ALL_ATTENTION_FUNCTIONS"):
+        return None
+    return dict(_STOCK.values()).get(kind.__name__)
 
 
 def adaptable(model: nn.Module) -> list[nn.Module]:
     """The attention modules, stock or adapted already, that only an adapter can swap."""
-    return [m for m in model.modules() if isinstance(m, _Adapted) or _own_class(type(m)) in _CLASSES]
-
-
-def _own_class(kind: type) -> str:
-    return kind.__name__ if kind.__module__.startswith("transformers.models.") else ""
+    return [m for m in model.modules() if isinstance(m, _Adapted) or _adapter(type(m)) is not None]
 
 
 @functools.cache
 def _adapted(stock: Any) -> type:
-    adapter = _CLASSES[_own_class(stock)]
+    adapter = _adapter(stock)
+    assert adapter is not None
     return type("Adapted" + stock.__name__, (adapter, stock), {"stock": stock, "__module__": stock.__module__})
 
 
 def adapt_(module: nn.Module) -> None:
     """Give an adaptable module the class that computes its `swap`; leave any other as it is."""
-    if _own_class(type(module)) in _CLASSES:
+    if _adapter(type(module)) is not None:
         stock: Any = type(module)
         module.__class__ = _adapted(stock)
         if not hasattr(module, "layer_idx"):

@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .rollback import Rollback
+
+# What models call their cache, as an argument and in their outputs: renamed in transformers 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignore[misc]

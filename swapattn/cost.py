@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .cache import CACHE
 from .environment import hardware
 from .errors import UsageError
 from .positions import aligned
@@ -128,7 +129,7 @@ def _prefill(model: Any, tokens: Tensor) -> Any:
     """The cache after tokens `[1, T]`, read 2,048 at a time."""
     cache = None
     for piece in torch.split(tokens, _CHUNK, dim=1):
-        cache = model(input_ids=piece, past_key_values=cache, use_cache=True).past_key_values
+        cache = model(input_ids=piece, use_cache=True, **{CACHE: cache})[CACHE]
     return cache
 
 
@@ -136,7 +137,7 @@ def _decode(model: Any, cache: Any, tokens: Tensor) -> list[float]:
     """Seconds of each step of a greedy decoding that is fed tokens `[1, T]`; the choice of the next one is in it."""
     times = [_now(tokens.device)]
     for token in torch.split(tokens, 1, dim=1):
-        model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1)
+        model(input_ids=token, use_cache=True, **{CACHE: cache}).logits[:, -1].argmax(-1)
         times.append(_now(tokens.device))
     return [after - before for before, after in pairwise(times)]
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache import CACHE
 from .cost import state_bytes
 from .environment import default_device
 from .errors import UsageError
@@ -203,7 +204,7 @@ def _run(model: Any, tokenizer: Any, inputs: Any, settings: dict[str, Any], cloc
                 stopping_criteria=StoppingCriteriaList([lambda ids, scores, **_: _all(ids, stop.is_set())]),
                 return_dict_in_generate=True,
             )
-            clock.cache = output.past_key_values
+            clock.cache = output[CACHE]
         except BaseException as error:
             errors.append(error)
             pieces.end()  # else the reader waits forever

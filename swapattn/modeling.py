@@ -24,7 +24,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .adapters import adapt_, adaptable
 from .attention import BASES, KERNEL_FOLDER, PADDING_ONLY, PREFIX, LightningSwap, find_cache, register, swaps
-from .cache import LightningCacheLayer, adopt
+from .cache import CACHE, LightningCacheLayer, adopt
 from .errors import CheckpointError
 from .inputs import NoRotary, drop_rotary, rotation_of
 
@@ -140,7 +140,7 @@ class SwapMixin:
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
         """Put the recurrent layers in before `generate` asks the cache anything."""
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is not None:
             assert isinstance(self, nn.Module)
             for swap in swaps(self).values():
@@ -154,7 +154,7 @@ class SwapMixin:
         try:
             return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
         finally:
-            for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
+            for layer in getattr(kwargs.get(CACHE), "layers", ()):
                 if isinstance(layer, LightningCacheLayer):
                     layer.record_past = False
                     layer.rollback.forget()

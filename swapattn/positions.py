@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .cache import CACHE
 from .data import heldout_windows
 from .errors import SourceError, UsageError
 
@@ -165,8 +166,8 @@ def logits_in_pieces(model: Any, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
     whole = ids.shape[1] <= size
     cache = None
     for start in range(0, ids.shape[1], size):
-        out = model(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=not whole)
-        cache = None if whole else out.past_key_values
+        out = model(input_ids=ids[:, start : start + size], use_cache=not whole, **{CACHE: cache})
+        cache = None if whole else out[CACHE]
         yield start, out.logits
 
 

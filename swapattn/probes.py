@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .cache import CACHE
 from .data import heldout_windows
 from .errors import UsageError
 from .positions import (
@@ -299,8 +300,8 @@ def _continuations(model: Any, tokenizer: Any, new_tokens: int) -> list[list[int
     forbidden = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     cache, found = None, []
     for _ in range(max(1, min(new_tokens, positions_of(model) - _PROMPT_TOKENS))):
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache, logits = out.past_key_values, out.logits[:, -1].float()
+        out = model(input_ids=ids, use_cache=True, **{CACHE: cache})
+        cache, logits = out[CACHE], out.logits[:, -1].float()
         logits[:, list(forbidden)] = -math.inf
         ids = logits.argmax(-1, keepdim=True)
         found.append(ids)

@@ -18,10 +18,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .adapters import ADAPTED, adapt_, adaptable, release_
+from .adapters import adapt_, adaptable, needs_adapter, release_
 from .attention import PADDING_ONLY, find_cache, swaps
 from .audit import quadratic_sites, run_without_values
-from .cache import adopt
+from .cache import CACHE, adopt
 from .decay import decay_slopes
 from .errors import RecipeError, UnsupportedModelError
 from .inputs import NoRotary, drop_rotary, layer_inputs
@@ -162,7 +162,7 @@ def attention_sites(config: Any) -> list[AttentionSite]:
     config = type(config).from_dict(config.to_dict())
     try:
         with torch.device("meta"):  # in bf16, the only dtype that fused experts multiply in there
-            implementation = "eager" if kind in ADAPTED else PROBE
+            implementation = "eager" if needs_adapter(kind) else PROBE
             model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.bfloat16)
         for module in adaptable(model):
             adapt_(module)
@@ -204,7 +204,7 @@ def _check_cache(kind: str, model: nn.Module, layers: dict[nn.Module, int]) -> N
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in layers]
     try:
         first = run_without_values(model, input_ids=torch.zeros(1, 5, dtype=torch.long, device="meta"), use_cache=True)
-        name = next((name for name in ("past_key_values", "cache_params") if first.get(name) is not None), None)
+        name = next((name for name in (CACHE, "cache_params") if first.get(name) is not None), None)
         if name is None:
             raise _refusal(kind, "returns no cache that a swapped layer could keep its state in")
         step = torch.zeros(1, 1, dtype=torch.long, device="meta")
@@ -279,7 +279,7 @@ def _with_rotary(
     """The swapped sites with what is needed to drop the rotary embedding, where the recipe says so."""
     undone = [site.path for site in swapped] if spec.rope.linear == "drop" else []
     silenced = [site.path for site in keep] if spec.rope.kept == "drop" else []
-    if (undone or silenced) and config.model_type in ADAPTED:
+    if (undone or silenced) and needs_adapter(config.model_type):
         raise UnsupportedModelError(f"model type {config.model_type!r}: convert.rope cannot drop its rotary embedding")
     dims = rotary_dims(config, undone, silenced) if undone or silenced else {}
     return tuple(replace(site, rotary=dims.get(site.path, 0)) for site in swapped)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from . import sources
 from .attention import LightningSwap, swaps
 from .audit import beyond_linear
+from .cache import CACHE
 from .call import AttentionCall
 from .checkpoint import Checkpoint, find
 from .environment import say
@@ -304,8 +305,8 @@ class _Verifier:
         pieces = [ids[:, :first], ids[:, first : first + 12], *torch.split(ids[:, first + 12 :], 1, dim=1)]
         cache, logits = None, []
         for piece in pieces:
-            output = self.model(input_ids=piece, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = self.model(input_ids=piece, use_cache=True, **{CACHE: cache})
+            cache = output[CACHE]
             logits.append(output.logits)
         return self._compare(torch.cat(logits, 1), expected, dtype) + "; prefill, a chunk, 8 steps"
 

@@ -161,13 +161,11 @@ def refusals(tmp_path, tiny_teacher):
     yield empty, SwapattnError, "config.json"
     for name, config in {
         "mamba": MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2),
-        "codegen": AutoConfig.for_model(
-            "codegen", vocab_size=64, n_embd=64, n_head=4, n_layer=2, rotary_dim=8, n_positions=64
-        ),
+        "xglm": AutoConfig.for_model("xglm", vocab_size=64, d_model=32, num_layers=2, attention_heads=4, ffn_dim=64),
     }.items():
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
     yield tmp_path / "mamba", UnsupportedModelError, "no softmax attention"
-    yield tmp_path / "codegen", UnsupportedModelError, "outside transformers' AttentionInterface"
+    yield tmp_path / "xglm", UnsupportedModelError, "outside transformers' AttentionInterface"
     for name, data in {"t5": {"model_type": "t5"}, "new": {"model_type": "brand_new"}}.items():
         shutil.copytree(tiny_teacher, tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps(data))

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from every_type import cache_error, ids_of, padding_error, swapped, tiny_model
 
 from swapattn import families
 from swapattn.attention import only_branch, swaps
 from swapattn.errors import UnsupportedModelError
-from swapattn.recipe import ConvertSpec
-from swapattn.surgery import apply_, attention_sites, plan
+from swapattn.surgery import attention_sites
 
-LENGTH = 21
 # Decoder families that people convert; the rest of the types are under `slow`.
 COMMON = [
     *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
@@ -26,70 +22,6 @@ COMMON = [
 ]
 
 
-def tiny_model(kind, **overrides):
-    """A random model of a type in fp64, its weights large enough that attention is not uniform."""
-    config = families.tiny_config(kind, **overrides)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.data.normal_(0, 0.15)
-    return model.double()
-
-
-def swapped(kind, keep=(), window=5, **overrides):
-    model = tiny_model(kind, **overrides)
-    spec = ConvertSpec.model_validate({"local": {"window": window, "sinks": 2, "share": 0.4}, "keep_softmax": keep})
-    apply_(model, plan(families.tiny_config(kind, **overrides), spec))  # composite types give the model another
-    return model.double()
-
-
-def ids_of(rows=2, length=LENGTH):
-    return torch.randint(2, 300, (rows, length), generator=torch.Generator().manual_seed(3))
-
-
-def positions(model, ids, start=0):
-    """Explicit positions where the model takes them, so that a cache's length is never guessed."""
-    known = "position_ids" in inspect.signature(model.forward).parameters
-    return {"position_ids": torch.arange(start, start + ids.shape[1])[None].expand(ids.shape[0], -1)} if known else {}
-
-
-@torch.no_grad()
-def cache_error(model):
-    """Largest difference of prefill + chunk + single steps from the full forward, in units of the largest logit."""
-    ids = ids_of()
-    full = model(input_ids=ids, use_cache=False).logits
-    past, start, found = {}, 0, []
-    for piece in (9, 6, 1, 1, 1, 3):
-        output = model(input_ids=ids[:, start : start + piece], use_cache=True, **past)
-        past = {name: output[name] for name in ("past_key_values", "cache_params") if output.get(name) is not None}
-        found.append(output.logits)
-        start += piece
-    assert start == LENGTH
-    assert float(full.std()) > 1e-4, "the logits do not vary: the test says nothing"
-    return float((torch.cat(found, 1) - full).abs().max() / full.abs().max())
-
-
-@torch.no_grad()
-def padding_error(model):
-    """Largest difference of a left-padded row from the same tokens alone, in units of the largest logit."""
-    ids = ids_of()
-    mask = torch.ones_like(ids)
-    mask[0, :8] = 0
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    more = {"position_ids": places} if positions(model, ids) else {}
-    both = model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits
-    alone = model(input_ids=ids[:1, 8:], use_cache=False).logits
-    assert torch.allclose(both[1:], model(input_ids=ids[1:], use_cache=False).logits, rtol=0, atol=1e-6)
-    return float((both[0, 8:] - alone[0]).abs().max() / alone.abs().max())
-
-
-def own_cache_error(kind):
-    """What the stock model itself makes of pieces: layers that are not swapped have recurrences of their own."""
-    return cache_error(tiny_model(kind))
-
-
 @pytest.mark.parametrize("kind", COMMON)
 def test_prefill_chunk_and_single_steps_equal_the_full_forward(kind):
     model = swapped(kind)
@@ -97,7 +29,7 @@ def test_prefill_chunk_and_single_steps_equal_the_full_forward(kind):
     error = cache_error(model)
     if error > 1e-6:  # a delta rule that computes in fp32, say
         assert error < 3e-5
-        assert error < 10 * own_cache_error(kind)
+        assert error < 10 * cache_error(tiny_model(kind))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gemma2", "mixtral", "deepseek_v3", "gpt_oss", "phi"])
@@ -216,7 +148,7 @@ def test_every_supported_type_computes_one_result_however_the_tokens_arrive():
     wrong = {}
     for kind in supported:
         error = cache_error(swapped(kind))
-        if error > 1e-6 and error > 10 * own_cache_error(kind):
+        if error > 1e-6 and error > 10 * cache_error(tiny_model(kind)):
             wrong[kind] = error
     assert not wrong
     assert len(supported) >= 134

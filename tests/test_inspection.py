@@ -34,7 +34,6 @@ OTHERS = {
     | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
     "bloom": GPT,
     "gptj": GPT,
-    "codegen": GPT,
     "falcon": {},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
     "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64},
@@ -77,7 +76,7 @@ def test_the_graph_agrees_for_sinks_experts_and_latent_attention(kind):
     assert_agrees(config_of(kind))
 
 
-REFUSED = ("codegen", "xglm", "llama4_text")
+REFUSED = ("xglm", "llama4_text")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,6 @@ REFUSED = ("codegen", "xglm", "llama4_text")
     [
         ("bloom", "transformer.h.1.self_attention", "causal", True, 4),
         ("gptj", "transformer.h.1.attn", "causal", False, 4),
-        ("codegen", "transformer.h.1.attn", "causal", False, 4),
         ("falcon", "transformer.h.1.self_attention", "causal", False, 1),
         ("mpt", "transformer.blocks.1.attn", "causal", True, 4),
         ("xglm", "model.layers.1.self_attn", "causal", False, 4),

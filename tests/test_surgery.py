@@ -118,7 +118,7 @@ def test_mamba_has_no_softmax_attention():
     assert "no softmax attention" in refused(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))
 
 
-@pytest.mark.parametrize("kind", ["codegen", "gpt_neox_japanese", "xglm"])
+@pytest.mark.parametrize("kind", ["gpt_neox_japanese", "xglm"])
 def test_attention_outside_the_interface_is_refused(kind):
     sizes = {"vocab_size": 64, "n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8}
     sizes |= {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
