@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from swapattn import families
+from swapattn.cache import CACHE
 from swapattn.recipe import ConvertSpec
 from swapattn.surgery import apply_, plan
 
@@ -62,7 +63,8 @@ def cache_error(model):
     past, start, found = {}, 0, []
     for piece in (9, 6, 1, 1, 1, 3):
         output = model(input_ids=ids[:, start : start + piece], use_cache=True, **past)
-        past = {name: output[name] for name in ("past_key_values", "cache_params") if output.get(name) is not None}
+        name = next(name for name in (CACHE, "cache_params") if output.get(name) is not None)
+        past = {name: output[name]}
         found.append(output.logits)
         start += piece
     if not float(full.std()) > 1e-4:

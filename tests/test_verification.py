@@ -166,7 +166,7 @@ def test_a_cache_that_forgets_is_found(checkpoint, monkeypatch):
 
 
 def test_padding_that_counts_is_found(checkpoint, monkeypatch):
-    monkeypatch.setattr("swapattn.attention.read_mask", lambda *_, **__: (None, None))
+    monkeypatch.setattr("swapattn.call.read_mask", lambda *_, **__: (None, None))
     assert failed(checkpoint) == ["padded = alone"]
 
 
