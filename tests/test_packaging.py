@@ -46,7 +46,7 @@ LAYERS = (
     | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"}
     | {"streaming", "footprint", "model_card", "publishing"},
     {"recipe", "decay", "feature_map", "norms", "gates", "inputs", "errors", "wheels", "environment"}
-    | {"rollback", "masks"},
+    | {"rollback", "masks", "section", "text"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 OWNERS_OF_KERNELS = {"attention", "kernel_bench", "kernel_lab"}
