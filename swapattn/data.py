@@ -109,7 +109,7 @@ class PackedTokens(IterableDataset[dict[str, Tensor]]):
         """The tokens of each window, and where documents start in it."""
         pending: list[int] = []
         starts: deque[int] = deque()
-        for tokens in self._mixed():
+        for tokens in self.token_lists():
             starts.append(len(pending))
             pending += tokens
             end = len(pending) - len(pending) % self.length
@@ -121,8 +121,8 @@ class PackedTokens(IterableDataset[dict[str, Tensor]]):
             del pending[:end]
             starts = deque(start - end for start in starts)
 
-    def _mixed(self) -> Iterator[list[int]]:
-        """Token ids of document after document, from all sources by their shares."""
+    def token_lists(self) -> Iterator[list[int]]:
+        """Token ids of document after document without end, from all sources by their shares."""
         sources = [(self._documents(spec), share) for spec, share in self.text.parts]
         given = [0] * len(sources)
         while True:
