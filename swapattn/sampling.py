@@ -1,6 +1,6 @@
 """`sample`: text that the teacher writes itself, to distill on where there is no corpus or none may be used.
 
-The text is drawn from the teacher's own distribution, as in LLM-QAT (arXiv 2305.17888, section 2.1), row by row of a
+A model's own text serves its distillation where there is no corpus (LLM-QAT, arXiv 2305.17888). It is drawn in rows of a
 fixed number of tokens: a row goes on behind an end-of-text token, so that a batch keeps its shape and nothing is
 thrown away. An interrupted run goes on behind its last whole batch, and ends in the same file.
 """
