@@ -1,7 +1,7 @@
 """`sample`: text that the teacher writes itself, to distill on where there is no corpus or none may be used.
 
-A model's own text serves its distillation where there is no corpus (LLM-QAT, arXiv 2305.17888). It is drawn in rows of a
-fixed number of tokens: a row goes on behind an end-of-text token, so that a batch keeps its shape and nothing is
+A model's own text serves its distillation where there is no corpus (LLM-QAT, arXiv 2305.17888). It is drawn in rows
+of a fixed number of tokens: a row goes on behind an end-of-text token, so that a batch keeps its shape and nothing is
 thrown away. An interrupted run goes on behind its last whole batch, and ends in the same file.
 """
 
