@@ -137,8 +137,12 @@ def sample(
     text = TextSpec.model_validate(prompts) if isinstance(prompts, str) else prompts
     name, folder, note = _teacher(model, dry_run)
     target = Path(output) if output is not None else Path(f"{name}-samples.jsonl")
-    if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists: use --overwrite, or another file with -o")
+    if target.suffix != ".jsonl":
+        better = target.with_suffix(".jsonl").name
+        raise UsageError(f"{target}: JSON lines are read from .jsonl files, name it {better}")
+    for path in (target, target.with_suffix(".json")):
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path} exists: use --overwrite, or another file with -o")
     texts = -(-tokens // length)
     begun = start if text is None else f"{prompt_tokens} tokens of {text.describe()}"
     plan = SampleResult(

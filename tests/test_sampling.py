@@ -234,9 +234,15 @@ def test_the_command_prints_its_result_and_a_dry_run_writes_nothing(tiny_teacher
         ({"start": "middle"}, "no start 'middle', there are: bos, token, chat"),
         ({"length": 5000}, "made for 4096 tokens: lower --length"),
         ({"prompts": "nowhere.txt"}, "no file matches nowhere.txt"),
+        ({"output": "s.txt"}, "s.txt: JSON lines are read from .jsonl files, name it s.jsonl"),
+        ({"output": "notes.jsonl"}, "notes.json exists: use --overwrite"),
     ],
 )
-def test_requests_that_make_no_sense_are_refused_and_do_not_stand_in_the_way(tiny_teacher, whole, change, words):
+def test_requests_that_make_no_sense_are_refused_and_do_not_stand_in_the_way(
+    tiny_teacher, work, whole, change, words
+):
+    (work / "notes.json").write_text("somebody's own")
     with pytest.raises(UsageError, match=words):
-        sample(tiny_teacher, "s.jsonl", **{**SMALL, **change})
+        sample(tiny_teacher, **{"output": "s.jsonl", **SMALL, **change})
+    assert (work / "notes.json").read_text() == "somebody's own"
     assert sample(tiny_teacher, "s.jsonl", **SMALL).path.read_bytes() == whole
