@@ -238,9 +238,7 @@ def test_the_command_prints_its_result_and_a_dry_run_writes_nothing(tiny_teacher
         ({"output": "notes.jsonl"}, "notes.json exists: use --overwrite"),
     ],
 )
-def test_requests_that_make_no_sense_are_refused_and_do_not_stand_in_the_way(
-    tiny_teacher, work, whole, change, words
-):
+def test_requests_that_make_no_sense_are_refused_and_do_not_stand_in_the_way(tiny_teacher, work, whole, change, words):
     (work / "notes.json").write_text("somebody's own")
     with pytest.raises(UsageError, match=words):
         sample(tiny_teacher, **{"output": "s.jsonl", **SMALL, **change})
