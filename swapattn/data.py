@@ -12,23 +12,26 @@ import json
 import random
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib.resources import files
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .errors import SourceError, SwapattnError, UsageError
-from .recipe import TextSpec
 from .sources import hub_reachable
+from .text import Text, TextSpec
 
 SHUFFLE_BUFFER = 2000  # documents
 OPEN_FILES = 16
+SHORTEST = 64  # tokens between two boundaries of documents in a window
 _TOKENIZE_BATCH = 64  # documents a call: enough for the tokenizer's threads, few enough for a quick first window
 _EPOCH_STRIDE = 1_000_003  # keeps the epochs of neighbouring seeds apart
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -65,7 +68,13 @@ class PackedTokens(IterableDataset[dict[str, Tensor]]):
     """Endless windows of tokens: documents tokenised, each followed by the end-of-text token, and cut.
 
     Every element is `{"input_ids": LongTensor[length]}`, full and without padding; documents run on from one window
-    to the next. When the text ends it begins again in another order. The sequence depends only on the arguments.
+    to the next. The sequence depends only on the arguments. Of a mixture the next document always comes from the
+    source that is furthest behind its share of the tokens, so that the shares hold at any time to within a document;
+    a source that ends begins again, in another order.
+
+    With `document_mask` there are also `"position_ids": LongTensor[length]`, which begin again at 0 with each
+    document: its own context, also where a window cuts it in two. Two beginnings are at least `SHORTEST` tokens apart,
+    so that their number is bounded: what comes earlier, such as the document after a shorter one, runs on.
 
     DataLoader workers share the windows in turn. Processes of a distributed run all see the same sequence:
     accelerate, which the Trainer uses, splits an iterable dataset among them itself.
@@ -76,45 +85,95 @@ class PackedTokens(IterableDataset[dict[str, Tensor]]):
         length: tokens a window. Text files are cut into pieces of about twice that.
         seed: of the order of the documents.
         skip: windows to leave out at the start, to resume; they are tokenised but not built.
+        document_mask: give positions, too.
     """
 
-    def __init__(self, text: TextSpec, tokenizer: Any, length: int, seed: int = 0, skip: int = 0) -> None:
+    def __init__(
+        self, text: Text, tokenizer: Any, length: int, seed: int = 0, skip: int = 0, *, document_mask: bool = False
+    ) -> None:
         self.text = text
         self.tokenizer = tokenizer
         self.length = length
         self.seed = seed
         self.skip = skip
+        self.document_mask = document_mask
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for window in islice(self._windows(), self.skip + first, None, step):
-            yield {"input_ids": torch.tensor(window, dtype=torch.long)}
+        for window, starts in islice(self._windows(), self.skip + first, None, step):
+            found = {"input_ids": torch.tensor(window, dtype=torch.long)}
+            yield found | ({"position_ids": _positions(starts, self.length)} if self.document_mask else {})
 
-    def _windows(self) -> Iterator[list[int]]:
+    def _windows(self) -> Iterator[tuple[list[int], list[int]]]:
+        """The tokens of each window, and where documents start in it."""
         pending: list[int] = []
-        for tokens in self._tokens():
+        starts: deque[int] = deque()
+        for tokens in self.token_lists():
+            starts.append(len(pending))
             pending += tokens
             end = len(pending) - len(pending) % self.length
-            for start in range(0, end, self.length):
-                yield pending[start : start + self.length]
+            for begin in range(0, end, self.length):
+                inside = []
+                while starts and starts[0] < begin + self.length:
+                    inside.append(starts.popleft() - begin)
+                yield pending[begin : begin + self.length], inside
             del pending[:end]
+            starts = deque(start - end for start in starts)
 
-    def _tokens(self) -> Iterator[list[int]]:
-        """Token ids of batch after batch of documents, epoch after epoch."""
+    def token_lists(self) -> Iterator[list[int]]:
+        """Token ids of document after document without end, from all sources by their shares."""
+        sources = [(self._documents(spec), share) for spec, share in self.text.parts]
+        given = [0] * len(sources)
+        while True:
+            index = min(range(len(sources)), key=lambda i: given[i] / sources[i][1])
+            tokens = next(sources[index][0])
+            given[index] += len(tokens)
+            yield tokens
+
+    def _documents(self, text: TextSpec) -> Iterator[list[int]]:
+        """Token ids of the documents of one source, epoch after epoch."""
         ending = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         epoch = 0
         while True:
-            stream = documents(self.text, seed=self.seed * _EPOCH_STRIDE + epoch, piece=8 * self.length)
+            stream = documents(text, seed=self.seed * _EPOCH_STRIDE + epoch, piece=8 * self.length)
             empty = True
             while batch := list(islice(stream, _TOKENIZE_BATCH)):
-                rows = self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-                tokens = [token for row in rows if row for token in (*row, *ending)]
-                empty = empty and not tokens
-                yield tokens
+                for row in self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                    if row:
+                        empty = False
+                        yield [*row, *ending]
             if empty:
-                raise SourceError(f"the text {self.text.describe()} has no words: nothing to train on")
+                raise SourceError(f"the text {text.describe()} has no words: nothing to train on")
             epoch += 1
+
+
+def _positions(starts: Sequence[int], length: int) -> Tensor:
+    """Positions that begin again at each start that is far enough from the one before."""
+    kept = [0]
+    for start in starts:
+        if start - kept[-1] >= SHORTEST:
+            kept.append(start)
+    return torch.cat([torch.arange(end - start) for start, end in pairwise([*kept, length])])
+
+
+def boundaries(position_ids: Tensor) -> Tensor:
+    """Where documents begin in windows laid end to end, and where the last one ends.
+
+    The shape depends on that of the windows alone, and nobody has to wait for the device: ends are repeated, as empty
+    documents, up to the number that `PackedTokens` may give.
+
+    Args:
+        position_ids: `[B, T]`, as from `PackedTokens`.
+
+    Returns:
+        int32 `[B * ceil(T / SHORTEST) + 1]`, from 0 to B * T, not decreasing.
+    """
+    rows, length = position_ids.shape
+    count = rows * -(-length // SHORTEST)
+    index = torch.arange(rows * length, dtype=torch.int32, device=position_ids.device)
+    found = index.masked_fill(position_ids.flatten() != 0, rows * length).sort().values
+    return F.pad(found[:count], (0, 1), value=rows * length)
 
 
 def heldout_windows(tokenizer: Any, *, length: int = 512, count: int | None = None, text: str | None = None) -> Tensor:

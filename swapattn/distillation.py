@@ -22,15 +22,17 @@ from .conversion import convert
 from .curves import CURVES, draw_curves
 from .data import PackedTokens, documents
 from .environment import default_device, hardware, is_first_process, say
-from .errors import CheckpointError, RecipeError, UsageError
+from .errors import CheckpointError, RecipeError, SwapattnError, UsageError
 from .estimate import estimate, table
 from .loading import load, load_teacher
 from .model_card import CARD, model_card
-from .objectives import check_head, distill_loss, mixture_of, stage_flops
-from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TextSpec, load_recipe
+from .objectives import check_document_mask, check_head, distill_loss, mixture_of, stage_flops
+from .positions import positions_of
+from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, load_recipe
 from .reporting import Reporting
 from .shards import decays, read_config, trained_keys, write_trained
 from .stopping import stopping_on_sigterm
+from .text import Text, TextMixture, TextSpec
 from .training import LossFunction, run_stage, shares, trainable_parameters
 
 _COLUMNS = (("tokens", 12), ("steps", 8), ("seconds", 10), ("tokens_per_second", 11))
@@ -152,13 +154,27 @@ def _check_request(recipe: Recipe, teacher: Path, device: str, named: bool) -> N
     needed = named or any(stage.train != "new" for stage in taught)
     if needed and not (teacher / "config.json").is_file():
         raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; convert again, or name another")
-    for text in {_text_of(stage, recipe) for stage in recipe.distill.stages}:
-        next(iter(documents(text)), None)
+    for spec, key in _sources(recipe).items():
+        try:
+            next(iter(documents(spec)), None)
+        except SwapattnError as error:
+            raise type(error)(f"{key}: {error}") from error
 
 
-def _text_of(stage: Stage, recipe: Recipe) -> TextSpec:
+def _text_of(stage: Stage, recipe: Recipe) -> Text:
     own = None if isinstance(stage, CalibrateStage) else stage.text
     return own or recipe.distill.text
+
+
+def _sources(recipe: Recipe) -> dict[TextSpec, str]:
+    """What is read, with the first key of the recipe that says so."""
+    found: dict[TextSpec, str] = {}
+    for index, stage in enumerate(recipe.distill.stages):
+        text = _text_of(stage, recipe)
+        key = "distill.text" if text is recipe.distill.text else f"distill.stages.{index}.text"
+        for number, (spec, _) in enumerate(text.parts):
+            found.setdefault(spec, f"{key}.{number}" if isinstance(text, TextMixture) else key)
+    return found
 
 
 def _with_convert_section(
@@ -268,9 +284,9 @@ class _Run:
         write_json(self.state_file, self.state)
 
     def _stage(self, index: int, stage: Stage, model: Any, tokenizer: Any) -> dict[str, Any]:
-        data = PackedTokens(
-            _text_of(stage, self.recipe), tokenizer, stage.length, seed=self.recipe.distill.seed + index
-        )
+        text, seed = _text_of(stage, self.recipe), self.recipe.distill.seed + index
+        apart = not isinstance(stage, CalibrateStage) and stage.document_mask
+        data = PackedTokens(text, tokenizer, stage.length, seed=seed, document_mask=apart)
         if isinstance(stage, CalibrateStage):
             figures = calibrate_stage(model, stage, data) if is_first_process() else None
             processes.copy_from_first_(p for name, p in model.named_parameters() if ".swap." in name)
@@ -281,6 +297,12 @@ class _Run:
             loss = align_function(stage, amp=self.device != "cpu")
         else:
             loss, teacher = self._distill_loss(stage, model)
+        if apart:
+            check_document_mask(model)
+            if teacher is not None:
+                check_document_mask(teacher)
+        if stage.length > (known := positions_of(teacher or model)):
+            say(f"{stage.stage}: windows of {stage.length} tokens, the teacher was made for {known}")
         return run_stage(
             model,
             stage,

@@ -103,6 +103,7 @@ def _train(
     model, loss, teacher = prepared(config, recipe, stage, stage.stage, device, own_teacher=own_teacher)
     flops = stage_flops(model, stage, teacher)
     kept = _Kept(model, loss)
+    vocabulary = model.config.get_text_config().vocab_size
     say(f"measuring {stage.stage}: {warmup} + {steps} steps of {batch} x {stage.length} random tokens")
     with tempfile.TemporaryDirectory() as place:
 
@@ -113,7 +114,7 @@ def _train(
                 model,
                 stage.model_copy(update=settings),
                 function,
-                RandomTokens(model.config.get_text_config().vocab_size, stage.length),
+                RandomTokens(vocabulary, stage.length, document_mask=stage.document_mask),
                 title=stage.stage,
                 folder=folder,
                 log=Path(place) / "log.jsonl",

@@ -121,6 +121,7 @@ def linear_loss(
     labels: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     count: torch.Tensor | float | None = None,
+    label_count: torch.Tensor | float | None = None,
     chunk: int | None = None,
 ) -> torch.Tensor:
     """Output embedding and loss in one, with the logits of `chunk` tokens at a time in memory; one fp32 number.
@@ -142,6 +143,7 @@ def linear_loss(
         mask: bool `[...]`, False for tokens that do not count; None when all do.
         count: divisor of the divergences instead of the number of valid tokens here, such as their mean over the
             micro-batches and processes of a step.
+        label_count: the same for the cross-entropy, instead of the number of valid tokens that have a label.
         chunk: tokens at a time, None for `chunk_tokens`.
 
     Raises:
@@ -161,7 +163,8 @@ def linear_loss(
         labels = labels.flatten()
         labelled = token_weights * (labels >= 0)
         # relative to the divergences' divisor, by which everything is divided in the end
-        label_weights = labelled * (mixture.cross_entropy * valid / labelled.sum().clamp(min=1))
+        present = labelled.sum().clamp(min=1) if label_count is None else label_count
+        label_weights = labelled * (mixture.cross_entropy * valid / present)
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
     teacher = None

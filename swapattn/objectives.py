@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from .attention import LightningSwap, observing
 from .call import AttentionCall
+from .data import SHORTEST, boundaries
 from .errors import UnsupportedModelError
 from .losses import Mixture, OutputEmbedding, linear_loss, normalized_mse
 from .modeling import MODEL_TYPE_PREFIX
@@ -23,12 +24,18 @@ LayerError = Callable[[LightningSwap, AttentionCall, torch.Tensor], torch.Tensor
 
 def layer_error(swap: LightningSwap, call: AttentionCall, target: torch.Tensor) -> torch.Tensor:
     """`normalized_mse` of one swapped layer on the teacher's inputs and its attention output `[B, T, ...]`."""
-    output = swap(call)
+    output = call.in_rows(swap(call))
     return normalized_mse(output, target.view(output.shape))
 
 
 def align_loss(
-    model: Any, ids: torch.Tensor, *, amp: bool = False, recompute: bool = False, error: LayerError = layer_error
+    model: Any,
+    ids: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    *,
+    amp: bool = False,
+    recompute: bool = False,
+    error: LayerError = layer_error,
 ) -> torch.Tensor:
     """Mean over swapped layers of the normalised squared error of the attention output, on the teacher's inputs.
 
@@ -37,6 +44,7 @@ def align_loss(
     Args:
         model: the student.
         ids: `[B, T]`.
+        positions: `[B, T]`, which begin again with each document; None where documents run on.
         amp: bf16 autocast.
         recompute: compute the swaps again in the backward pass rather than keep what is between.
         error: `layer_error`, or the same compiled.
@@ -49,40 +57,52 @@ def align_loss(
         )
 
     with observing(model, compare), torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        model(input_ids=ids, use_cache=False, logits_to_keep=1, **_apart(positions))
     return torch.stack(losses).mean()
 
 
 def distill_loss(
-    model: Any, ids: torch.Tensor, *, stage: DistillStage, teacher: Any | None, amp: bool = False
+    model: Any,
+    ids: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    *,
+    stage: DistillStage,
+    teacher: Any | None,
+    amp: bool = False,
 ) -> torch.Tensor:
     """The stage's mixture of losses on full-vocabulary logits, a mean over tokens, chunked over tokens.
+
+    The last token of a document has no label where the next one is apart from it; it counts in the mean all the same,
+    so that every token weighs the same in every micro-batch and process.
 
     Args:
         model: the student.
         ids: `[B, T]`; in a cross-entropy the label of each token is the next one.
+        positions: `[B, T]`, which begin again with each document; None where documents run on.
         stage: losses, temperature and chunk size.
         teacher: a separate model, or None for the student's own weights with softmax attention.
         amp: bf16 autocast.
     """
     mixture = mixture_of(stage)
     target, target_head, labels = None, None, None
+    given = _apart(positions)
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
         if mixture.needs_teacher:
             own = observing(model, lambda *_: None) if teacher is None else contextlib.nullcontext()
             with torch.no_grad(), own:
-                target = hidden_states(teacher or model, ids)
+                target = hidden_states(teacher or model, ids, **given)
             target_head = output_embedding(teacher or model)
         if mixture.cross_entropy > 0:
             labels = torch.full_like(ids, -100)
-            labels[:, :-1] = ids[:, 1:]
+            labels[:, :-1] = ids[:, 1:] if positions is None else ids[:, 1:].masked_fill(positions[:, 1:] == 0, -100)
         return linear_loss(
-            hidden_states(model, ids),
+            hidden_states(model, ids, **given),
             output_embedding(model),
             mixture,
             teacher_hidden=target,
             teacher_head=target_head,
             labels=labels,
+            label_count=ids[:, 1:].numel(),
             chunk=stage.chunk,
         )
 
@@ -102,10 +122,22 @@ def stage_flops(model: Any, stage: TrainStage, teacher: Any | None) -> float | N
     return step_flops("distill", own, own if teacher is None else forward_flops(teacher, stage.length))
 
 
-def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Last hidden states `[B, T, ·]`, before the output embedding."""
-    hidden: torch.Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+def hidden_states(model: Any, ids: torch.Tensor, **given: Any) -> torch.Tensor:
+    """Last hidden states `[B, T, ·]`, before the output embedding; `given` goes to the model's forward pass, too."""
+    hidden: torch.Tensor = model.base_model(input_ids=ids, use_cache=False, **given).last_hidden_state
     return hidden
+
+
+def _apart(positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What a model has to be given so that documents do not see each other.
+
+    transformers makes the masks of softmax layers from the positions; swapped layers take the boundaries, so that
+    none has to look for them in a mask, which waits for the device and cannot be compiled.
+    """
+    if positions is None:
+        return {}
+    found = boundaries(positions)
+    return {"position_ids": positions, "cu_seq_lens_q": found, "cu_seq_lens_k": found}
 
 
 def output_embedding(model: Any) -> OutputEmbedding:
@@ -138,3 +170,27 @@ def check_head(model: Any) -> None:
     if (found - own).norm() > 1e-2 * own.norm():
         kind = str(model.config.model_type).removeprefix(MODEL_TYPE_PREFIX)
         raise UnsupportedModelError(f"model type {kind!r} scales its logits in a way that `distill` does not know")
+
+
+@torch.no_grad()
+def check_document_mask(model: Any) -> None:
+    """Make sure that the model keeps documents in a window apart, with its swaps and in softmax mode.
+
+    Raises:
+        UnsupportedModelError: the family does not make its masks from positions.
+    """
+    ids = torch.arange(2 * SHORTEST, device=model.device)[None] % model.config.get_text_config().vocab_size
+    pieces = ids.split(SHORTEST, 1)
+    positions = torch.arange(2 * SHORTEST, device=model.device)[None] % SHORTEST
+    for mode in (contextlib.nullcontext(), observing(model, lambda *_: None)):
+        with mode:
+            alone = torch.cat([hidden_states(model, piece) for piece in pieces], 1).float()
+            try:
+                found = hidden_states(model, ids, **_apart(positions)).float()
+            except TypeError:  # no such argument
+                found = torch.zeros_like(alone)
+        if not (found - alone).norm() < 5e-2 * alone.norm():
+            kind = str(model.config.model_type).removeprefix(MODEL_TYPE_PREFIX)
+            raise UnsupportedModelError(
+                f"model type {kind!r} cannot keep the documents of a window apart: set document_mask: false"
+            )

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from .errors import RecipeError
+from .section import Section
+from .text import TAGS, Text, TextSpec
 
 SCHEMA_VERSION = 1
 
@@ -23,12 +25,6 @@ FeatureMapName = Literal["identity", "silu", "elu1", "relu", "exp", "softmax", "
 NormalizerName = Literal["none", "sum", "rms", "rms_all"]
 ScheduleName = Literal["alibi", "transnormer", "minimax", "retnet", "none"]
 POSITIVE_MAPS: frozenset[str] = frozenset({"elu1", "relu", "exp", "softmax", "hedgehog", "t2r"})
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: strict about keys, immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DecaySpec(Section):
@@ -166,40 +162,6 @@ class ConvertSpec(Section):
         return ", ".join([self.feature_map, f"normalizer {self.normalizer}", decay, *extras])
 
 
-class TextSpec(Section):
-    """Where training text comes from: exactly one of the embedded text, a hub dataset or local files.
-
-    Written short, `embedded` means the text inside the package and any other string a file or glob pattern
-    (.txt, .jsonl, .parquet; plain or .zst).
-    """
-
-    embedded: bool = False
-    hub: str | None = None
-    config: str | None = None
-    split: str = "train"
-    column: str = "text"
-    files: tuple[str, ...] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"embedded": True} if value == "embedded" else {"files": (value,)}
-        return value
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        if sum((self.embedded, self.hub is not None, bool(self.files))) != 1:
-            raise ValueError("say exactly one of: embedded, hub, files")
-        return self
-
-    def describe(self) -> str:
-        """One line that names the text, for tables and provenance."""
-        if self.embedded:
-            return "embedded"
-        return f"hub:{self.hub}" + (f"/{self.config}" if self.config else "") if self.hub else " ".join(self.files)
-
-
 class CalibrateStage(Section):
     """Closed-form start values from the teacher.
 
@@ -221,7 +183,9 @@ class TrainStage(Section):
     `tokens` is the budget, `batch` the number of sequences of `length` tokens per optimiser step, `micro_batch`
     per forward pass. `learning_rate` is that of the new parameters, `backbone_learning_rate` that of the
     teacher's own weights among the trainable ones. `compile` runs the decoder layers through torch.compile (in align
-    only the swaps; not a teacher that is the student's own weights).
+    only the swaps; not a teacher that is the student's own weights). With `document_mask` no document in a window is
+    seen from the next one, by student or teacher: attention, states and positions start anew (arXiv 2402.13991,
+    intra-document masking); without it documents run on.
     """
 
     tokens: int = Field(gt=0)
@@ -237,7 +201,8 @@ class TrainStage(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = False
     compile: bool = False
-    text: TextSpec | None = None
+    document_mask: bool = False
+    text: Text | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -301,7 +266,24 @@ class DistillStage(TrainStage):
     chunk: int | None = Field(None, gt=0)
 
 
-Stage = Annotated[CalibrateStage | AlignStage | DistillStage, Field(discriminator="stage")]
+class ExtendStage(DistillStage):
+    """A distill stage with other defaults, for longer contexts: whole documents, the text itself beside the teacher.
+
+    Length and rates as in the last stages of HALO (arXiv 2601.22156) and RADLADS (arXiv 2505.03005), which take the
+    cross-entropy alone; a tenth of KL as in arXiv 2603.15590.
+    """
+
+    stage: Literal["extend"]  # type: ignore[assignment]
+    length: int = Field(4096, gt=1)
+    batch: int = Field(8, gt=0)
+    learning_rate: float = Field(1e-5, gt=0)
+    backbone_learning_rate: float = Field(1e-5, ge=0)
+    train: Literal["new", "attention", "all"] = "all"
+    document_mask: bool = True
+    losses: LossSpec = LossSpec(cross_entropy=0.9, forward_kl=0.1)
+
+
+Stage = Annotated[CalibrateStage | AlignStage | DistillStage | ExtendStage, Field(discriminator="stage")]
 
 
 class DistillSpec(Section):
@@ -310,7 +292,7 @@ class DistillSpec(Section):
     A trained stage is saved every five minutes, to go on after an interruption, and besides every `save_steps` steps.
     """
 
-    text: TextSpec = TextSpec(embedded=True)
+    text: Text = TextSpec(embedded=True)
     seed: int = 0
     save_steps: int | None = Field(None, gt=0)
     stages: tuple[Stage, ...] = ()
@@ -374,7 +356,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     Args:
         name: a name from `recipe_names()` or a path ending in .yaml.
         overrides: dotted keys with YAML values, e.g. `distill.stages.align.tokens=100000`; a list is indexed by
-            number, the stages also by their kind.
+            number (from 0), a stage also by its kind where there is one of that kind.
 
     Raises:
         RecipeError: unknown recipe, unknown key, wrong type, contradiction; each names its path.
@@ -400,7 +382,7 @@ def parse_recipe(data: Mapping[str, Any], label: str = "recipe") -> Recipe:
 
 
 def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"] if part not in ("list", "number"))  # tags of `Keep`
+    where = ".".join(str(part) for part in error["loc"] if part not in ("list", "number", *TAGS))  # tags of `Keep` too
     if error["type"] == "extra_forbidden":
         return f"unknown key {where}"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}"
@@ -444,7 +426,10 @@ def _child(node: Any, part: str, key: str) -> Any:
 def _position(items: list[Any], part: str, key: str) -> int:
     if part.isdecimal() and int(part) < len(items):
         return int(part)
-    for index, item in enumerate(items):
-        if isinstance(item, dict) and item.get("stage") == part:
-            return index
-    raise RecipeError(f"--set {key}: no element {part!r} in a list of {len(items)}")
+    named = [index for index, item in enumerate(items) if isinstance(item, dict) and item.get("stage") == part]
+    if len(named) > 1:
+        numbers = " or ".join(map(str, named))
+        raise RecipeError(f"--set {key}: there are {len(named)} stages {part!r}: say {numbers} instead of {part!r}")
+    if not named:
+        raise RecipeError(f"--set {key}: no element {part!r} in a list of {len(items)}")
+    return named[0]

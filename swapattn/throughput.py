@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from . import sources
 from .compilation import align_function
+from .data import SHORTEST
 from .environment import default_device, hardware, say, versions
 from .errors import RecipeError
 from .objectives import distill_loss, mixture_of, stage_flops
@@ -34,16 +35,21 @@ _TOP_KERNELS = 25
 
 
 class RandomTokens(IterableDataset[dict[str, torch.Tensor]]):
-    """Endless windows of random token ids, made beforehand so that they cost nothing."""
+    """Endless windows of random token ids, made beforehand so that they cost nothing.
 
-    def __init__(self, vocabulary: int, length: int, windows: int = 64) -> None:
+    With `document_mask` each is four documents (of at least 64 tokens).
+    """
+
+    def __init__(self, vocabulary: int, length: int, windows: int = 64, *, document_mask: bool = False) -> None:
         generator = torch.Generator().manual_seed(0)
         self.windows = torch.randint(vocabulary, (windows, length), generator=generator)
+        positions = torch.arange(length) % max(SHORTEST, -(-length // 4))
+        self.positions = {"position_ids": positions} if document_mask else {}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         while True:
             for window in self.windows:
-                yield {"input_ids": window}
+                yield {"input_ids": window, **self.positions}
 
 
 @dataclass(frozen=True)
@@ -80,10 +86,11 @@ class Throughput:
         return "\n".join(lines + [f"\n{title}\n{table}" for title, table in self.kernels.items()])
 
 
-def finetune_loss(model: Any, ids: torch.Tensor, *, amp: bool) -> torch.Tensor:
+def finetune_loss(model: Any, ids: torch.Tensor, positions: torch.Tensor | None = None, *, amp: bool) -> torch.Tensor:
     """Mean next-token cross-entropy as transformers computes it: what plain fine-tuning costs."""
+    given = {} if positions is None else {"position_ids": positions}
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = model(input_ids=ids, use_cache=False, **given).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
@@ -168,7 +175,8 @@ def _measure_one(
         def run(count: int) -> dict[str, Any]:
             timed = stage.model_copy(update={"tokens": count * stage.batch * stage.length})
             place = Path(folder) / f"run-{next(runs)}"
-            data = RandomTokens(model.config.get_text_config().vocab_size, stage.length)
+            vocabulary = model.config.get_text_config().vocab_size
+            data = RandomTokens(vocabulary, stage.length, document_mask=stage.document_mask)
             log = Path(folder) / "log.jsonl"
             return run_stage(
                 model,

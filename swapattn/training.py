@@ -27,7 +27,7 @@ from .reporting import Reporting
 from .stopping import deferring
 
 _WEIGHTS = "trained.safetensors"
-LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+LossFunction = Callable[..., torch.Tensor]  # of the model, ids `[B, T]` and, with a document mask, positions `[B, T]`
 
 
 def trainable_parameters(model: nn.Module, stage: TrainStage) -> tuple[list[str], list[str]]:
@@ -96,7 +96,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         """The stage's loss of one micro-batch, without dropout: the teacher may be the model itself."""
         inner = self.accelerator.unwrap_model(model)
         _without_dropout(inner)
-        loss = _through(model, inner, self.loss_function, inputs["input_ids"])
+        tensors = [inputs[name] for name in ("input_ids", "position_ids") if name in inputs]
+        loss = _through(model, inner, self.loss_function, *tensors)
         self._losses.append(loss.detach())
         return (loss, None) if return_outputs else loss
 
@@ -242,8 +243,9 @@ def run_stage(
     Args:
         model: converted model in fp32, on any device; it ends on `device`.
         stage: budget, batch and learning rates.
-        loss_function: (model, ids `[B, T]`) -> scalar, a mean over tokens or layers.
-        dataset: yields {"input_ids": LongTensor[T]} without end.
+        loss_function: (model, ids `[B, T]`, positions `[B, T]` if there are any) -> scalar, a mean over tokens or
+            layers.
+        dataset: yields {"input_ids": LongTensor[T]} without end, with "position_ids" where documents are kept apart.
         title: shown before the progress bar.
         folder: for Trainer checkpoints of this stage.
         log: JSONL file, appended to.

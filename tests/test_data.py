@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from swapattn import data
-from swapattn.data import PackedTokens, documents, heldout_windows
+from swapattn.data import PackedTokens, boundaries, documents, heldout_windows
 from swapattn.errors import SourceError, UsageError
-from swapattn.recipe import TextSpec
+from swapattn.text import TextMixture, TextSpec
 
 EMBEDDED = TextSpec(embedded=True)
 
@@ -301,6 +302,91 @@ class TestPacking:
         file = write(tmp_path / "a.txt", "\n \n\n")
         with pytest.raises(SourceError, match="nothing to train on"):
             self.windows(tiny_tokenizer, 1, spec(file))
+
+
+class TestDocumentMask:
+    def windows(self, tokenizer, text, count, length=64, **settings):
+        packed = PackedTokens(text, tokenizer, length, document_mask=True, **settings)
+        return list(itertools.islice(packed, count))
+
+    def test_positions_begin_again_with_each_document_and_each_window(self, tiny_tokenizer, tmp_path, monkeypatch):
+        monkeypatch.setattr(data, "SHORTEST", 8)
+        lines = [json.dumps({"text": "x" * size}) for size in (9, 20, 100, 37)]
+        text = spec(write(tmp_path / "a.jsonl", "\n".join(lines)))
+        windows = self.windows(tiny_tokenizer, text, 40)
+        plain = PackedTokens(text, tiny_tokenizer, 64)
+        ends = 0
+        for window, expected in zip(windows, plain, strict=False):
+            assert torch.equal(window["input_ids"], expected["input_ids"])
+            assert list(expected) == ["input_ids"]
+            after_end = F.pad(window["input_ids"][:-1] == tiny_tokenizer.eos_token_id, (1, 0), value=True)
+            since, wanted = 0, []
+            for index, fresh in enumerate(after_end.tolist()):
+                since = index if fresh and index - since >= 8 else since
+                wanted.append(index - since)
+            assert window["position_ids"].tolist() == wanted
+            ends += wanted.count(0) - 1
+        assert ends > 30
+
+    def test_a_document_after_a_short_one_runs_on(self, tiny_tokenizer, tmp_path):
+        text = spec(write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": "y" * 9}) for _ in range(50))))
+        for window in self.windows(tiny_tokenizer, text, 5, length=256):
+            starts = (window["position_ids"] == 0).nonzero().flatten()
+            assert starts.numel() == 4
+            assert int(starts.diff().min()) >= data.SHORTEST
+
+    def test_boundaries_have_one_shape_whatever_the_documents(self):
+        one, many = torch.arange(256), torch.arange(256) % 64
+        found = [boundaries(torch.stack(rows)) for rows in ((one, one), (many, one), (many, many))]
+        assert [x.tolist() for x in found] == [
+            [0, 256, 512, 512, 512, 512, 512, 512, 512],
+            [0, 64, 128, 192, 256, 512, 512, 512, 512],
+            [0, 64, 128, 192, 256, 320, 384, 448, 512],
+        ]
+
+
+class TestMixtures:
+    def text(self, tmp_path, **weights):
+        """Sources `a`, `b`, ... of other lengths of documents; every one is short of what is asked for."""
+        for index, name in enumerate(weights):
+            lines = [json.dumps({"text": name * (30 + 150 * index)}) for _ in range(20)]
+            write(tmp_path / f"{name}.jsonl", "\n".join(lines))
+        sources = [{"files": [str(tmp_path / f"{name}.jsonl")], "weight": value} for name, value in weights.items()]
+        return TextMixture.model_validate(sources)
+
+    def test_sources_mix_by_their_tokens_and_begin_again(self, tiny_tokenizer, tmp_path):
+        text = self.text(tmp_path, a=1, b=2, c=5)
+        stream = PackedTokens(text, tiny_tokenizer, 64)
+        tokens = torch.cat([window["input_ids"] for window in itertools.islice(stream, 400)])
+        letters = tiny_tokenizer.decode(tokens).replace("<eos>", "")
+        assert len(letters) > 20 * (30 + 180 + 330), "no source had to begin again"
+        for part in (letters[:4000], letters):
+            for name, share in (("a", 1 / 8), ("b", 2 / 8), ("c", 5 / 8)):
+                assert part.count(name) / len(part) == pytest.approx(share, abs=330 / len(part) + 0.02)
+
+    def test_a_mixture_of_one_is_that_text(self, tiny_tokenizer):
+        alone, mixed = (PackedTokens(text, tiny_tokenizer, 64) for text in (EMBEDDED, TextMixture(("embedded",))))
+        for one, other in itertools.islice(zip(alone, mixed, strict=False), 20):
+            assert torch.equal(one["input_ids"], other["input_ids"])
+
+    def test_a_source_without_a_word_is_named(self, tiny_tokenizer, tmp_path):
+        text = TextMixture.model_validate(["embedded", str(write(tmp_path / "empty.txt", "\n"))])
+        with pytest.raises(SourceError, match=r"the text .*empty\.txt has no words"):
+            list(itertools.islice(PackedTokens(text, tiny_tokenizer, 64), 50))
+
+    def test_workers_and_skip_give_the_same_windows(self, tiny_tokenizer, tmp_path):
+        settings = {"text": self.text(tmp_path, a=1, b=3), "tokenizer": tiny_tokenizer, "length": 128, "seed": 4}
+        whole = list(itertools.islice(PackedTokens(**settings, document_mask=True), 30))
+        packed = PackedTokens(**settings, skip=7, document_mask=True)
+        given = list(itertools.islice(DataLoader(packed, batch_size=None, num_workers=2), 20))
+        for window, expected in zip(given, whole[7:27], strict=True):
+            assert torch.equal(window["input_ids"], expected["input_ids"])
+            assert torch.equal(window["position_ids"], expected["position_ids"])
+        assert any((window["position_ids"][1:] == 0).any() for window in given)
+
+    def test_how_it_is_told(self):
+        text = TextMixture.model_validate([{"hub": "some/set", "config": "small", "weight": 3}, "samples.jsonl"])
+        assert text.describe() == "0.75 hub:some/set/small + 0.25 samples.jsonl"
 
 
 class TestHeldout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ import swapattn.distillation
 import swapattn.estimate
 import swapattn.progress
 import swapattn.reporting
+import swapattn.training
 from swapattn.attention import swaps
 from swapattn.checkpoint import read
 from swapattn.conversion import convert
@@ -424,3 +426,139 @@ def test_every_option_of_the_layer_is_trained_and_stored(tiny_teacher, work):
     tokens = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
     with torch.no_grad():
         assert torch.equal(tokens[0, 20:], model(input_ids=tokens, use_cache=False).logits[0, 19:-1].argmax(-1))
+
+
+EXTEND = {"stage": "extend", "tokens": 1024, "length": 128, "batch": 2, "chunk": 50}
+
+
+def mixture(work):
+    """Documents of 40 to 120 tokens in one source, of 400 in the other."""
+    for name, sizes in (("short", range(40, 120)), ("long", [400] * 30)):
+        lines = [json.dumps({"text": " ".join(f"{name} {i}"[-4:] for i in range(size // 4))}) for size in sizes]
+        (work / f"{name}.jsonl").write_text("\n".join(lines))
+    return [{"files": [str(work / "short.jsonl")], "weight": 3}, str(work / "long.jsonl")]
+
+
+def test_extend_trains_everything_on_documents_kept_apart(converted, work, monkeypatch):
+    seen = []
+    original = swapattn.distillation.distill_loss
+
+    def distill_loss(model, ids, positions=None, **settings):
+        seen.append((settings["stage"].stage, positions))
+        return original(model, ids, positions, **settings)
+
+    monkeypatch.setattr(swapattn.distillation, "distill_loss", distill_loss)
+    what = recipe(CALIBRATE, DISTILL, EXTEND, text=mixture(work))
+    result = distill(converted, recipe=what, device="cpu")
+    record = read(result.path).record
+    assert [stage["stage"] for stage in record["stages"]] == ["calibrate", "distill", "extend"]
+    assert record["text"] == result.text == f"0.75 {work / 'short.jsonl'} + 0.25 {work / 'long.jsonl'}"
+    assert record["recipe"]["distill"]["stages"][2]["losses"]["cross_entropy"] == 0.9
+    assert "model.layers.0.mlp.down_proj.weight" in differing(converted, result.path)
+    assert all(positions is None for name, positions in seen if name == "distill")
+    apart = [positions for name, positions in seen if name == "extend"]
+    assert len(apart) == 4
+    assert all(int((positions == 0).sum()) >= 2 for positions in apart)
+    assert any((positions[:, 1:] == 0).any() for positions in apart)
+
+
+def test_extend_alone_is_measured_by_a_dry_run_and_runs(converted, work):
+    planned = distill(converted, recipe=recipe(EXTEND), device="cpu", dry_run=True)
+    assert [(stage["stage"], stage["steps"]) for stage in planned.stages] == [("extend", 4)]
+    assert planned.stages[0]["tokens_per_second"] > 0
+    assert "extend: measured 2 step(s) of 2 x 128" in planned.to_table()
+    assert names(work) == ["c"]
+    figures = distill(converted, recipe=recipe(EXTEND), device="cpu").stages
+    assert [(stage["stage"], stage["steps"]) for stage in figures] == [("extend", 4)]
+
+
+def test_a_family_that_cannot_keep_documents_apart_is_refused_before_it_is_trained(tiny_family, tiny_tokenizer, work):
+    tiny_family("opt").save_pretrained(work / "t")
+    tiny_tokenizer.save_pretrained(work / "t")
+    convert(work / "t", work / "c", recipe=recipe())
+    with pytest.raises(SwapattnError, match="'opt' cannot keep the documents of a window apart"):
+        distill(recipe=recipe({**ALIGN, "length": 128, "document_mask": True, "tokens": 1024}), device="cpu")
+
+
+def test_a_window_longer_than_the_teachers_positions_is_told(converted, capsys):
+    long = {**ALIGN, "length": 5000, "batch": 1, "tokens": 5000}
+    distill(converted, recipe=recipe(long), device="cpu")
+    assert "align: windows of 5000 tokens, the teacher was made for 4096" in capsys.readouterr().err
+
+
+def test_stages_may_come_twice_each_with_its_own_text_and_order_of_it(converted, work, monkeypatch):
+    streams = []
+    original = swapattn.distillation.PackedTokens
+    monkeypatch.setattr(
+        swapattn.distillation,
+        "PackedTokens",
+        lambda *args, **kw: streams.append((args[0].describe(), kw["seed"])) or original(*args, **kw),
+    )
+    own = mixture(work)[1]
+    what = recipe(ALIGN, DISTILL, {**ALIGN, "text": own, "tokens": 128}, {**DISTILL, "tokens": 128})
+    result = distill(converted, recipe=what, device="cpu")
+    assert streams == [("embedded", 0), ("embedded", 1), (own, 2), ("embedded", 3)]
+    assert [(stage["stage"], stage["steps"]) for stage in read(result.path).record["stages"]] == [
+        *(("align", 4), ("distill", 4), ("align", 2), ("distill", 2)),
+    ]
+    log = [json.loads(line) for line in (result.path / "train.jsonl").read_text().splitlines()]
+    assert [line["run"] for line in log] == [f"stage-{i}" for i, n in enumerate((4, 4, 2, 2)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["of all stages", "of a stage"])
+def test_a_text_that_is_not_there_is_named_by_its_key(converted, work, own):
+    texts = ["embedded", "nowhere/*.txt"]
+    what = recipe(CALIBRATE, {**ALIGN, "text": texts}) if own else recipe(CALIBRATE, ALIGN, text=texts)
+    key = "distill.stages.1.text.1" if own else "distill.text.1"
+    with pytest.raises(UsageError, match=rf"^{re.escape(key)}: no file matches nowhere/"):
+        distill(converted, recipe=what, device="cpu")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_sees_the_windows_that_it_would_have_seen(converted, work, monkeypatch, workers):
+    """A mixture, documents kept apart, and processes that tokenise: what is read does not depend on the crash."""
+    arguments, original = swapattn.training.TrainingArguments, swapattn.distillation.distill_loss
+    seen = []
+
+    def distill_loss(model, ids, positions=None, **settings):
+        seen.append((ids, positions))
+        return original(model, ids, positions, **settings)
+
+    def watched(patch):
+        patch.setattr(
+            swapattn.training, "TrainingArguments", lambda **kw: arguments(**{**kw, "dataloader_num_workers": workers})
+        )
+        patch.setattr(swapattn.distillation, "distill_loss", distill_loss)
+
+    stage = {**DISTILL, "tokens": 1536, "length": 128, "micro_batch": 1, "document_mask": True}
+    what = recipe(stage, text=mixture(work))
+    watched(monkeypatch)
+    distill(converted, recipe=what, output=work / "whole", device="cpu")
+    whole = seen.copy()
+    assert len(whole) == 12
+    assert len({tuple(ids.flatten().tolist()) for ids, _ in whole}) == 12
+    seen.clear()
+    crash_at(monkeypatch, "distill", 2)
+    with pytest.raises(Crash):
+        distill(converted, recipe=what, output=work / "out", device="cpu")
+    assert len(seen) == 6, "the third step was begun, not ended"
+    del seen[4:]
+    monkeypatch.undo()
+    watched(monkeypatch)
+    distill(converted, recipe=what, output=work / "out", device="cpu")
+    assert len(seen) == 12
+    for (ids, positions), (expected, wanted) in zip(seen, whole, strict=True):
+        assert torch.equal(ids, expected)
+        assert torch.equal(positions, wanted)
+
+
+def test_a_run_that_crashed_in_extend_ends_as_if_it_had_not(converted, work, monkeypatch):
+    what = recipe(CALIBRATE, EXTEND, text=mixture(work))
+    expected = distill(converted, recipe=what, output=work / "whole", device="cpu").path
+    crash_at(monkeypatch, "extend", 2)
+    with pytest.raises(Crash):
+        distill(converted, recipe=what, output=work / "out", device="cpu")
+    monkeypatch.undo()
+    found = distill(converted, recipe=what, output=work / "out", device="cpu").path
+    for key, value in tensors(expected).items():
+        assert torch.allclose(tensors(found)[key], value, rtol=0, atol=1e-6), key

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import swapattn.data
 import swapattn.training
 from swapattn.conversion import convert
 from swapattn.distillation import distill
@@ -22,6 +23,12 @@ from swapattn.recipe import parse_recipe
 
 STAGE = {"tokens": 768, "length": 32, "batch": 4, "learning_rate": 1e-2, "warmup": 0.4}
 EVERYTHING = {"train": "all", "backbone_learning_rate": 1e-3}
+APART = {
+    "document_mask": True,
+    "losses": {"forward_kl": 0.5, "cross_entropy": 0.5},
+    "gradient_checkpointing": True,
+}
+SHORTEST = 8  # so that windows of 32 tokens hold several documents
 RECIPE = {
     "name": "tiny",
     "convert": {"local": {"window": 8, "sinks": 2}},
@@ -30,7 +37,7 @@ RECIPE = {
         "stages": [
             {"stage": "calibrate", "tokens": 256, "length": 64},
             {"stage": "align", **STAGE},
-            {"stage": "distill", **STAGE, **EVERYTHING, "micro_batch": 1, "gradient_checkpointing": True, "chunk": 20},
+            {"stage": "distill", **STAGE, **EVERYTHING, **APART, "micro_batch": 1, "chunk": 20},
         ],
     },
 }
@@ -41,7 +48,8 @@ import json, os, signal, sys, traceback
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from swapattn import distillation, training
+from swapattn import data, distillation, training
+data.SHORTEST = 8
 from swapattn.recipe import parse_recipe
 
 start, work, recipe, runs = Path(sys.argv[1]), Path(sys.argv[2]), *map(json.loads, sys.argv[3:])
@@ -95,6 +103,13 @@ MARK = "=== a run\n"
 def start(tiny_teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("start") / "c"
     return convert(tiny_teacher, folder, recipe=parse_recipe(RECIPE)).path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_documents():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(swapattn.data, "SHORTEST", SHORTEST)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +242,7 @@ def test_torchrun_and_the_command_line(start, whole, tmp_path):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(parse_recipe(RECIPE).to_yaml())
     program = tmp_path / "run.py"
-    program.write_text("from swapattn.cli import main; main()")
+    program.write_text(f"from swapattn import data; data.SHORTEST = {SHORTEST}\nfrom swapattn.cli import main; main()")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program), "distill"]
     options = ["--recipe", str(recipe), "--device", "cpu", "-o", str(tmp_path / "out"), "--json"]
     answer = subprocess.run([*command, str(start), *options], capture_output=True, text=True, check=True)

@@ -21,7 +21,7 @@ KERNELS = ROOT / "kernels" / "lightning_attention"
 LAYERS = (
     {"cli"},
     {"quickstart"},
-    {"distillation", "evaluation", "generation", "conversion", "bench", "report", "throughput"}
+    {"distillation", "evaluation", "generation", "sampling", "conversion", "bench", "report", "throughput"}
     | {"curves", "estimate"}
     | {"kernel_bench", "kernel_lab"}
     | {"inspection", "verification", "selection", "families"},
@@ -47,7 +47,7 @@ LAYERS = (
     | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"}
     | {"streaming", "footprint", "model_card", "publishing"},
     {"recipe", "decay", "feature_map", "norms", "gates", "inputs", "errors", "wheels", "environment"}
-    | {"rollback", "masks"},
+    | {"rollback", "masks", "section", "text"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 OWNERS_OF_KERNELS = {"attention", "kernel_bench", "kernel_lab"}

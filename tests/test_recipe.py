@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,17 @@ from pydantic import ValidationError
 from swapattn.errors import RecipeError
 from swapattn.recipe import (
     AlignStage,
+    DistillStage,
     KeepSpec,
     LocalSpec,
+    LossSpec,
     Recipe,
-    TextSpec,
     load_recipe,
     parse_recipe,
     recipe_folder,
     recipe_names,
 )
+from swapattn.text import TextMixture, TextSpec
 
 ALIGN = {"stage": "align", "tokens": 4096, "length": 64, "batch": 4, "learning_rate": 1e-3}
 
@@ -172,6 +175,53 @@ def test_overrides_reach_every_level():
     assert changed.distill.stages[2].temperature == 2
     assert changed.distill.text == TextSpec(files=("my.txt",))
     assert changed.convert.decay.schedule == "retnet"
+
+
+def test_a_text_may_be_several_with_weights():
+    changed = override(
+        "distill.text=[embedded, {hub: some/set, weight: 3}]",
+        "distill.text.0=my.txt",
+        "distill.stages.1.text=[a.jsonl]",
+    )
+    assert changed.distill.text == TextMixture.model_validate(["my.txt", {"hub": "some/set", "weight": 3}])
+    assert [(spec.describe(), share) for spec, share in changed.distill.text.parts] == [
+        ("my.txt", 0.25),
+        ("hub:some/set", 0.75),
+    ]
+    assert changed.distill.stages[1].text == TextMixture.model_validate(["a.jsonl"])
+    assert Recipe.model_validate(yaml.safe_load(changed.to_yaml())) == changed
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[embedded, {files: [a], weight: 0}]", r"distill\.text\.1\.weight: Input should be greater than 0"),
+        ("[{hubb: a}]", r"unknown key distill\.text\.0\.hubb"),
+        ("[{embedded: true, hub: a}]", r"distill\.text\.0: say exactly one of"),
+        ("{files: [a], weight: 2}", r"unknown key distill\.text\.weight"),
+        ("[]", r"distill\.text: name at least one text"),
+        ("3", r"distill\.text: "),
+    ],
+)
+def test_a_wrong_mixture_is_named_by_its_key(text, words):
+    with pytest.raises(RecipeError, match=words):
+        override(f"distill.text={text}")
+
+
+def test_a_kind_of_stage_that_comes_twice_is_overridden_by_number():
+    stages = [{**ALIGN, "tokens": 64, "length": 32, "batch": 2}] * 2
+    twice = f"distill.stages={json.dumps([*stages, {'stage': 'extend', 'tokens': 32768}])}"
+    with pytest.raises(RecipeError, match=r"--set distill\.stages\.align\.tokens: .* say 0 or 1 instead of 'align'"):
+        override(twice, "distill.stages.align.tokens=128")
+    changed = override(twice, "distill.stages.1.tokens=128", "distill.stages.extend.tokens=65536")
+    assert [stage.tokens for stage in changed.distill.stages] == [64, 128, 65536]
+
+
+def test_extend_has_defaults_of_its_own():
+    found = override("distill.stages=[{stage: extend, tokens: 32768}]").distill.stages[0]
+    assert isinstance(found, DistillStage)
+    assert (found.document_mask, found.train, found.length, found.steps) == (True, "all", 4096, 1)
+    assert found.losses == LossSpec(cross_entropy=0.9, forward_kl=0.1)
 
 
 def test_kept_layers_may_be_a_number_and_survive_yaml():

@@ -23,6 +23,7 @@ COMMANDS = (
     "quickstart",
     "recipes",
     "report",
+    "sample",
     "select",
     "verify",
 )
