@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -22,6 +22,9 @@ SCHEMA_VERSION = 1
 FeatureMapName = Literal["identity", "silu", "elu1", "relu", "exp", "softmax", "hedgehog", "t2r"]
 NormalizerName = Literal["none", "sum", "rms", "rms_all"]
 ScheduleName = Literal["alibi", "transnormer", "minimax", "retnet", "none"]
+NewGroup = Literal["decay", "feature_map", "mix", "scale", "qk_norm", "gates"]
+OwnGroup = Literal["attention", "mlp", "norms", "embeddings", "lora"]
+OWN_GROUPS: frozenset[str] = frozenset(get_args(OwnGroup))
 POSITIVE_MAPS: frozenset[str] = frozenset({"elu1", "relu", "exp", "softmax", "hedgehog", "t2r"})
 
 
@@ -215,13 +218,27 @@ class CalibrateStage(Section):
     output: bool = True
 
 
+class LoraSpec(Section):
+    """Low-rank adapters W + (alpha / rank) B A of frozen matrices (LoRA, arXiv 2106.09685), merged at the stage's end.
+
+    `targets` are endings of module names, as in peft; null takes every matrix of the attention modules that were
+    swapped, also fused ones. Rank and alpha start as in LoLCATs, arXiv 2410.10254.
+    """
+
+    rank: int = Field(8, gt=0)
+    alpha: float = Field(16.0, gt=0)
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
+
+
 class TrainStage(Section):
     """What every trained stage says about data, optimiser and precision.
 
     `tokens` is the budget, `batch` the number of sequences of `length` tokens per optimiser step, `micro_batch`
     per forward pass. `learning_rate` is that of the new parameters, `backbone_learning_rate` that of the
-    teacher's own weights among the trainable ones. `compile` runs the decoder layers through torch.compile (in align
-    only the swaps; not a teacher that is the student's own weights).
+    teacher's own weights among the trainable ones, or of their adapters; `learning_rates` overrides both for groups
+    of parameters (`optimizer.group_of`), and 0 leaves a group out. After a warm-up the `scheduler` takes all of them
+    to `final_learning_rate`. `compile` runs the decoder layers through torch.compile (in align only the swaps; not a
+    teacher that is the student's own weights).
     """
 
     tokens: int = Field(gt=0)
@@ -230,9 +247,13 @@ class TrainStage(Section):
     micro_batch: int | None = Field(None, gt=0)
     learning_rate: float = Field(gt=0)
     backbone_learning_rate: float = Field(0.0, ge=0)
-    train: Literal["new", "attention", "all"] = "new"
+    learning_rates: dict[NewGroup | OwnGroup, Annotated[float, Field(ge=0)]] = {}
+    train: Literal["new", "attention", "all", "lora"] = "new"
+    lora: LoraSpec = LoraSpec()
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1)
     final_learning_rate: float = Field(0.1, ge=0, le=1, description="last learning rate as a share of the first")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = False
@@ -243,8 +264,11 @@ class TrainStage(Section):
     def _consistent(self) -> Self:
         if self.batch % (self.micro_batch or self.batch):
             raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
-        if self.train != "new" and self.backbone_learning_rate == 0:
+        own = (rate for group, rate in self.learning_rates.items() if group in OWN_GROUPS)
+        if self.train != "new" and not max(self.backbone_learning_rate, *own, 0.0):
             raise ValueError(f"train: {self.train} needs a backbone_learning_rate above 0")
+        if self.train != "lora" and self.lora != LoraSpec():
+            raise ValueError(f"lora goes with train: lora, not with train: {self.train}")
         if self.compile and self.gradient_checkpointing:
             raise ValueError("compile does not go with gradient_checkpointing: leave one of them out")
         if self.tokens < self.batch * self.length:

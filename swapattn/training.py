@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import processes
-from .attention import swaps
 from .compilation import compiled_layers
 from .errors import TrainingError, UsageError
+from .optimizer import build_optimizer, build_scheduler, trainable_parameters
 from .progress import StageProgress, StepFigures
 from .recipe import AlignStage, DistillStage, TrainStage
 from .reporting import Reporting
@@ -28,51 +27,6 @@ from .stopping import deferring
 
 _WEIGHTS = "trained.safetensors"
 LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor]
-
-
-def trainable_parameters(model: nn.Module, stage: TrainStage) -> tuple[list[str], list[str]]:
-    """Mark what a stage trains; returns the names of the new and of the teacher's own trainable parameters.
-
-    `new` is every parameter of the swaps, but slopes that are not learnable; `attention` adds the rest of the
-    attention modules that were swapped; `all` everything.
-    """
-    owners = {name.split(".swap.")[0] + "." for name, _ in model.named_parameters() if ".swap." in name}
-    fixed = {f"{path}.swap.log_slope" for path, swap in swaps(model).items() if not swap.learnable_decay}
-    new, own = [], []
-    for name, parameter in model.named_parameters():
-        if ".swap." in name:
-            parameter.requires_grad_(name not in fixed)
-            if name not in fixed:
-                new.append(name)
-            continue
-        wanted = stage.train == "all" or (stage.train == "attention" and any(name.startswith(o) for o in owners))
-        parameter.requires_grad_(wanted)
-        if wanted:
-            own.append(name)
-    return new, own
-
-
-def build_optimizer(model: nn.Module, stage: TrainStage, new: list[str], own: list[str]) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.95) with one learning rate for new and one for the teacher's own parameters."""
-    parameters = dict(model.named_parameters())
-    groups: list[dict[str, Any]] = [{"params": [parameters[n] for n in new], "lr": stage.learning_rate}]
-    if own:
-        groups.append({"params": [parameters[n] for n in own], "lr": stage.backbone_learning_rate})
-    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=stage.weight_decay, fused=fused)
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, stage: TrainStage) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then a cosine down to `final_learning_rate` of the peak."""
-    steps, warmup, final = stage.steps, max(1, round(stage.warmup * stage.steps)), stage.final_learning_rate
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, steps - warmup)
-        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 class StageTrainer(Trainer):  # type: ignore[misc]
@@ -262,7 +216,7 @@ def run_stage(
             a save.
         UsageError: the batch cannot be shared out among the processes.
     """
-    new, own = trainable_parameters(model, stage)
+    new, own = trainable_parameters(model, stage, title)
     if not new and not own:
         raise TrainingError(f"{title}: nothing is trainable")
     reporting = reporting or Reporting()
