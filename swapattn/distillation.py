@@ -24,14 +24,16 @@ from .data import PackedTokens, documents
 from .environment import default_device, hardware, is_first_process, say
 from .errors import CheckpointError, RecipeError, UsageError
 from .estimate import estimate, table
+from .lora import inject_, merge_, target_paths
 from .model_card import CARD, model_card
 from .modeling import load, load_teacher
 from .objectives import check_head, distill_loss, mixture_of, stage_flops
+from .optimizer import trainable_parameters
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TextSpec, load_recipe
 from .reporting import Reporting
 from .shards import decays, trained_keys, write_trained
 from .stopping import stopping_on_sigterm
-from .training import LossFunction, run_stage, shares, trainable_parameters
+from .training import LossFunction, run_stage, shares
 
 _COLUMNS = (("tokens", 12), ("steps", 8), ("seconds", 10), ("tokens_per_second", 11))
 
@@ -149,7 +151,7 @@ def _check_request(recipe: Recipe, teacher: Path, device: str, named: bool) -> N
         if not isinstance(stage, CalibrateStage):
             shares(stage, stage.stage, processes.count())
     taught = [s for s in recipe.distill.stages if isinstance(s, DistillStage) and mixture_of(s).needs_teacher]
-    needed = named or any(stage.train != "new" for stage in taught)
+    needed = named or any(stage.train not in ("new", "lora") for stage in taught)
     if needed and not (teacher / "config.json").is_file():
         raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; convert again, or name another")
     for text in {_text_of(stage, recipe) for stage in recipe.distill.stages}:
@@ -196,8 +198,9 @@ def _estimates(start: Checkpoint, recipe: Recipe, device: str, teacher: Path) ->
     own = teacher == start.teacher_path and not _other_weights(start.record.get("trained", ()))
     found = []
     for stage in recipe.distill.stages:
-        own = own and (isinstance(stage, CalibrateStage) or stage.train == "new")
-        found.append(estimate(config, recipe, stage, device, own_teacher=own))
+        train = "new" if isinstance(stage, CalibrateStage) else stage.train
+        found.append(estimate(config, recipe, stage, device, own_teacher=own and train in ("new", "lora")))
+        own = own and train == "new"
     return tuple(found)
 
 
@@ -248,7 +251,8 @@ class _Run:
     def _check_names(self, model: Any) -> None:
         """Before anything is trained: every tensor that will be trained is stored under its own name."""
         stages = [stage for stage in self.recipe.distill.stages if not isinstance(stage, CalibrateStage)]
-        names = {name for stage in stages for group in trainable_parameters(model, stage) for name in group}
+        names = {n for stage in stages for group in trainable_parameters(model, stage, stage.stage) for n in group}
+        names |= {f"{path}.weight" for stage in stages if stage.train == "lora" for path in target_paths(model, stage)}
         trained_keys(self.start.path, model, names)
 
     def _open(self, overwrite: bool) -> None:
@@ -283,7 +287,9 @@ class _Run:
             loss = align_function(stage, amp=self.device != "cpu")
         else:
             loss, teacher = self._distill_loss(stage, model)
-        return run_stage(
+        if stage.train == "lora":
+            inject_(model, stage, seed=self.recipe.distill.seed + index)
+        figures = run_stage(
             model,
             stage,
             loss,
@@ -298,12 +304,14 @@ class _Run:
             save_steps=self.recipe.distill.save_steps,
             reporting=self.reporting,
         )
+        figures["trained"] = [name for name in figures["trained"] if ".lora_" not in name] + merge_(model)
+        return figures
 
     def _distill_loss(self, stage: DistillStage, model: Any) -> tuple[LossFunction, Any | None]:
-        """The teacher is the same weights in softmax mode while they are frozen, else a separate model, if any."""
+        """The teacher is the same weights in softmax mode as long as they are frozen, else a separate model, if any."""
         check_head(model)
         changed = _other_weights(self._trained() | set(self.start.record.get("trained", ())))
-        own = stage.train == "new" and not changed and self.teacher == self.start.teacher_path
+        own = stage.train in ("new", "lora") and not changed and self.teacher == self.start.teacher_path
         if own or not mixture_of(stage).needs_teacher:
             return functools.partial(distill_loss, stage=stage, teacher=None, amp=self.device != "cpu"), None
         dtype = torch.bfloat16 if self.device != "cpu" else torch.float32

@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM
 from . import processes
 from .calibration import BATCH_TOKENS, calibrate_stage
 from .environment import say
+from .lora import inject_
 from .losses import chunk_tokens
 from .objectives import mixture_of, stage_flops
+from .optimizer import trainable_parameters
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TrainStage
 from .surgery import apply_, plan
 from .throughput import RandomTokens, prepared
-from .training import LossFunction, run_stage, shares, trainable_parameters
+from .training import LossFunction, run_stage, shares
 
 CPU_TOKENS = 1024  # a timed step on a CPU; on a GPU it has the stage's own micro-batch
 _STEPS = {"cpu": (1, 2), "cuda": (3, 6)}  # before the clock runs (kernels are compiled), and timed
@@ -54,7 +56,9 @@ def estimate(config: Any, recipe: Recipe, stage: Stage, device: str, *, own_teac
         apply_(model, plan(model.config, recipe.convert))
     if not isinstance(stage, CalibrateStage):
         found["steps"] = stage.steps
-        names = [name for group in trainable_parameters(model, stage) for name in group]
+        if stage.train == "lora":
+            inject_(model, stage)
+        names = [name for group in trainable_parameters(model, stage, stage.stage) for name in group]
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     found["trainable_parameters"] = sum(sizes[name] for name in names)
     # fp32 weights; of what is trained also gradient and Adam's two moments

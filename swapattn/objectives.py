@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from .attention import LightningSwap, observing
 from .call import AttentionCall
 from .errors import UnsupportedModelError
+from .lora import adapters_off
 from .losses import Mixture, OutputEmbedding, linear_loss, normalized_mse
 from .modeling import MODEL_TYPE_PREFIX
 from .peak import forward_flops, step_flops
@@ -49,7 +50,7 @@ def align_loss(
         )
 
     with observing(model, compare), torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        hidden_states(model, ids)
     return torch.stack(losses).mean()
 
 
@@ -62,15 +63,14 @@ def distill_loss(
         model: the student.
         ids: `[B, T]`; in a cross-entropy the label of each token is the next one.
         stage: losses, temperature and chunk size.
-        teacher: a separate model, or None for the student's own weights with softmax attention.
+        teacher: a separate model, or None for the student's own weights, see `as_teacher`.
         amp: bf16 autocast.
     """
     mixture = mixture_of(stage)
     target, target_head, labels = None, None, None
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
         if mixture.needs_teacher:
-            own = observing(model, lambda *_: None) if teacher is None else contextlib.nullcontext()
-            with torch.no_grad(), own:
+            with torch.no_grad(), as_teacher(model) if teacher is None else contextlib.nullcontext():
                 target = hidden_states(teacher or model, ids)
             target_head = output_embedding(teacher or model)
         if mixture.cross_entropy > 0:
@@ -85,6 +85,13 @@ def distill_loss(
             labels=labels,
             chunk=stage.chunk,
         )
+
+
+@contextlib.contextmanager
+def as_teacher(model: Any) -> Iterator[None]:
+    """Let the student be its own teacher: softmax attention, no adapters."""
+    with observing(model, lambda *_: None), adapters_off(model):
+        yield
 
 
 def mixture_of(stage: DistillStage) -> Mixture:

@@ -22,6 +22,7 @@ from . import sources
 from .compilation import align_function
 from .environment import default_device, hardware, say, versions
 from .errors import RecipeError, UsageError
+from .lora import inject_
 from .objectives import distill_loss, mixture_of, stage_flops
 from .peak import forward_flops, share_of_peak, step_flops
 from .recipe import AlignStage, DistillStage, Recipe, TrainStage
@@ -150,7 +151,12 @@ def _stage(recipe: Recipe, kind: str, length: int) -> TrainStage:
     micro = found.micro_batch and max(1, found.micro_batch * found.length // length)
     changed: dict[str, Any] = {"length": length, "batch": batch, "micro_batch": micro, "tokens": batch * length}
     if kind == "finetune":
-        changed |= {"train": "all", "backbone_learning_rate": found.backbone_learning_rate or 1e-6}
+        changed |= {
+            "train": "all",
+            "lora": {},
+            "learning_rates": {},
+            "backbone_learning_rate": found.backbone_learning_rate or 1e-6,
+        }
     values = {**found.model_dump(), **changed}
     if micro and batch % micro:
         values["micro_batch"] = 1
@@ -222,11 +228,13 @@ def prepared(
     if kind == "finetune":
         return model.to(device), functools.partial(finetune_loss, amp=amp), None
     teacher = None
-    own = own_teacher or (own_teacher is None and isinstance(stage, DistillStage) and stage.train == "new")
+    own = own_teacher or (own_teacher is None and isinstance(stage, DistillStage) and stage.train in ("new", "lora"))
     if isinstance(stage, DistillStage) and mixture_of(stage).needs_teacher and not own:
         teacher = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if amp else torch.float32)
         teacher = teacher.to(device).eval().requires_grad_(False)
     apply_(model, plan(model.config, recipe.convert))
+    if stage.train == "lora":
+        inject_(model, stage)
     model.to(device)
     if isinstance(stage, DistillStage):
         return model, functools.partial(distill_loss, stage=stage, teacher=teacher, amp=amp), teacher
