@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,7 @@ from .objectives import check_head, distill_loss, mixture_of, stage_flops
 from .optimizer import trainable_parameters
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TextSpec, load_recipe
 from .reporting import Reporting
+from .sharding import gathered, is_sharded
 from .shards import decays, trained_keys, write_trained
 from .stopping import stopping_on_sigterm
 from .training import LossFunction, run_stage, shares
@@ -233,15 +235,16 @@ class _Run:
         if is_first_process():
             self._open(overwrite)
         self.state = processes.from_first(self.state)
-        model.to(self.device)
-        if self.state["stages"]:
-            self._restore(model)
+        model = self._restored(model)
         for index, stage in enumerate(self.recipe.distill.stages):
             if index < len(self.state["stages"]):
                 continue
             self.state["stages"].append(self._stage(index, stage, model, tokenizer))
-            if is_first_process():
-                self._save(model, index)
+            self._save(model, index)
+            if is_sharded(model):
+                del model
+                gc.collect()  # modules and their hooks hold each other
+                model = self._restored(load(self.start.path, dtype=torch.float32)[0])
         if is_first_process():
             self._write(model, overwrite)
             shutil.rmtree(self.work)
@@ -278,8 +281,10 @@ class _Run:
             _text_of(stage, self.recipe), tokenizer, stage.length, seed=self.recipe.distill.seed + index
         )
         if isinstance(stage, CalibrateStage):
+            model.to(self.device)
             figures = calibrate_stage(model, stage, data) if is_first_process() else None
             processes.copy_from_first_(p for name, p in model.named_parameters() if ".swap." in name)
+            model.to("cpu" if processes.sharded() else self.device)
             return dict(processes.from_first(figures))
         loss: LossFunction
         teacher = None
@@ -315,7 +320,7 @@ class _Run:
         if own or not mixture_of(stage).needs_teacher:
             return functools.partial(distill_loss, stage=stage, teacher=None, amp=self.device != "cpu"), None
         dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
-        teacher, _ = load_teacher(self.teacher, device=self.device, dtype=dtype)
+        teacher, _ = load_teacher(self.teacher, device=None if processes.sharded() else self.device, dtype=dtype)
         if teacher.config.vocab_size != model.config.vocab_size:
             raise UsageError(f"the teacher {self.teacher} has another vocabulary than {self.start.path}")
         teacher.requires_grad_(False)
@@ -325,19 +330,27 @@ class _Run:
         return {name for stage in self.state["stages"] for name in stage.get("trained", ())}
 
     def _save(self, model: Any, index: int) -> None:
-        state = {k: v.detach().cpu().contiguous() for k, v in model.named_parameters() if k in self._trained()}
-        save_file(state, self.work / f"stage-{index}.safetensors")
-        write_json(self.state_file, self.state)
-        if index:
-            (self.work / f"stage-{index - 1}.safetensors").unlink(missing_ok=True)
-        shutil.rmtree(self.work / f"stage-{index}", ignore_errors=True)
+        trained = self._trained()
+        state = gathered((name, p) for name, p in model.named_parameters() if name in trained)
+        if is_first_process():
+            save_file(state, self._saved(index))
+            write_json(self.state_file, self.state)
+            if index:
+                self._saved(index - 1).unlink(missing_ok=True)
+            shutil.rmtree(self.work / f"stage-{index}", ignore_errors=True)
+        processes.from_first(None)  # the others may read it next
 
-    def _restore(self, model: Any) -> None:
-        saved = load_file(self.work / f"stage-{len(self.state['stages']) - 1}.safetensors")
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in saved.items():
-                parameters[name].copy_(tensor)
+    def _saved(self, index: int) -> Path:
+        return self.work / f"stage-{index}.safetensors"
+
+    def _restored(self, model: Any) -> Any:
+        """The model as the finished stages left it; one that is to be sharded stays on the CPU so far."""
+        if self.state["stages"]:
+            parameters = dict(model.named_parameters())
+            with torch.no_grad():
+                for name, tensor in load_file(self._saved(len(self.state["stages"]) - 1)).items():
+                    parameters[name].copy_(tensor)
+        return model if processes.sharded() else model.to(self.device)
 
     def _write(self, model: Any, overwrite: bool) -> None:
         stages = [{k: v for k, v in stage.items() if k != "trained"} for stage in self.state["stages"]]

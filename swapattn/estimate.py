@@ -65,6 +65,8 @@ def estimate(config: Any, recipe: Recipe, stage: Stage, device: str, *, own_teac
     found["memory_bytes"] = 4 * sum(sizes.values()) + 12 * found["trainable_parameters"]
     if isinstance(stage, DistillStage) and mixture_of(stage).needs_teacher and not own_teacher:
         found["memory_bytes"] += (4 if device == "cpu" else 2) * sum(sizes.values())
+    if processes.sharded() and not isinstance(stage, CalibrateStage):
+        found["memory_bytes"] //= processes.count()
     found |= {"tokens_per_second": None, "hours": None, "measured": None}
     if found["memory_bytes"] > _free_bytes(device):
         return found

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from .attention import swaps
 from .errors import RecipeError
 from .recipe import TrainStage
+from .sharding import as_shard_of, whole
 
 ADAPTER = "default"  # peft's name for the one that it is given
 
@@ -88,6 +89,8 @@ def merge_(model: nn.Module) -> list[str]:
     adapted = _adapted(model)
     for path, module in adapted.items():
         base = module.get_base_layer()
-        base.weight += module.get_delta_weight(ADAPTER)
+        for half in (module.lora_A[ADAPTER], module.lora_B[ADAPTER]):
+            half.weight = nn.Parameter(whole(half.weight), requires_grad=False)
+        base.weight += as_shard_of(base.weight, module.get_delta_weight(ADAPTER))
         model.set_submodule(path, base)
     return [f"{path}.weight" for path in adapted]

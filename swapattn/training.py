@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -23,6 +24,7 @@ from .optimizer import build_optimizer, build_scheduler, trainable_parameters
 from .progress import StageProgress, StepFigures
 from .recipe import AlignStage, DistillStage, TrainStage
 from .reporting import Reporting
+from .sharding import as_shard_of, gathered, is_sharded, shard_, shard_frozen_, whole_state_
 from .stopping import deferring
 
 _WEIGHTS = "trained.safetensors"
@@ -39,6 +41,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, loss_function: LossFunction, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = False
+        if is_sharded(self.model):  # its parameters meet by themselves: no DDP around it
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.loss_function = loss_function
         self.waiting: list[StepFigures] = []
         self._losses: list[torch.Tensor] = []
@@ -78,18 +82,36 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 f"{free / 2**20:,.1f} MiB were free there); {kept}: free some space and repeat the command"
             ) from error
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What the stage trains, and nothing else: the rest is in the checkpoint that the run started from."""
+        trained = gathered((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         if self.args.should_save and output_dir is not None:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
             save_file(trained, Path(output_dir) / _WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in load_file(Path(resume_from_checkpoint) / _WEIGHTS).items():
-                parameters[name].copy_(tensor)
+        with torch.no_grad(), safe_open(Path(resume_from_checkpoint) / _WEIGHTS, framework="pt") as saved:
+            for name in saved.keys():  # noqa: SIM118 - no mapping
+                parameters[name].copy_(as_shard_of(parameters[name], saved.get_tensor(name)))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model) and not self.args.should_save:
+            self.optimizer.state_dict()  # the first process needs everybody's share
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not is_sharded(self.model) or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # as the Trainer does, but never whole on a GPU
+        for name, part in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
+            part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True, mmap=True))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last that every process writes, before the first one declares the checkpoint whole."""
+        super()._save_rng_state(output_dir)
+        processes.from_first(None)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not the Trainer's count, which walks over all parameters in every micro-batch; see `peak`."""
@@ -122,11 +144,12 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 
 def _through(wrapper: nn.Module, inner: Any, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-    """`function(inner, *args)` as the forward pass of the wrapper, whose hooks make gradients meet (DDP).
+    """`function(inner, *args)` as the forward pass of the wrapper, whose hooks make gradients meet (DDP, FSDP).
 
     The way of Lightning Fabric's `_ForwardRedirection`: the wrapper's forward calls the inner model's, once replaced.
+    A sharded model is its own wrapper.
     """
-    if wrapper is inner:
+    if wrapper is inner and not is_sharded(inner):
         return function(inner, *args)
 
     def once(*given: Any) -> torch.Tensor:
@@ -194,7 +217,7 @@ def run_stage(
     """Train one stage in place, resuming from the newest Trainer checkpoint in `folder` if there is one.
 
     Args:
-        model: converted model in fp32, on any device; it ends on `device`.
+        model: converted model in fp32, on any device; it ends on `device`, sharded where the launcher asks for it.
         stage: budget, batch and learning rates.
         loss_function: (model, ids `[B, T]`) -> scalar, a mean over tokens or layers.
         dataset: yields {"input_ids": LongTensor[T]} without end.
@@ -204,7 +227,7 @@ def run_stage(
         device: "cpu" or "cuda".
         seed: of the Trainer.
         flops: of a step per token, to show the share of peak; None if not known.
-        teacher: a separate model that the loss function calls, to be compiled if the stage says so.
+        teacher: a separate model that the loss function calls, to be sharded and compiled like the other.
         save_steps: optimiser steps between Trainer checkpoints, besides those by the clock.
         reporting: where figures go besides the log.
 
@@ -246,8 +269,15 @@ def run_stage(
     _ = arguments.device  # sets the next line's count to all visible GPUs, which would multiply the batch
     arguments._n_gpu = 1
     progress = StageProgress(title, stage, log, run=folder.name, flops=flops, save_steps=save_steps)
-    model.to(device)  # before the optimiser is chosen, which is fused on a GPU
+    # before the optimiser is chosen, which is fused on a GPU
+    if processes.sharded():
+        shard_(model, device, swaps=isinstance(stage, AlignStage))
+        if teacher is not None:
+            shard_frozen_(teacher, device)
+    model.to(device)
     optimizer = build_optimizer(model, stage, new, own)
+    if is_sharded(model):
+        whole_state_(optimizer)
     with reporting.open(folder.name):
         trainer = StageTrainer(
             loss_function,
