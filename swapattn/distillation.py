@@ -25,17 +25,19 @@ from .data import PackedTokens, documents
 from .environment import default_device, hardware, is_first_process, say
 from .errors import CheckpointError, RecipeError, UsageError
 from .estimate import estimate, table
+from .logits import LogitWindows, check_wanted_logits, read_manifest, wanted_logits
 from .lora import inject_, merge_, target_paths
 from .model_card import CARD, model_card
 from .modeling import load, load_teacher
-from .objectives import check_head, distill_loss, mixture_of, stage_flops
+from .objectives import check_head, distill_loss, stage_flops
 from .optimizer import trainable_parameters
-from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TextSpec, load_recipe
+from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TeacherSpec, TextSpec, load_recipe
 from .reporting import Reporting
 from .sharding import gathered, is_sharded
 from .shards import decays, trained_keys, write_trained
 from .stopping import stopping_on_sigterm
 from .training import LossFunction, run_stage, shares
+from .vocabulary import check_same_vocabulary
 
 _COLUMNS = (("tokens", 12), ("steps", 8), ("seconds", 10), ("tokens_per_second", 11))
 
@@ -131,7 +133,7 @@ def distill(
     reporting.check()
     device = device or default_device()
     teacher_path = Path(teacher) if teacher is not None else start.teacher_path
-    _check_request(resolved, teacher_path, device, teacher is not None)
+    _check_request(resolved, start, teacher_path, device, teacher is not None)
     processes.join(device)
     if is_first_process():
         start = _with_convert_section(start, resolved, Path(directory), dry_run, overwrite)
@@ -145,19 +147,27 @@ def distill(
     return DistillResult(target, start.path, start.teacher_note, text, device, stages)
 
 
-def _check_request(recipe: Recipe, teacher: Path, device: str, named: bool) -> None:
+def _check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str, named: bool) -> None:
     """What would otherwise show only after the first stages: the teacher, the texts, the device, the batches."""
     if device not in ("cpu", "cuda"):
         raise UsageError(f"device {device!r}: say cpu or cuda, and choose the GPU with CUDA_VISIBLE_DEVICES")
     for stage in recipe.distill.stages:
         if not isinstance(stage, CalibrateStage):
             shares(stage, stage.stage, processes.count())
-    taught = [s for s in recipe.distill.stages if isinstance(s, DistillStage) and mixture_of(s).needs_teacher]
+    taught = [stage for stage in recipe.distill.stages if isinstance(stage, DistillStage) and stage.runs_teacher]
     needed = named or any(stage.train not in ("new", "lora") for stage in taught)
     if needed and not (teacher / "config.json").is_file():
         raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; convert again, or name another")
-    for text in {_text_of(stage, recipe) for stage in recipe.distill.stages}:
+    if named:
+        check_same_vocabulary(teacher, start.path)
+    check_wanted_logits(recipe, start.path)
+    for text in {_text_of(stage, recipe) for stage in recipe.distill.stages if not _written(stage)}:
         next(iter(documents(text)), None)
+
+
+def _written(stage: Stage) -> TeacherSpec | None:
+    """The logits that a stage learns from, if it does; its text is among them."""
+    return stage.teacher if isinstance(stage, DistillStage) else None
 
 
 def _text_of(stage: Stage, recipe: Recipe) -> TextSpec:
@@ -225,6 +235,7 @@ class _Run:
         del values["distill"]["save_steps"]  # how often it is saved does not make it another run
         identity = {"recipe": values, "parent": str(start.path.resolve()), "parent_time": start.time}
         identity["teacher"] = str(teacher.resolve())
+        identity["logits"] = [read_manifest(wanted.folder)["teacher"] for wanted in wanted_logits(recipe)]
         self.state: dict[str, Any] = {"identity": identity, "stages": []}
 
     def run(self, overwrite: bool) -> list[dict[str, Any]]:
@@ -277,9 +288,13 @@ class _Run:
         write_json(self.state_file, self.state)
 
     def _stage(self, index: int, stage: Stage, model: Any, tokenizer: Any) -> dict[str, Any]:
-        data = PackedTokens(
-            _text_of(stage, self.recipe), tokenizer, stage.length, seed=self.recipe.distill.seed + index
-        )
+        data: Any
+        if written := _written(stage):
+            data = LogitWindows(Path(written.logits))
+        else:
+            data = PackedTokens(
+                _text_of(stage, self.recipe), tokenizer, stage.length, seed=self.recipe.distill.seed + index
+            )
         if isinstance(stage, CalibrateStage):
             model.to(self.device)
             figures = calibrate_stage(model, stage, data) if is_first_process() else None
@@ -317,12 +332,10 @@ class _Run:
         check_head(model)
         changed = _other_weights(self._trained() | set(self.start.record.get("trained", ())))
         own = stage.train in ("new", "lora") and not changed and self.teacher == self.start.teacher_path
-        if own or not mixture_of(stage).needs_teacher:
+        if own or not stage.runs_teacher:
             return functools.partial(distill_loss, stage=stage, teacher=None, amp=self.device != "cpu"), None
         dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
         teacher, _ = load_teacher(self.teacher, device=None if processes.sharded() else self.device, dtype=dtype)
-        if teacher.config.vocab_size != model.config.vocab_size:
-            raise UsageError(f"the teacher {self.teacher} has another vocabulary than {self.start.path}")
         teacher.requires_grad_(False)
         return functools.partial(distill_loss, stage=stage, teacher=teacher, amp=self.device != "cpu"), teacher
 
@@ -367,6 +380,7 @@ class _Run:
                 self.start.record["teacher"],
                 parent={"path": str(self.start.path.resolve()), "time": self.start.time},
                 text=self.recipe.distill.text.describe(),
+                logits=[read_manifest(wanted.folder) for wanted in wanted_logits(self.recipe)],
                 hardware=f"{processes.count()} x " * (processes.count() > 1) + hardware(self.device),
                 stages=stages,
                 trained=sorted(trained | set(self.start.record.get("trained", ()))),

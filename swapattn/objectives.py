@@ -14,7 +14,7 @@ from .attention import LightningSwap, observing
 from .call import AttentionCall
 from .errors import UnsupportedModelError
 from .lora import adapters_off
-from .losses import Mixture, OutputEmbedding, linear_loss, normalized_mse
+from .losses import Mixture, OutputEmbedding, TopK, linear_loss, normalized_mse
 from .modeling import MODEL_TYPE_PREFIX
 from .peak import forward_flops, step_flops
 from .recipe import AlignStage, DistillStage, TrainStage
@@ -55,7 +55,15 @@ def align_loss(
 
 
 def distill_loss(
-    model: Any, ids: torch.Tensor, *, stage: DistillStage, teacher: Any | None, amp: bool = False
+    model: Any,
+    ids: torch.Tensor,
+    *,
+    stage: DistillStage,
+    teacher: Any | None,
+    amp: bool = False,
+    top_ids: torch.Tensor | None = None,
+    top_log_probs: torch.Tensor | None = None,
+    top_rest: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The stage's mixture of losses on full-vocabulary logits, a mean over tokens, chunked over tokens.
 
@@ -65,11 +73,15 @@ def distill_loss(
         stage: losses, temperature and chunk size.
         teacher: a separate model, or None for the student's own weights, see `as_teacher`.
         amp: bf16 autocast.
+        top_ids, top_log_probs, top_rest: instead of a teacher what `swapattn logits` has written of it, `[B, T, k]` and
+            `[B, T]`.
     """
     mixture = mixture_of(stage)
-    target, target_head, labels = None, None, None
+    target, target_head, top, labels = None, None, None, None
+    if top_ids is not None and top_log_probs is not None and top_rest is not None:
+        top = TopK(top_ids.flatten(0, 1), top_log_probs.flatten(0, 1), top_rest.flatten())
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
-        if mixture.needs_teacher:
+        if mixture.needs_teacher and top is None:
             with torch.no_grad(), as_teacher(model) if teacher is None else contextlib.nullcontext():
                 target = hidden_states(teacher or model, ids)
             target_head = output_embedding(teacher or model)
@@ -82,6 +94,7 @@ def distill_loss(
             mixture,
             teacher_hidden=target,
             teacher_head=target_head,
+            teacher_top=top,
             labels=labels,
             chunk=stage.chunk,
         )
@@ -104,7 +117,7 @@ def stage_flops(model: Any, stage: TrainStage, teacher: Any | None) -> float | N
     own = forward_flops(model, stage.length)
     if isinstance(stage, AlignStage):
         return step_flops("align", own)
-    if isinstance(stage, DistillStage) and not mixture_of(stage).needs_teacher:
+    if isinstance(stage, DistillStage) and not stage.runs_teacher:
         return step_flops("distill", own, {})
     return step_flops("distill", own, own if teacher is None else forward_flops(teacher, stage.length))
 

@@ -312,17 +312,43 @@ class LossSpec(Section):
         return self
 
 
+class TeacherSpec(Section):
+    """A teacher that need not be there: the folder that `swapattn logits` writes and the stage reads."""
+
+    logits: str
+
+
 class DistillStage(TrainStage):
     """The whole model learns the teacher's next-token distribution over the full vocabulary, or the text itself.
 
     `losses` are weights, of which those left out are 0; without it the loss is the forward KL. `chunk` is how many
-    tokens' logits exist at a time; null chooses as many as 512 MiB hold (on a CPU 64 MiB).
+    tokens' logits exist at a time; null chooses as many as 512 MiB hold (on a CPU 64 MiB). `teacher` is null for the
+    model that the checkpoint was made from.
     """
 
     stage: Literal["distill"]
     losses: LossSpec = LossSpec(forward_kl=1.0)
     temperature: float = Field(1.0, gt=0)
     chunk: int | None = Field(None, gt=0)
+    teacher: TeacherSpec | None = None
+
+    @model_validator(mode="after")
+    def _written_logits_are_what_they_are(self) -> Self:
+        if self.teacher is not None and self.temperature != 1:
+            raise ValueError("temperature is 1 with teacher.logits: what was written cannot be tempered any more")
+        if self.teacher is not None and not self.needs_teacher:
+            raise ValueError("teacher.logits is of no use to a loss without a divergence")
+        return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any loss compares the student with a teacher."""
+        return self.losses.forward_kl + self.losses.reverse_kl + self.losses.jsd > 0
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether a teacher has to be run for that."""
+        return self.needs_teacher and self.teacher is None
 
 
 Stage = Annotated[CalibrateStage | AlignStage | DistillStage, Field(discriminator="stage")]

@@ -23,7 +23,7 @@ from .compilation import align_function
 from .environment import default_device, hardware, say, versions
 from .errors import RecipeError, UsageError
 from .lora import inject_
-from .objectives import distill_loss, mixture_of, stage_flops
+from .objectives import distill_loss, stage_flops
 from .peak import forward_flops, share_of_peak, step_flops
 from .recipe import AlignStage, DistillStage, Recipe, TrainStage
 from .surgery import apply_, plan
@@ -150,6 +150,8 @@ def _stage(recipe: Recipe, kind: str, length: int) -> TrainStage:
     batch = max(1, found.batch * found.length // length)
     micro = found.micro_batch and max(1, found.micro_batch * found.length // length)
     changed: dict[str, Any] = {"length": length, "batch": batch, "micro_batch": micro, "tokens": batch * length}
+    if kind == "distill":
+        changed["teacher"] = None  # random tokens have no written logits
     if kind == "finetune":
         changed |= {
             "train": "all",
@@ -229,7 +231,7 @@ def prepared(
         return model.to(device), functools.partial(finetune_loss, amp=amp), None
     teacher = None
     own = own_teacher or (own_teacher is None and isinstance(stage, DistillStage) and stage.train in ("new", "lora"))
-    if isinstance(stage, DistillStage) and mixture_of(stage).needs_teacher and not own:
+    if isinstance(stage, DistillStage) and stage.runs_teacher and not own:
         teacher = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if amp else torch.float32)
         teacher = teacher.to(device).eval().requires_grad_(False)
     apply_(model, plan(model.config, recipe.convert))

@@ -28,7 +28,7 @@ from .sharding import as_shard_of, gathered, is_sharded, shard_, shard_frozen_, 
 from .stopping import deferring
 
 _WEIGHTS = "trained.safetensors"
-LossFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+LossFunction = Callable[..., torch.Tensor]
 
 
 class StageTrainer(Trainer):  # type: ignore[misc]
@@ -54,7 +54,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         """The stage's loss of one micro-batch, without dropout: the teacher may be the model itself."""
         inner = self.accelerator.unwrap_model(model)
         _without_dropout(inner)
-        loss = _through(model, inner, self.loss_function, inputs["input_ids"])
+        others = {name: value for name, value in inputs.items() if name != "input_ids"}
+        loss = _through(model, inner, self.loss_function, inputs["input_ids"], **others)
         self._losses.append(loss.detach())
         return (loss, None) if return_outputs else loss
 
@@ -143,21 +144,23 @@ def _last_checkpoint(folder: Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
-def _through(wrapper: nn.Module, inner: Any, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-    """`function(inner, *args)` as the forward pass of the wrapper, whose hooks make gradients meet (DDP, FSDP).
+def _through(
+    wrapper: nn.Module, inner: Any, function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """`function(inner, ...)` as the forward pass of the wrapper, whose hooks make gradients meet (DDP, FSDP).
 
     The way of Lightning Fabric's `_ForwardRedirection`: the wrapper's forward calls the inner model's, once replaced.
     A sharded model is its own wrapper.
     """
     if wrapper is inner and not is_sharded(inner):
-        return function(inner, *args)
+        return function(inner, *args, **kwargs)
 
-    def once(*given: Any) -> torch.Tensor:
+    def once(*given: Any, **named: Any) -> torch.Tensor:
         del inner.forward
-        return function(inner, *given)
+        return function(inner, *given, **named)
 
     inner.forward = once
-    result: torch.Tensor = wrapper(*args)
+    result: torch.Tensor = wrapper(*args, **kwargs)
     return result
 
 
@@ -219,7 +222,8 @@ def run_stage(
     Args:
         model: converted model in fp32, on any device; it ends on `device`, sharded where the launcher asks for it.
         stage: budget, batch and learning rates.
-        loss_function: (model, ids `[B, T]`) -> scalar, a mean over tokens or layers.
+        loss_function: (model, ids `[B, T]`) -> scalar, a mean over tokens or layers; whatever else the dataset yields
+            comes by its name.
         dataset: yields {"input_ids": LongTensor[T]} without end.
         title: shown before the progress bar.
         folder: for Trainer checkpoints of this stage.

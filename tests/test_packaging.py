@@ -41,7 +41,7 @@ LAYERS = (
     }
     | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
     | {"rotary_check", "loss_kernel", "compilation"}
-    | {"optimizer", "lora", "sharding"}
+    | {"optimizer", "lora", "sharding", "logits", "vocabulary"}
     | {"processes", "progress", "reporting", "stopping"}
     | {"graph", "integrity", "unpickling"}
     | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"}
