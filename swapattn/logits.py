@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from .checkpoint import Checkpoint, write_json
 from .data import PackedTokens
@@ -30,7 +29,7 @@ from .losses import TopK, chunk_tokens
 from .modeling import load_teacher
 from .objectives import check_head, hidden_states, output_embedding
 from .recipe import DistillStage, Recipe, TextSpec
-from .vocabulary import check_same_vocabulary, fingerprint, logit_count
+from .vocabulary import check_same_vocabulary, fingerprint, logit_count, tokenizer_of
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -122,7 +121,7 @@ def check_wanted_logits(recipe: Recipe, checkpoint: Path) -> None:
     """`check_logits` for all stages of a recipe that distills a checkpoint."""
     everything = wanted_logits(recipe)
     if everything:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = tokenizer_of(checkpoint)
         for wanted in everything:
             check_logits(wanted, tokenizer, logit_count(checkpoint))
 
@@ -140,11 +139,11 @@ class LogitWindows(IterableDataset[dict[str, torch.Tensor]]):
         manifest = read_manifest(folder)
         self.shape = (manifest["length"], manifest["top"])
         files = sorted(folder.glob("part-*.arrow"))
-        self.rows = concatenate_datasets([Dataset.from_file(str(file)) for file in files]).with_format("arrow")
-        if len(self.rows) != manifest["windows"]:
-            raise CheckpointError(
-                f"{folder} holds {len(self.rows):,} windows, its manifest says {manifest['windows']:,}"
-            )
+        parts = [Dataset.from_file(str(file)) for file in files]
+        windows = sum(len(part) for part in parts)
+        if windows != manifest["windows"]:
+            raise CheckpointError(f"{folder} holds {windows:,} windows, its manifest says {manifest['windows']:,}")
+        self.rows = concatenate_datasets(parts).with_format("arrow")
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from itertools import islice
 
 import pytest
@@ -226,8 +228,10 @@ def test_a_teacher_of_other_tokens_is_refused(converted, tiny_llama, tiny_tokeni
 def test_the_command_line(converted, tmp_path):
     (tmp_path / "r.yaml").write_text(recipe(STAGE).to_yaml())
     wanted = ["--recipe", "r.yaml", "--set", "distill.stages.distill.teacher.logits=kept", "--device", "cpu"]
-    answer = CliRunner().invoke(main, ["logits", *wanted, "--top", "4", "--dry-run"])
-    assert answer.exit_code == 0, answer.output
+    # in a process of its own, where nothing has made the model type known
+    program = [sys.executable, "-c", "from swapattn.cli import main; main()", "logits", *wanted, "--top", "4"]
+    answer = subprocess.run([*program, "--dry-run"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (answer.returncode, "custom code" in answer.stdout + answer.stderr) == (0, False), answer.stderr
     assert "kept would write the top 4 of 256 tokens, 0.0 MiB (8 windows for stage distill)" in answer.stdout
     assert not (tmp_path / "kept").exists()
     answer = CliRunner().invoke(main, ["logits", *wanted, "--top", "4", "--json"])
