@@ -102,12 +102,11 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not is_sharded(self.model) or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        # as the Trainer does, but never whole on a GPU
-        for name, part in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
-            part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True, mmap=True))
+        """As the Trainer does, but through the CPU: a GPU may have no room for the whole of what it has a share of."""
+        if checkpoint is not None:
+            for name, part in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
+                state = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True, mmap=True)
+                part.load_state_dict(state)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last that every process writes, before the first one declares the checkpoint whole."""
