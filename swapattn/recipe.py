@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -22,9 +22,12 @@ SCHEMA_VERSION = 1
 FeatureMapName = Literal["identity", "silu", "elu1", "relu", "exp", "softmax", "hedgehog", "t2r"]
 NormalizerName = Literal["none", "sum", "rms", "rms_all"]
 ScheduleName = Literal["alibi", "transnormer", "minimax", "retnet", "none"]
-NewGroup = Literal["decay", "feature_map", "mix", "scale", "qk_norm", "gates"]
-OwnGroup = Literal["attention", "mlp", "norms", "embeddings", "lora"]
-OWN_GROUPS: frozenset[str] = frozenset(get_args(OwnGroup))
+ParameterGroup = Literal[
+    "decay", "feature_map", "mix", "scale", "qk_norm", "gates", "attention", "mlp", "norms", "embeddings", "lora"
+]
+OWN_GROUPS = frozenset(
+    {"attention", "mlp", "norms", "embeddings", "lora"}
+)  # the teacher's own and what stands for them
 POSITIVE_MAPS: frozenset[str] = frozenset({"elu1", "relu", "exp", "softmax", "hedgehog", "t2r"})
 
 
@@ -247,7 +250,7 @@ class TrainStage(Section):
     micro_batch: int | None = Field(None, gt=0)
     learning_rate: float = Field(gt=0)
     backbone_learning_rate: float = Field(0.0, ge=0)
-    learning_rates: dict[NewGroup | OwnGroup, Annotated[float, Field(ge=0)]] = {}
+    learning_rates: dict[ParameterGroup, Annotated[float, Field(ge=0)]] = {}
     train: Literal["new", "attention", "all", "lora"] = "new"
     lora: LoraSpec = LoraSpec()
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
@@ -449,8 +452,11 @@ def parse_recipe(data: Mapping[str, Any], label: str = "recipe") -> Recipe:
         raise RecipeError(f"recipe {label}: " + "; ".join(_explain(e) for e in error.errors())) from None
 
 
+_NOT_KEYS = ("list", "number", "[key]")  # tags of `Keep`, pydantic's word for a key of a mapping
+
+
 def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"] if part not in ("list", "number"))  # tags of `Keep`
+    where = ".".join(str(part) for part in error["loc"] if part not in _NOT_KEYS)
     if error["type"] == "extra_forbidden":
         return f"unknown key {where}"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}"

@@ -269,14 +269,18 @@ def test_other_ways_of_sharding_are_refused(start, tmp_path, monkeypatch, variab
 
 
 @pytest.mark.slow
-def test_torchrun_and_the_command_line(start, whole, tmp_path):
+@pytest.mark.parametrize("variables", [{}, {"ACCELERATE_USE_FSDP": "true"}], ids=["ddp", "fsdp"])
+def test_torchrun_and_the_command_line(start, whole, tmp_path, variables):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(parse_recipe(RECIPE).to_yaml())
     program = tmp_path / "run.py"
     program.write_text("from swapattn.cli import main; main()")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program), "distill"]
     options = ["--recipe", str(recipe), "--device", "cpu", "-o", str(tmp_path / "out"), "--json"]
-    answer = subprocess.run([*command, str(start), *options], capture_output=True, text=True, check=True)
+    environment = {**os.environ, **variables}
+    answer = subprocess.run(
+        [*command, str(start), *options], env=environment, capture_output=True, text=True, check=True
+    )
     assert len(json.loads(answer.stdout)["stages"]) == 4
     assert_same(tmp_path / "out", whole, 1e-5)
     shutil.rmtree(tmp_path / "out")
