@@ -7,7 +7,7 @@ import functools
 import gc
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,8 +154,9 @@ def _check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str
     for stage in recipe.distill.stages:
         if not isinstance(stage, CalibrateStage):
             shares(stage, stage.stage, processes.count())
-    taught = [stage for stage in recipe.distill.stages if isinstance(stage, DistillStage) and stage.runs_teacher]
-    needed = named or any(stage.train not in ("new", "lora") for stage in taught)
+    own = _own_teachers(recipe, start, teacher)
+    taught = [isinstance(stage, DistillStage) and stage.runs_teacher for stage in recipe.distill.stages]
+    needed = named or any(run and not mine for run, mine in zip(taught, own, strict=True))
     if needed and not (teacher / "config.json").is_file():
         raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; convert again, or name another")
     if named:
@@ -163,6 +164,20 @@ def _check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str
     check_wanted_logits(recipe, start.path)
     for text in {_text_of(stage, recipe) for stage in recipe.distill.stages if not _written(stage)}:
         next(iter(documents(text)), None)
+
+
+def _own_teachers(recipe: Recipe, start: Checkpoint, teacher: Path) -> list[bool]:
+    """For each stage whether the student's own weights can teach it: no stage has changed them, and this one does not.
+
+    Adapters can be switched off while their stage runs, and are part of the weights afterwards.
+    """
+    same = teacher == start.teacher_path and all(".swap." in name for name in start.record.get("trained", ()))
+    found = []
+    for stage in recipe.distill.stages:
+        train = "new" if isinstance(stage, CalibrateStage) else stage.train
+        found.append(same and train in ("new", "lora"))
+        same = same and train == "new"
+    return found
 
 
 def _written(stage: Stage) -> TeacherSpec | None:
@@ -207,18 +222,9 @@ def _estimates(start: Checkpoint, recipe: Recipe, device: str, teacher: Path) ->
     if not (start.teacher_path / "config.json").is_file():
         raise CheckpointError(f"no teacher at {start.teacher_path}, of whose shape the steps would be measured")
     config = AutoConfig.from_pretrained(start.teacher_path)
-    own = teacher == start.teacher_path and not _other_weights(start.record.get("trained", ()))
-    found = []
-    for stage in recipe.distill.stages:
-        train = "new" if isinstance(stage, CalibrateStage) else stage.train
-        found.append(estimate(config, recipe, stage, device, own_teacher=own and train in ("new", "lora")))
-        own = own and train == "new"
-    return tuple(found)
-
-
-def _other_weights(names: Iterable[str]) -> bool:
-    """Whether any of the parameters is the teacher's own rather than a swap's."""
-    return any(".swap." not in name for name in names)
+    own = _own_teachers(recipe, start, teacher)
+    stages = zip(recipe.distill.stages, own, strict=True)
+    return tuple(estimate(config, recipe, stage, device, own_teacher=mine) for stage, mine in stages)
 
 
 class _Run:
@@ -306,7 +312,7 @@ class _Run:
         if isinstance(stage, AlignStage):
             loss = align_function(stage, amp=self.device != "cpu")
         else:
-            loss, teacher = self._distill_loss(stage, model)
+            loss, teacher = self._distill_loss(index, stage, model)
         if stage.train == "lora":
             inject_(model, stage, seed=self.recipe.distill.seed + index)
         figures = run_stage(
@@ -327,11 +333,10 @@ class _Run:
         figures["trained"] = [name for name in figures["trained"] if ".lora_" not in name] + merge_(model)
         return figures
 
-    def _distill_loss(self, stage: DistillStage, model: Any) -> tuple[LossFunction, Any | None]:
-        """The teacher is the same weights in softmax mode as long as they are frozen, else a separate model, if any."""
+    def _distill_loss(self, index: int, stage: DistillStage, model: Any) -> tuple[LossFunction, Any | None]:
+        """The teacher is the student itself where it can be, else a separate model, if any."""
         check_head(model)
-        changed = _other_weights(self._trained() | set(self.start.record.get("trained", ())))
-        own = stage.train in ("new", "lora") and not changed and self.teacher == self.start.teacher_path
+        own = _own_teachers(self.recipe, self.start, self.teacher)[index]
         if own or not stage.runs_teacher:
             return functools.partial(distill_loss, stage=stage, teacher=None, amp=self.device != "cpu"), None
         dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
