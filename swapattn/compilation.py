@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from . import processes
 from .attention import LightningSwap
 from .objectives import LayerError, align_loss, layer_error
 from .recipe import AlignStage
@@ -47,8 +48,11 @@ def compiled_error(backend: str | Callable[..., Any] = "inductor") -> LayerError
 
 
 def align_function(stage: AlignStage, *, amp: bool) -> Callable[..., torch.Tensor]:
-    """`objectives.align_loss` as the stage wants it; with `compile` the layers' errors are what is compiled."""
-    error = compiled_error() if stage.compile else layer_error
+    """`objectives.align_loss` as the stage wants it; with `compile` the layers' errors are what is compiled.
+
+    Not where the swaps are sharded: what gathers them would be inside the compiled function.
+    """
+    error = compiled_error() if stage.compile and not processes.sharded() else layer_error
     return functools.partial(align_loss, amp=amp, recompute=stage.gradient_checkpointing, error=error)
 
 

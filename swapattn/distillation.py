@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,20 @@ from .environment import default_device, hardware, is_first_process, say
 from .errors import CheckpointError, RecipeError, SwapattnError, UsageError
 from .estimate import estimate, table
 from .loading import load, load_teacher
+from .logits import LogitWindows, check_wanted_logits, read_manifest, wanted_logits
+from .lora import inject_, merge_, target_paths
 from .model_card import CARD, model_card
-from .objectives import check_document_mask, check_head, distill_loss, mixture_of, stage_flops
+from .objectives import check_document_mask, check_head, distill_loss, stage_flops
+from .optimizer import trainable_parameters
 from .positions import positions_of
-from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, load_recipe
+from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TeacherSpec, load_recipe
 from .reporting import Reporting
+from .sharding import gathered, is_sharded
 from .shards import decays, read_config, trained_keys, write_trained
 from .stopping import stopping_on_sigterm
 from .text import Text, TextMixture, TextSpec
-from .training import LossFunction, run_stage, shares, trainable_parameters
+from .training import LossFunction, run_stage, shares
+from .vocabulary import check_same_vocabulary
 
 _COLUMNS = (("tokens", 12), ("steps", 8), ("seconds", 10), ("tokens_per_second", 11))
 
@@ -129,7 +135,7 @@ def distill(
     reporting.check()
     device = device or default_device()
     teacher_path = Path(teacher) if teacher is not None else start.teacher_path
-    _check_request(resolved, teacher_path, device, teacher is not None)
+    _check_request(resolved, start, teacher_path, device, teacher is not None)
     processes.join(device)
     if is_first_process():
         start = _with_convert_section(start, resolved, Path(directory), dry_run, overwrite)
@@ -143,22 +149,45 @@ def distill(
     return DistillResult(target, start.path, start.teacher_note, text, device, stages)
 
 
-def _check_request(recipe: Recipe, teacher: Path, device: str, named: bool) -> None:
+def _check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str, named: bool) -> None:
     """What would otherwise show only after the first stages: the teacher, the texts, the device, the batches."""
     if device not in ("cpu", "cuda"):
         raise UsageError(f"device {device!r}: say cpu or cuda, and choose the GPU with CUDA_VISIBLE_DEVICES")
     for stage in recipe.distill.stages:
         if not isinstance(stage, CalibrateStage):
             shares(stage, stage.stage, processes.count())
-    taught = [s for s in recipe.distill.stages if isinstance(s, DistillStage) and mixture_of(s).needs_teacher]
-    needed = named or any(stage.train != "new" for stage in taught)
+    own = _own_teachers(recipe, start, teacher)
+    taught = [isinstance(stage, DistillStage) and stage.runs_teacher for stage in recipe.distill.stages]
+    needed = named or any(run and not mine for run, mine in zip(taught, own, strict=True))
     if needed and not (teacher / "config.json").is_file():
         raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; convert again, or name another")
+    if named:
+        check_same_vocabulary(teacher, start.path)
+    check_wanted_logits(recipe, start.path)
     for spec, key in _sources(recipe).items():
         try:
             next(iter(documents(spec)), None)
         except SwapattnError as error:
             raise type(error)(f"{key}: {error}") from error
+
+
+def _own_teachers(recipe: Recipe, start: Checkpoint, teacher: Path) -> list[bool]:
+    """For each stage whether the student's own weights can teach it: no stage has changed them, and this one does not.
+
+    Adapters can be switched off while their stage runs, and are part of the weights afterwards.
+    """
+    same = teacher == start.teacher_path and all(".swap." in name for name in start.record.get("trained", ()))
+    found = []
+    for stage in recipe.distill.stages:
+        train = "new" if isinstance(stage, CalibrateStage) else stage.train
+        found.append(same and train in ("new", "lora"))
+        same = same and train == "new"
+    return found
+
+
+def _written(stage: Stage) -> TeacherSpec | None:
+    """The logits that a stage learns from, if it does; its text is among them."""
+    return stage.teacher if isinstance(stage, DistillStage) else None
 
 
 def _text_of(stage: Stage, recipe: Recipe) -> Text:
@@ -207,17 +236,9 @@ def _estimates(start: Checkpoint, recipe: Recipe, device: str, teacher: Path) ->
     if not (start.teacher_path / "config.json").is_file():
         raise CheckpointError(f"no teacher at {start.teacher_path}, of whose shape the steps would be measured")
     config = read_config(start.teacher_path)
-    own = teacher == start.teacher_path and not _other_weights(start.record.get("trained", ()))
-    found = []
-    for stage in recipe.distill.stages:
-        own = own and (isinstance(stage, CalibrateStage) or stage.train == "new")
-        found.append(estimate(config, recipe, stage, device, own_teacher=own))
-    return tuple(found)
-
-
-def _other_weights(names: Iterable[str]) -> bool:
-    """Whether any of the parameters is the teacher's own rather than a swap's."""
-    return any(".swap." not in name for name in names)
+    own = _own_teachers(recipe, start, teacher)
+    stages = zip(recipe.distill.stages, own, strict=True)
+    return tuple(estimate(config, recipe, stage, device, own_teacher=mine) for stage, mine in stages)
 
 
 class _Run:
@@ -234,6 +255,7 @@ class _Run:
         del values["distill"]["save_steps"]  # how often it is saved does not make it another run
         identity = {"recipe": values, "parent": str(start.path.resolve()), "parent_time": start.time}
         identity["teacher"] = str(teacher.resolve())
+        identity["logits"] = [read_manifest(wanted.folder)["teacher"] for wanted in wanted_logits(recipe)]
         self.state: dict[str, Any] = {"identity": identity, "stages": []}
 
     def run(self, overwrite: bool) -> list[dict[str, Any]]:
@@ -244,15 +266,16 @@ class _Run:
         if is_first_process():
             self._open(overwrite)
         self.state = processes.from_first(self.state)
-        model.to(self.device)
-        if self.state["stages"]:
-            self._restore(model)
+        model = self._restored(model)
         for index, stage in enumerate(self.recipe.distill.stages):
             if index < len(self.state["stages"]):
                 continue
             self.state["stages"].append(self._stage(index, stage, model, tokenizer))
-            if is_first_process():
-                self._save(model, index)
+            self._save(model, index)
+            if is_sharded(model):
+                del model
+                gc.collect()  # modules and their hooks hold each other
+                model = self._restored(load(self.start.path, dtype=torch.float32)[0])
         if is_first_process():
             self._write(model, overwrite)
             shutil.rmtree(self.work)
@@ -262,7 +285,8 @@ class _Run:
     def _check_names(self, model: Any) -> None:
         """Before anything is trained: every tensor that will be trained is stored under its own name."""
         stages = [stage for stage in self.recipe.distill.stages if not isinstance(stage, CalibrateStage)]
-        names = {name for stage in stages for group in trainable_parameters(model, stage) for name in group}
+        names = {n for stage in stages for group in trainable_parameters(model, stage, stage.stage) for n in group}
+        names |= {f"{path}.weight" for stage in stages if stage.train == "lora" for path in target_paths(model, stage)}
         trained_keys(self.start.path, model, names)
 
     def _open(self, overwrite: bool) -> None:
@@ -286,24 +310,32 @@ class _Run:
     def _stage(self, index: int, stage: Stage, model: Any, tokenizer: Any) -> dict[str, Any]:
         text, seed = _text_of(stage, self.recipe), self.recipe.distill.seed + index
         apart = not isinstance(stage, CalibrateStage) and stage.document_mask
-        data = PackedTokens(text, tokenizer, stage.length, seed=seed, document_mask=apart)
+        data: Any
+        if written := _written(stage):
+            data = LogitWindows(Path(written.logits))
+        else:
+            data = PackedTokens(text, tokenizer, stage.length, seed=seed, document_mask=apart)
         if isinstance(stage, CalibrateStage):
+            model.to(self.device)
             figures = calibrate_stage(model, stage, data) if is_first_process() else None
             processes.copy_from_first_(p for name, p in model.named_parameters() if ".swap." in name)
+            model.to("cpu" if processes.sharded() else self.device)
             return dict(processes.from_first(figures))
         loss: LossFunction
         teacher = None
         if isinstance(stage, AlignStage):
             loss = align_function(stage, amp=self.device != "cpu")
         else:
-            loss, teacher = self._distill_loss(stage, model)
+            loss, teacher = self._distill_loss(index, stage, model)
+        if stage.train == "lora":
+            inject_(model, stage, seed=seed)
         if apart:
             check_document_mask(model)
             if teacher is not None:
                 check_document_mask(teacher)
         if stage.length > (known := positions_of(teacher or model)):
             say(f"{stage.stage}: windows of {stage.length} tokens, the teacher was made for {known}")
-        return run_stage(
+        figures = run_stage(
             model,
             stage,
             loss,
@@ -318,18 +350,17 @@ class _Run:
             save_steps=self.recipe.distill.save_steps,
             reporting=self.reporting,
         )
+        figures["trained"] = [name for name in figures["trained"] if ".lora_" not in name] + merge_(model)
+        return figures
 
-    def _distill_loss(self, stage: DistillStage, model: Any) -> tuple[LossFunction, Any | None]:
-        """The teacher is the same weights in softmax mode while they are frozen, else a separate model, if any."""
+    def _distill_loss(self, index: int, stage: DistillStage, model: Any) -> tuple[LossFunction, Any | None]:
+        """The teacher is the student itself where it can be, else a separate model, if any."""
         check_head(model)
-        changed = _other_weights(self._trained() | set(self.start.record.get("trained", ())))
-        own = stage.train == "new" and not changed and self.teacher == self.start.teacher_path
-        if own or not mixture_of(stage).needs_teacher:
+        own = _own_teachers(self.recipe, self.start, self.teacher)[index]
+        if own or not stage.runs_teacher:
             return functools.partial(distill_loss, stage=stage, teacher=None, amp=self.device != "cpu"), None
         dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
-        teacher, _ = load_teacher(self.teacher, device=self.device, dtype=dtype)
-        if teacher.config.vocab_size != model.config.vocab_size:
-            raise UsageError(f"the teacher {self.teacher} has another vocabulary than {self.start.path}")
+        teacher, _ = load_teacher(self.teacher, device=None if processes.sharded() else self.device, dtype=dtype)
         teacher.requires_grad_(False)
         return functools.partial(distill_loss, stage=stage, teacher=teacher, amp=self.device != "cpu"), teacher
 
@@ -337,19 +368,27 @@ class _Run:
         return {name for stage in self.state["stages"] for name in stage.get("trained", ())}
 
     def _save(self, model: Any, index: int) -> None:
-        state = {k: v.detach().cpu().contiguous() for k, v in model.named_parameters() if k in self._trained()}
-        save_file(state, self.work / f"stage-{index}.safetensors")
-        write_json(self.state_file, self.state)
-        if index:
-            (self.work / f"stage-{index - 1}.safetensors").unlink(missing_ok=True)
-        shutil.rmtree(self.work / f"stage-{index}", ignore_errors=True)
+        trained = self._trained()
+        state = gathered((name, p) for name, p in model.named_parameters() if name in trained)
+        if is_first_process():
+            save_file(state, self._saved(index))
+            write_json(self.state_file, self.state)
+            if index:
+                self._saved(index - 1).unlink(missing_ok=True)
+            shutil.rmtree(self.work / f"stage-{index}", ignore_errors=True)
+        processes.from_first(None)  # the others may read it next
 
-    def _restore(self, model: Any) -> None:
-        saved = load_file(self.work / f"stage-{len(self.state['stages']) - 1}.safetensors")
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in saved.items():
-                parameters[name].copy_(tensor)
+    def _saved(self, index: int) -> Path:
+        return self.work / f"stage-{index}.safetensors"
+
+    def _restored(self, model: Any) -> Any:
+        """The model as the finished stages left it; one that is to be sharded stays on the CPU so far."""
+        if self.state["stages"]:
+            parameters = dict(model.named_parameters())
+            with torch.no_grad():
+                for name, tensor in load_file(self._saved(len(self.state["stages"]) - 1)).items():
+                    parameters[name].copy_(tensor)
+        return model if processes.sharded() else model.to(self.device)
 
     def _write(self, model: Any, overwrite: bool) -> None:
         stages = [{k: v for k, v in stage.items() if k != "trained"} for stage in self.state["stages"]]
@@ -366,6 +405,7 @@ class _Run:
                 self.start.record["teacher"],
                 parent={"path": str(self.start.path.resolve()), "time": self.start.time},
                 text=self.recipe.distill.text.describe(),
+                logits=[read_manifest(wanted.folder) for wanted in wanted_logits(self.recipe)],
                 hardware=f"{processes.count()} x " * (processes.count() > 1) + hardware(self.device),
                 stages=stages,
                 trained=sorted(trained | set(self.start.record.get("trained", ()))),

@@ -25,7 +25,7 @@ def say(text: str) -> None:
 def versions() -> dict[str, str]:
     """Versions of everything that can change a result."""
     found = {"swapattn": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "triton", "lm_eval", "datasets", "accelerate"):
+    for package in ("torch", "transformers", "triton", "lm_eval", "datasets", "accelerate", "peft"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

@@ -17,12 +17,15 @@ from transformers import AutoModelForCausalLM
 from . import processes
 from .calibration import BATCH_TOKENS, calibrate_stage
 from .environment import say
+from .logits import LogitWindows
+from .lora import inject_
 from .losses import chunk_tokens
-from .objectives import mixture_of, stage_flops
+from .objectives import stage_flops
+from .optimizer import trainable_parameters
 from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TrainStage
 from .surgery import apply_, plan
 from .throughput import RandomTokens, prepared
-from .training import LossFunction, run_stage, shares, trainable_parameters
+from .training import LossFunction, run_stage, shares
 
 CPU_TOKENS = 1024  # a timed step on a CPU; on a GPU it has the stage's own micro-batch
 _STEPS = {"cpu": (1, 2), "cuda": (3, 6)}  # before the clock runs (kernels are compiled), and timed
@@ -54,13 +57,17 @@ def estimate(config: Any, recipe: Recipe, stage: Stage, device: str, *, own_teac
         apply_(model, plan(model.config, recipe.convert))
     if not isinstance(stage, CalibrateStage):
         found["steps"] = stage.steps
-        names = [name for group in trainable_parameters(model, stage) for name in group]
+        if stage.train == "lora":
+            inject_(model, stage)
+        names = [name for group in trainable_parameters(model, stage, stage.stage) for name in group]
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     found["trainable_parameters"] = sum(sizes[name] for name in names)
     # fp32 weights; of what is trained also gradient and Adam's two moments
     found["memory_bytes"] = 4 * sum(sizes.values()) + 12 * found["trainable_parameters"]
-    if isinstance(stage, DistillStage) and mixture_of(stage).needs_teacher and not own_teacher:
+    if isinstance(stage, DistillStage) and stage.runs_teacher and not own_teacher:
         found["memory_bytes"] += (4 if device == "cpu" else 2) * sum(sizes.values())
+    if processes.sharded() and not isinstance(stage, CalibrateStage):
+        found["memory_bytes"] //= processes.count()
     found |= {"tokens_per_second": None, "hours": None, "measured": None}
     if found["memory_bytes"] > _free_bytes(device):
         return found
@@ -102,8 +109,11 @@ def _train(
     warmup, steps = _STEPS[device]
     model, loss, teacher = prepared(config, recipe, stage, stage.stage, device, own_teacher=own_teacher)
     flops = stage_flops(model, stage, teacher)
-    kept = _Kept(model, loss)
     vocabulary = model.config.get_text_config().vocab_size
+    data: Any = RandomTokens(vocabulary, stage.length, document_mask=stage.document_mask)
+    if isinstance(stage, DistillStage) and stage.teacher is not None:
+        data = LogitWindows(Path(stage.teacher.logits))
+    kept = _Kept(model, loss)
     say(f"measuring {stage.stage}: {warmup} + {steps} steps of {batch} x {stage.length} random tokens")
     with tempfile.TemporaryDirectory() as place:
 
@@ -114,7 +124,7 @@ def _train(
                 model,
                 stage.model_copy(update=settings),
                 function,
-                RandomTokens(vocabulary, stage.length, document_mask=stage.document_mask),
+                data,
                 title=stage.stage,
                 folder=folder,
                 log=Path(place) / "log.jsonl",
@@ -160,7 +170,7 @@ class _Kept:
         self.loss, self.bytes = loss, 0
         self.own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
-    def __call__(self, model: Any, *args: Any) -> torch.Tensor:
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         seen: dict[int, int] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -170,7 +180,7 @@ class _Kept:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = self.loss(model, *args)
+            loss = self.loss(model, *args, **kwargs)
         self.bytes = sum(seen.values())
         return loss
 

@@ -84,6 +84,58 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, mixture: Mixture) -
     wide = torch.promote_types(student.dtype, torch.float32)
     log_q = F.log_softmax(student.to(wide) / mixture.temperature, dim=-1)
     log_p = F.log_softmax(teacher.detach().to(wide) / mixture.temperature, dim=-1)
+    return _divergence(log_q, log_p, mixture) * mixture.temperature**2
+
+
+@dataclass(frozen=True)
+class TopK:
+    """What is kept of a teacher's distribution over the vocabulary: its k most probable tokens.
+
+    Attributes:
+        ids: int `[N, k]`.
+        log_probs: `[N, k]`, any floating dtype; as ln of probabilities they need not sum up to 1 exactly.
+        rest: `[N]`, ln of the probability of all other tokens together, −inf where there is none.
+    """
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+    rest: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, k: int) -> TopK:
+        """The k most probable tokens of logits `[N, V]`, in fp32; all of them where k is V or more."""
+        log_probs = F.log_softmax(logits.float(), dim=-1)
+        found = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
+        rest = log_probs.scatter(-1, found.indices, -torch.inf).logsumexp(-1)
+        return cls(found.indices, found.values, rest)
+
+    def part(self, rows: slice) -> TopK:
+        """Some of the tokens."""
+        return TopK(self.ids[rows], self.log_probs[rows], self.rest[rows])
+
+
+def divergence_of_top(student: torch.Tensor, teacher: TopK, mixture: Mixture) -> torch.Tensor:
+    """`divergence` of the distributions over k + 1 classes: the teacher's top k tokens and all others as one.
+
+    Its forward KL is Σ_{i ∈ top k} p_i ln(p_i / q_i) + p_r ln(p_r / q_r) with p_r = 1 − Σ p_i and q_r = 1 − Σ q_i: at
+    most the full one, which it is for k = V. Without the last term, or with the p_i made to sum up to 1, the student
+    learns to be too sure of itself (Sparse Logit Sampling, arXiv 2503.16870, which shows that of top-k distillation).
+    """
+    wide = torch.promote_types(student.dtype, torch.float32)
+    logits = student.to(wide)
+    log_q = logits.gather(-1, teacher.ids.long()) - logits.logsumexp(-1, keepdim=True)
+    others = torch.log1p(-log_q.exp().sum(-1).clamp(max=1 - torch.finfo(wide).eps))
+    log_p, rest = teacher.log_probs.detach().to(wide), teacher.rest.detach().to(wide)
+    log_p = log_p + (torch.log1p(-rest.exp()) - log_p.logsumexp(-1))[:, None]  # what rounding them has cost
+    nothing = rest.isneginf()
+    others = others.masked_fill(nothing, torch.finfo(wide).min)
+    log_p, log_q = torch.cat((log_p, rest[:, None]), -1), torch.cat((log_q, others[:, None]), -1)
+    return _divergence(log_q, log_p, mixture)
+
+
+def _divergence(log_q: torch.Tensor, log_p: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+    """The mixture's divergences of distributions that are given as ln of probabilities `[N, classes]`, each `[N]`."""
+    wide = log_q.dtype
     log_p = log_p.clamp(min=torch.finfo(wide).min)  # a token that the teacher forbids: 0 times a finite number is 0
     total = torch.zeros_like(log_q[:, 0])
     if mixture.forward_kl > 0:
@@ -91,12 +143,12 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, mixture: Mixture) -
     if mixture.reverse_kl > 0:
         total = total + mixture.reverse_kl * F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
     if mixture.jsd > 0:
-        beta = torch.tensor(mixture.beta, dtype=wide, device=student.device)
+        beta = torch.tensor(mixture.beta, dtype=wide, device=log_q.device)
         log_m = torch.logaddexp(log_p + beta.log(), log_q + (1 - beta).log())
         to_mix = (1 - beta) * F.kl_div(log_m, log_q, log_target=True, reduction="none").sum(-1)
         from_mix = beta * F.kl_div(log_m, log_p, log_target=True, reduction="none").sum(-1)
         total = total + mixture.jsd * (to_mix + from_mix)
-    return total * mixture.temperature**2
+    return total
 
 
 def cross_entropy(student: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -118,6 +170,7 @@ def linear_loss(
     *,
     teacher_hidden: torch.Tensor | None = None,
     teacher_head: OutputEmbedding | None = None,
+    teacher_top: TopK | None = None,
     labels: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     count: torch.Tensor | float | None = None,
@@ -139,6 +192,8 @@ def linear_loss(
         head: the student's output embedding; gradients flow into weight and bias.
         mixture: weights of the losses.
         teacher_hidden, teacher_head: the same of the teacher, of any width; only where the mixture has a divergence.
+        teacher_top: instead of these two what was kept of its distribution, of `[...]` tokens flattened; at
+            temperature 1, and in plain PyTorch on every device (see `divergence_of_top`).
         labels: int64 `[...]`, negative where there is none; only where the mixture has a cross-entropy.
         mask: bool `[...]`, False for tokens that do not count; None when all do.
         count: divisor of the divergences instead of the number of valid tokens here, such as their mean over the
@@ -149,8 +204,8 @@ def linear_loss(
     Raises:
         ValueError: the mixture needs a teacher or labels that are not given.
     """
-    if mixture.needs_teacher and (teacher_hidden is None or teacher_head is None):
-        raise ValueError("the mixture has a divergence: teacher_hidden and teacher_head are needed")
+    if mixture.needs_teacher and teacher_top is None and (teacher_hidden is None or teacher_head is None):
+        raise ValueError("the mixture has a divergence: teacher_hidden and teacher_head, or teacher_top, are needed")
     if mixture.cross_entropy > 0 and labels is None:
         raise ValueError("the mixture has a cross-entropy: labels are needed")
     rows = hidden.flatten(0, -2)
@@ -168,12 +223,13 @@ def linear_loss(
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
     teacher = None
-    if mixture.needs_teacher and teacher_hidden is not None and teacher_head is not None:
+    if mixture.needs_teacher and teacher_hidden is not None and teacher_head is not None and teacher_top is None:
         teacher = (teacher_hidden.detach().flatten(0, -2), teacher_head)
     work = _Work(
         mixture,
         (head.factor, head.cap),
         teacher,
+        teacher_top if mixture.needs_teacher else None,
         labels if label_weights is not None else None,
         token_weights,
         label_weights,
@@ -191,6 +247,7 @@ class _Work:
     mixture: Mixture
     scale: tuple[float, float]
     teacher: tuple[torch.Tensor, OutputEmbedding] | None
+    top: TopK | None
     labels: torch.Tensor | None
     token_weights: torch.Tensor
     label_weights: torch.Tensor | None
@@ -208,7 +265,7 @@ class _Work:
         labels = self.labels[part] if self.labels is not None else None
         label_weights = self.label_weights[part] if self.label_weights is not None else None
         token_weights = self.token_weights[part]
-        if raw.is_cuda and raw.dtype != torch.float64:
+        if raw.is_cuda and raw.dtype != torch.float64 and self.top is None:
             from .loss_kernel import launch
 
             head = self.teacher[1] if self.teacher is not None else None
@@ -223,6 +280,8 @@ class _Work:
             if teacher is not None and self.teacher is not None:
                 target = self.teacher[1].scaled(teacher)
                 total = total + (divergence(logits, target, self.mixture) * token_weights).sum()
+            if self.top is not None:
+                total = total + (divergence_of_top(logits, self.top.part(part), self.mixture) * token_weights).sum()
             if labels is not None and label_weights is not None:
                 total = total + (cross_entropy(logits, labels) * label_weights).sum()
         if gradient:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from .attention import LightningSwap, observing
 from .call import AttentionCall
 from .data import SHORTEST, boundaries
 from .errors import UnsupportedModelError
-from .losses import Mixture, OutputEmbedding, linear_loss, normalized_mse
+from .lora import adapters_off
+from .losses import Mixture, OutputEmbedding, TopK, linear_loss, normalized_mse
 from .modeling import MODEL_TYPE_PREFIX
 from .peak import forward_flops, step_flops
 from .recipe import AlignStage, DistillStage, TrainStage
@@ -31,7 +32,7 @@ def layer_error(swap: LightningSwap, call: AttentionCall, target: torch.Tensor) 
 def align_loss(
     model: Any,
     ids: torch.Tensor,
-    positions: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
     *,
     amp: bool = False,
     recompute: bool = False,
@@ -44,7 +45,7 @@ def align_loss(
     Args:
         model: the student.
         ids: `[B, T]`.
-        positions: `[B, T]`, which begin again with each document; None where documents run on.
+        position_ids: `[B, T]`, which begin again with each document; None where documents run on.
         amp: bf16 autocast.
         recompute: compute the swaps again in the backward pass rather than keep what is between.
         error: `layer_error`, or the same compiled.
@@ -57,18 +58,21 @@ def align_loss(
         )
 
     with observing(model, compare), torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
-        model(input_ids=ids, use_cache=False, logits_to_keep=1, **_apart(positions))
+        hidden_states(model, ids, **apart(position_ids))
     return torch.stack(losses).mean()
 
 
 def distill_loss(
     model: Any,
     ids: torch.Tensor,
-    positions: torch.Tensor | None = None,
     *,
     stage: DistillStage,
     teacher: Any | None,
     amp: bool = False,
+    position_ids: torch.Tensor | None = None,
+    top_ids: torch.Tensor | None = None,
+    top_log_probs: torch.Tensor | None = None,
+    top_rest: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The stage's mixture of losses on full-vocabulary logits, a mean over tokens, chunked over tokens.
 
@@ -78,33 +82,46 @@ def distill_loss(
     Args:
         model: the student.
         ids: `[B, T]`; in a cross-entropy the label of each token is the next one.
-        positions: `[B, T]`, which begin again with each document; None where documents run on.
+        position_ids: `[B, T]`, which begin again with each document; None where documents run on.
         stage: losses, temperature and chunk size.
-        teacher: a separate model, or None for the student's own weights with softmax attention.
+        teacher: a separate model, or None for the student's own weights, see `as_teacher`.
         amp: bf16 autocast.
+        top_ids, top_log_probs, top_rest: instead of a teacher what `swapattn logits` has written of it, `[B, T, k]` and
+            `[B, T]`.
     """
     mixture = mixture_of(stage)
-    target, target_head, labels = None, None, None
-    given = _apart(positions)
+    target, target_head, top, labels = None, None, None, None
+    if top_ids is not None and top_log_probs is not None and top_rest is not None:
+        top = TopK(top_ids.flatten(0, 1), top_log_probs.flatten(0, 1), top_rest.flatten())
+    given = apart(position_ids)
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
-        if mixture.needs_teacher:
-            own = observing(model, lambda *_: None) if teacher is None else contextlib.nullcontext()
-            with torch.no_grad(), own:
+        if mixture.needs_teacher and top is None:
+            with torch.no_grad(), as_teacher(model) if teacher is None else contextlib.nullcontext():
                 target = hidden_states(teacher or model, ids, **given)
             target_head = output_embedding(teacher or model)
         if mixture.cross_entropy > 0:
             labels = torch.full_like(ids, -100)
-            labels[:, :-1] = ids[:, 1:] if positions is None else ids[:, 1:].masked_fill(positions[:, 1:] == 0, -100)
+            labels[:, :-1] = ids[:, 1:]
+            if position_ids is not None:
+                labels[:, :-1].masked_fill_(position_ids[:, 1:] == 0, -100)
         return linear_loss(
             hidden_states(model, ids, **given),
             output_embedding(model),
             mixture,
             teacher_hidden=target,
             teacher_head=target_head,
+            teacher_top=top,
             labels=labels,
             label_count=ids[:, 1:].numel(),
             chunk=stage.chunk,
         )
+
+
+@contextlib.contextmanager
+def as_teacher(model: Any) -> Iterator[None]:
+    """Let the student be its own teacher: softmax attention, no adapters."""
+    with observing(model, lambda *_: None), adapters_off(model):
+        yield
 
 
 def mixture_of(stage: DistillStage) -> Mixture:
@@ -117,7 +134,7 @@ def stage_flops(model: Any, stage: TrainStage, teacher: Any | None) -> float | N
     own = forward_flops(model, stage.length)
     if isinstance(stage, AlignStage):
         return step_flops("align", own)
-    if isinstance(stage, DistillStage) and not mixture_of(stage).needs_teacher:
+    if isinstance(stage, DistillStage) and not stage.runs_teacher:
         return step_flops("distill", own, {})
     return step_flops("distill", own, own if teacher is None else forward_flops(teacher, stage.length))
 
@@ -128,7 +145,7 @@ def hidden_states(model: Any, ids: torch.Tensor, **given: Any) -> torch.Tensor:
     return hidden
 
 
-def _apart(positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def apart(positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """What a model has to be given so that documents do not see each other.
 
     transformers makes the masks of softmax layers from the positions; swapped layers take the boundaries, so that
@@ -186,7 +203,7 @@ def check_document_mask(model: Any) -> None:
         with mode:
             alone = torch.cat([hidden_states(model, piece) for piece in pieces], 1).float()
             try:
-                found = hidden_states(model, ids, **_apart(positions)).float()
+                found = hidden_states(model, ids, **apart(positions)).float()
             except TypeError:  # no such argument
                 found = torch.zeros_like(alone)
         if not (found - alone).norm() < 5e-2 * alone.norm():

@@ -11,6 +11,8 @@ from torch import distributed
 
 from .errors import UsageError
 
+_SHARDED = "SWAPATTN_FSDP"
+
 
 def count() -> int:
     """Processes of this run: what torchrun or accelerate launch say."""
@@ -21,16 +23,31 @@ def join(device: str) -> None:
     """Meet the other processes, over gloo on CPUs and NCCL on GPUs, of which this process takes its own.
 
     Raises:
-        UsageError: the launcher asks for sharded parameters.
+        UsageError: the launcher asks for a way of sharding that there is not.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") or os.environ.get("ACCELERATE_USE_DEEPSPEED"):
-        raise UsageError(
-            "distill does not shard parameters (FSDP, DeepSpeed) so far: launch it for plain data parallel"
-        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        raise UsageError("distill does not run under DeepSpeed: shard with FSDP2 (accelerate launch --use_fsdp)")
+    if _yes("ACCELERATE_USE_FSDP"):
+        if os.environ.get("FSDP_VERSION", "2") != "2":
+            raise UsageError("distill shards with FSDP2: add --fsdp_version 2 (or FSDP_VERSION=2)")
+        if _yes("FSDP_OFFLOAD_PARAMS"):
+            raise UsageError("distill does not offload parameters: leave out --fsdp_offload_params")
+        # transformers and accelerate would shard as well, each in its own way, if they saw it
+        del os.environ["ACCELERATE_USE_FSDP"]
+        os.environ[_SHARDED] = "true"
     if count() > 1:
         from accelerate import PartialState
 
         PartialState(cpu=device == "cpu")
+
+
+def sharded() -> bool:
+    """Whether parameters are to be sharded over the processes; known once they have met."""
+    return count() > 1 and _yes(_SHARDED)
+
+
+def _yes(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def from_first(value: Any) -> Any:

@@ -24,6 +24,12 @@ SCHEMA_VERSION = 1
 FeatureMapName = Literal["identity", "silu", "elu1", "relu", "exp", "softmax", "hedgehog", "t2r"]
 NormalizerName = Literal["none", "sum", "rms", "rms_all"]
 ScheduleName = Literal["alibi", "transnormer", "minimax", "retnet", "none"]
+ParameterGroup = Literal[
+    "decay", "feature_map", "mix", "scale", "qk_norm", "gates", "attention", "mlp", "norms", "embeddings", "lora"
+]
+OWN_GROUPS = frozenset(
+    {"attention", "mlp", "norms", "embeddings", "lora"}
+)  # the teacher's own and what stands for them
 POSITIVE_MAPS: frozenset[str] = frozenset({"elu1", "relu", "exp", "softmax", "hedgehog", "t2r"})
 
 
@@ -177,15 +183,29 @@ class CalibrateStage(Section):
     output: bool = True
 
 
+class LoraSpec(Section):
+    """Low-rank adapters W + (alpha / rank) B A of frozen matrices (LoRA, arXiv 2106.09685), merged at the stage's end.
+
+    `targets` are endings of module names, as in peft; null takes every matrix of the attention modules that were
+    swapped, also fused ones. Rank and alpha start as in LoLCATs, arXiv 2410.10254.
+    """
+
+    rank: int = Field(8, gt=0)
+    alpha: float = Field(16.0, gt=0)
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
+
+
 class TrainStage(Section):
     """What every trained stage says about data, optimiser and precision.
 
     `tokens` is the budget, `batch` the number of sequences of `length` tokens per optimiser step, `micro_batch`
     per forward pass. `learning_rate` is that of the new parameters, `backbone_learning_rate` that of the
-    teacher's own weights among the trainable ones. `compile` runs the decoder layers through torch.compile (in align
-    only the swaps; not a teacher that is the student's own weights). With `document_mask` no document in a window is
-    seen from the next one, by student or teacher: attention, states and positions start anew (arXiv 2402.13991,
-    intra-document masking); without it documents run on.
+    teacher's own weights among the trainable ones, or of their adapters; `learning_rates` overrides both for groups
+    of parameters (`optimizer.group_of`), and 0 leaves a group out. After a warm-up the `scheduler` takes all of them
+    to `final_learning_rate`. `compile` runs the decoder layers through torch.compile (in align only the swaps; not a
+    teacher that is the student's own weights). With `document_mask` no document in a window is seen from the next
+    one, by student or teacher: attention, states and positions start anew (arXiv 2402.13991, intra-document masking);
+    without it documents run on.
     """
 
     tokens: int = Field(gt=0)
@@ -194,9 +214,13 @@ class TrainStage(Section):
     micro_batch: int | None = Field(None, gt=0)
     learning_rate: float = Field(gt=0)
     backbone_learning_rate: float = Field(0.0, ge=0)
-    train: Literal["new", "attention", "all"] = "new"
+    learning_rates: dict[ParameterGroup, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    train: Literal["new", "attention", "all", "lora"] = "new"
+    lora: LoraSpec = LoraSpec()
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1)
     final_learning_rate: float = Field(0.1, ge=0, le=1, description="last learning rate as a share of the first")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = False
@@ -208,8 +232,11 @@ class TrainStage(Section):
     def _consistent(self) -> Self:
         if self.batch % (self.micro_batch or self.batch):
             raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
-        if self.train != "new" and self.backbone_learning_rate == 0:
+        own = (rate for group, rate in self.learning_rates.items() if group in OWN_GROUPS)
+        if self.train != "new" and not max(self.backbone_learning_rate, *own, 0.0):
             raise ValueError(f"train: {self.train} needs a backbone_learning_rate above 0")
+        if self.train != "lora" and self.lora != LoraSpec():
+            raise ValueError(f"lora goes with train: lora, not with train: {self.train}")
         if self.compile and self.gradient_checkpointing:
             raise ValueError("compile does not go with gradient_checkpointing: leave one of them out")
         if self.tokens < self.batch * self.length:
@@ -253,17 +280,43 @@ class LossSpec(Section):
         return self
 
 
+class TeacherSpec(Section):
+    """A teacher that need not be there: the folder that `swapattn logits` writes and the stage reads."""
+
+    logits: str
+
+
 class DistillStage(TrainStage):
     """The whole model learns the teacher's next-token distribution over the full vocabulary, or the text itself.
 
     `losses` are weights, of which those left out are 0; without it the loss is the forward KL. `chunk` is how many
-    tokens' logits exist at a time; null chooses as many as 512 MiB hold (on a CPU 64 MiB).
+    tokens' logits exist at a time; null chooses as many as 512 MiB hold (on a CPU 64 MiB). `teacher` is null for the
+    model that the checkpoint was made from.
     """
 
     stage: Literal["distill"]
     losses: LossSpec = LossSpec(forward_kl=1.0)
     temperature: float = Field(1.0, gt=0)
     chunk: int | None = Field(None, gt=0)
+    teacher: TeacherSpec | None = None
+
+    @model_validator(mode="after")
+    def _written_logits_are_what_they_are(self) -> Self:
+        if self.teacher is not None and self.temperature != 1:
+            raise ValueError("temperature is 1 with teacher.logits: what was written cannot be tempered any more")
+        if self.teacher is not None and not self.needs_teacher:
+            raise ValueError("teacher.logits is of no use to a loss without a divergence")
+        return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any loss compares the student with a teacher."""
+        return self.losses.forward_kl + self.losses.reverse_kl + self.losses.jsd > 0
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether a teacher has to be run for that."""
+        return self.needs_teacher and self.teacher is None
 
 
 class ExtendStage(DistillStage):
@@ -278,7 +331,7 @@ class ExtendStage(DistillStage):
     batch: int = Field(8, gt=0)
     learning_rate: float = Field(1e-5, gt=0)
     backbone_learning_rate: float = Field(1e-5, ge=0)
-    train: Literal["new", "attention", "all"] = "all"
+    train: Literal["new", "attention", "all", "lora"] = "all"
     document_mask: bool = True
     losses: LossSpec = LossSpec(cross_entropy=0.9, forward_kl=0.1)
 
@@ -381,8 +434,11 @@ def parse_recipe(data: Mapping[str, Any], label: str = "recipe") -> Recipe:
         raise RecipeError(f"recipe {label}: " + "; ".join(_explain(e) for e in error.errors())) from None
 
 
+_NOT_KEYS = ("list", "number", "[key]")  # tags of `Keep`, pydantic's word for a key of a mapping
+
+
 def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"] if part not in ("list", "number", *TAGS))  # tags of `Keep` too
+    where = ".".join(str(part) for part in error["loc"] if part not in (*_NOT_KEYS, *TAGS))
     if error["type"] == "extra_forbidden":
         return f"unknown key {where}"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}"

@@ -23,7 +23,8 @@ from .compilation import align_function
 from .data import SHORTEST
 from .environment import default_device, hardware, say, versions
 from .errors import RecipeError
-from .objectives import distill_loss, mixture_of, stage_flops
+from .lora import inject_
+from .objectives import distill_loss, stage_flops
 from .peak import forward_flops, share_of_peak, step_flops
 from .recipe import AlignStage, DistillStage, Recipe, TrainStage
 from .shards import read_config
@@ -86,9 +87,11 @@ class Throughput:
         return "\n".join(lines + [f"\n{title}\n{table}" for title, table in self.kernels.items()])
 
 
-def finetune_loss(model: Any, ids: torch.Tensor, positions: torch.Tensor | None = None, *, amp: bool) -> torch.Tensor:
+def finetune_loss(
+    model: Any, ids: torch.Tensor, *, position_ids: torch.Tensor | None = None, amp: bool
+) -> torch.Tensor:
     """Mean next-token cross-entropy as transformers computes it: what plain fine-tuning costs."""
-    given = {} if positions is None else {"position_ids": positions}
+    given = {} if position_ids is None else {"position_ids": position_ids}
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
         logits = model(input_ids=ids, use_cache=False, **given).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
@@ -154,8 +157,15 @@ def _stage(recipe: Recipe, kind: str, length: int) -> TrainStage:
     batch = max(1, found.batch * found.length // length)
     micro = found.micro_batch and max(1, found.micro_batch * found.length // length)
     changed: dict[str, Any] = {"length": length, "batch": batch, "micro_batch": micro, "tokens": batch * length}
+    if kind == "distill":
+        changed["teacher"] = None  # random tokens have no written logits
     if kind == "finetune":
-        changed |= {"train": "all", "backbone_learning_rate": found.backbone_learning_rate or 1e-6}
+        changed |= {
+            "train": "all",
+            "lora": {},
+            "learning_rates": {},
+            "backbone_learning_rate": found.backbone_learning_rate or 1e-6,
+        }
     values = {**found.model_dump(), **changed}
     if micro and batch % micro:
         values["micro_batch"] = 1
@@ -228,11 +238,13 @@ def prepared(
     if kind == "finetune":
         return model.to(device), functools.partial(finetune_loss, amp=amp), None
     teacher = None
-    own = own_teacher or (own_teacher is None and isinstance(stage, DistillStage) and stage.train == "new")
-    if isinstance(stage, DistillStage) and mixture_of(stage).needs_teacher and not own:
+    own = own_teacher or (own_teacher is None and isinstance(stage, DistillStage) and stage.train in ("new", "lora"))
+    if isinstance(stage, DistillStage) and stage.runs_teacher and not own:
         teacher = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if amp else torch.float32)
         teacher = teacher.to(device).eval().requires_grad_(False)
     apply_(model, plan(model.config, recipe.convert))
+    if stage.train == "lora":
+        inject_(model, stage)
     model.to(device)
     if isinstance(stage, DistillStage):
         return model, functools.partial(distill_loss, stage=stage, teacher=teacher, amp=amp), teacher

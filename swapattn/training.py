@@ -3,76 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import processes
-from .attention import swaps
 from .compilation import compiled_layers
 from .errors import TrainingError, UsageError
+from .optimizer import build_optimizer, build_scheduler, trainable_parameters
 from .progress import StageProgress, StepFigures
 from .recipe import AlignStage, DistillStage, TrainStage
 from .reporting import Reporting
+from .sharding import as_shard_of, gathered, is_sharded, shard_, shard_frozen_, whole_state_
 from .stopping import deferring
 
 _WEIGHTS = "trained.safetensors"
-LossFunction = Callable[..., torch.Tensor]  # of the model, ids `[B, T]` and, with a document mask, positions `[B, T]`
-
-
-def trainable_parameters(model: nn.Module, stage: TrainStage) -> tuple[list[str], list[str]]:
-    """Mark what a stage trains; returns the names of the new and of the teacher's own trainable parameters.
-
-    `new` is every parameter of the swaps, but slopes that are not learnable; `attention` adds the rest of the
-    attention modules that were swapped; `all` everything.
-    """
-    owners = {name.split(".swap.")[0] + "." for name, _ in model.named_parameters() if ".swap." in name}
-    fixed = {f"{path}.swap.log_slope" for path, swap in swaps(model).items() if not swap.learnable_decay}
-    new, own = [], []
-    for name, parameter in model.named_parameters():
-        if ".swap." in name:
-            parameter.requires_grad_(name not in fixed)
-            if name not in fixed:
-                new.append(name)
-            continue
-        wanted = stage.train == "all" or (stage.train == "attention" and any(name.startswith(o) for o in owners))
-        parameter.requires_grad_(wanted)
-        if wanted:
-            own.append(name)
-    return new, own
-
-
-def build_optimizer(model: nn.Module, stage: TrainStage, new: list[str], own: list[str]) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.95) with one learning rate for new and one for the teacher's own parameters."""
-    parameters = dict(model.named_parameters())
-    groups: list[dict[str, Any]] = [{"params": [parameters[n] for n in new], "lr": stage.learning_rate}]
-    if own:
-        groups.append({"params": [parameters[n] for n in own], "lr": stage.backbone_learning_rate})
-    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=stage.weight_decay, fused=fused)
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, stage: TrainStage) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then a cosine down to `final_learning_rate` of the peak."""
-    steps, warmup, final = stage.steps, max(1, round(stage.warmup * stage.steps)), stage.final_learning_rate
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, steps - warmup)
-        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+LossFunction = Callable[..., torch.Tensor]
 
 
 class StageTrainer(Trainer):  # type: ignore[misc]
@@ -85,6 +41,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, loss_function: LossFunction, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = False
+        if is_sharded(self.model):  # its parameters meet by themselves: no DDP around it
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.loss_function = loss_function
         self.waiting: list[StepFigures] = []
         self._losses: list[torch.Tensor] = []
@@ -96,8 +54,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         """The stage's loss of one micro-batch, without dropout: the teacher may be the model itself."""
         inner = self.accelerator.unwrap_model(model)
         _without_dropout(inner)
-        tensors = [inputs[name] for name in ("input_ids", "position_ids") if name in inputs]
-        loss = _through(model, inner, self.loss_function, *tensors)
+        others = {name: value for name, value in inputs.items() if name != "input_ids"}
+        loss = _through(model, inner, self.loss_function, inputs["input_ids"], **others)
         self._losses.append(loss.detach())
         return (loss, None) if return_outputs else loss
 
@@ -125,18 +83,35 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 f"{free / 2**20:,.1f} MiB were free there); {kept}: free some space and repeat the command"
             ) from error
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What the stage trains, and nothing else: the rest is in the checkpoint that the run started from."""
+        trained = gathered((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         if self.args.should_save and output_dir is not None:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
             save_file(trained, Path(output_dir) / _WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in load_file(Path(resume_from_checkpoint) / _WEIGHTS).items():
-                parameters[name].copy_(tensor)
+        with torch.no_grad(), safe_open(Path(resume_from_checkpoint) / _WEIGHTS, framework="pt") as saved:
+            for name in saved.keys():  # noqa: SIM118 - no mapping
+                parameters[name].copy_(as_shard_of(parameters[name], saved.get_tensor(name)))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model) and not self.args.should_save:
+            self.optimizer.state_dict()  # the first process needs everybody's share
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer does, but through the CPU: a GPU may have no room for the whole of what it has a share of."""
+        if checkpoint is not None:
+            for name, part in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
+                state = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True, mmap=True)
+                part.load_state_dict(state)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last that every process writes, before the first one declares the checkpoint whole."""
+        super()._save_rng_state(output_dir)
+        processes.from_first(None)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not the Trainer's count, which walks over all parameters in every micro-batch; see `peak`."""
@@ -168,20 +143,23 @@ def _last_checkpoint(folder: Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
-def _through(wrapper: nn.Module, inner: Any, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-    """`function(inner, *args)` as the forward pass of the wrapper, whose hooks make gradients meet (DDP).
+def _through(
+    wrapper: nn.Module, inner: Any, function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """`function(inner, ...)` as the forward pass of the wrapper, whose hooks make gradients meet (DDP, FSDP).
 
     The way of Lightning Fabric's `_ForwardRedirection`: the wrapper's forward calls the inner model's, once replaced.
+    A sharded model is its own wrapper.
     """
-    if wrapper is inner:
-        return function(inner, *args)
+    if wrapper is inner and not is_sharded(inner):
+        return function(inner, *args, **kwargs)
 
-    def once(*given: Any) -> torch.Tensor:
+    def once(*given: Any, **named: Any) -> torch.Tensor:
         del inner.forward
-        return function(inner, *given)
+        return function(inner, *given, **named)
 
     inner.forward = once
-    result: torch.Tensor = wrapper(*args)
+    result: torch.Tensor = wrapper(*args, **kwargs)
     return result
 
 
@@ -241,10 +219,10 @@ def run_stage(
     """Train one stage in place, resuming from the newest Trainer checkpoint in `folder` if there is one.
 
     Args:
-        model: converted model in fp32, on any device; it ends on `device`.
+        model: converted model in fp32, on any device; it ends on `device`, sharded where the launcher asks for it.
         stage: budget, batch and learning rates.
-        loss_function: (model, ids `[B, T]`, positions `[B, T]` if there are any) -> scalar, a mean over tokens or
-            layers.
+        loss_function: (model, ids `[B, T]`) -> scalar, a mean over tokens or layers; whatever else the dataset yields
+            comes by its name.
         dataset: yields {"input_ids": LongTensor[T]} without end, with "position_ids" where documents are kept apart.
         title: shown before the progress bar.
         folder: for Trainer checkpoints of this stage.
@@ -252,7 +230,7 @@ def run_stage(
         device: "cpu" or "cuda".
         seed: of the Trainer.
         flops: of a step per token, to show the share of peak; None if not known.
-        teacher: a separate model that the loss function calls, to be compiled if the stage says so.
+        teacher: a separate model that the loss function calls, to be sharded and compiled like the other.
         save_steps: optimiser steps between Trainer checkpoints, besides those by the clock.
         reporting: where figures go besides the log.
 
@@ -264,7 +242,7 @@ def run_stage(
             a save.
         UsageError: the batch cannot be shared out among the processes.
     """
-    new, own = trainable_parameters(model, stage)
+    new, own = trainable_parameters(model, stage, title)
     if not new and not own:
         raise TrainingError(f"{title}: nothing is trainable")
     reporting = reporting or Reporting()
@@ -294,8 +272,15 @@ def run_stage(
     _ = arguments.device  # sets the next line's count to all visible GPUs, which would multiply the batch
     arguments._n_gpu = 1
     progress = StageProgress(title, stage, log, run=folder.name, flops=flops, save_steps=save_steps)
-    model.to(device)  # before the optimiser is chosen, which is fused on a GPU
+    # before the optimiser is chosen, which is fused on a GPU
+    if processes.sharded():
+        shard_(model, device, swaps=isinstance(stage, AlignStage))
+        if teacher is not None:
+            shard_frozen_(teacher, device)
+    model.to(device)
     optimizer = build_optimizer(model, stage, new, own)
+    if is_sharded(model):
+        whole_state_(optimizer)
     with reporting.open(folder.name):
         trainer = StageTrainer(
             loss_function,

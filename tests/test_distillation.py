@@ -234,6 +234,10 @@ def test_a_teacher_that_was_moved_is_named(tiny_teacher, work):
     shutil.move(work / "t", work / "moved")
     with pytest.raises(CheckpointError, match=r"no teacher at .*/t"):
         distill(recipe=recipe(EVERYTHING), device="cpu")
+    lora = {**DISTILL, "train": "lora", "backbone_learning_rate": 1e-3}
+    with pytest.raises(CheckpointError, match=r"no teacher at .*/t"):  # before the first stage, not after it
+        distill(recipe=recipe(lora, DISTILL), device="cpu")
+    assert names(work) == ["c", "moved"]
     with pytest.raises(SwapattnError, match=r"/t\b"):
         distill(recipe=recipe(CALIBRATE, feature_map="elu1"), device="cpu")
     distill(recipe=recipe(EVERYTHING), device="cpu", teacher=work / "moved")

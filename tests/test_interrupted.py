@@ -22,6 +22,7 @@ from swapattn.errors import TrainingError, UsageError
 from swapattn.recipe import parse_recipe
 
 STAGE = {"tokens": 768, "length": 32, "batch": 4, "learning_rate": 1e-2, "warmup": 0.4}
+LORA = {"train": "lora", "backbone_learning_rate": 1e-2, "micro_batch": 2, "chunk": 20}
 EVERYTHING = {"train": "all", "backbone_learning_rate": 1e-3}
 APART = {
     "document_mask": True,
@@ -37,6 +38,7 @@ RECIPE = {
         "stages": [
             {"stage": "calibrate", "tokens": 256, "length": 64},
             {"stage": "align", **STAGE},
+            {"stage": "distill", **STAGE, **LORA},
             {"stage": "distill", **STAGE, **EVERYTHING, **APART, "micro_batch": 1, "chunk": 20},
         ],
     },
@@ -54,12 +56,18 @@ from swapattn.recipe import parse_recipe
 
 start, work, recipe, runs = Path(sys.argv[1]), Path(sys.argv[2]), *map(json.loads, sys.argv[3:])
 
-def harmed(signal_name, where, title, step):
-    number = getattr(signal, signal_name)
-    if where == "save":  # the weights are written, the optimiser's state is not
+def harmed(harm, where, stage, step):
+    number = getattr(signal, harm, None)
+    if harm == "NAN":  # in one process
+        original = training.StageTrainer.compute_loss
+        def patched(self, *args, **kwargs):
+            here = (Path(self.args.output_dir).name, self.state.global_step + 1, os.environ["RANK"])
+            return original(self, *args, **kwargs) * (float("nan") if here == (stage, step, "1") else 1)
+        training.StageTrainer.compute_loss = patched
+    elif where == "save":  # the weights are written, the optimiser's state is not
         original = training.StageTrainer._save_optimizer_and_scheduler
         def patched(self, folder):
-            if self.state.global_step == step and Path(folder).parent.name == title:
+            if self.state.global_step == step and Path(folder).parent.name == stage:
                 os.kill(os.getpid(), number)
             original(self, folder)
         training.StageTrainer._save_optimizer_and_scheduler = patched
@@ -67,9 +75,19 @@ def harmed(signal_name, where, title, step):
         original = training.StageProgress.on_pre_optimizer_step
         def patched(self, args, state, control, **kwargs):
             original(self, args, state, control, **kwargs)
-            if (self.title, state.global_step + 1) == (title, step):
+            if (self.run, state.global_step + 1) == (stage, step):
                 os.kill(os.getpid(), number)
         training.StageProgress.on_pre_optimizer_step = patched
+
+def counted(file):  # write how many numbers of each stage's model and teacher are here, and how many there are in all
+    original = training.StageTrainer.__init__
+    def patched(self, loss, **kwargs):
+        original(self, loss, **kwargs)
+        models = (kwargs["model"], getattr(loss, "keywords", {}).get("teacher"))
+        held = [[(getattr(p, "_local_tensor", p).numel(), p.numel()) for p in m.parameters()] for m in models if m]
+        with file.open("a") as log:
+            log.write(json.dumps([list(map(sum, zip(*sizes))) for sizes in held]) + "\\n")
+    training.StageTrainer.__init__ = patched
 
 def child(out, harm, environment):
     pid = os.fork()
@@ -80,6 +98,7 @@ def child(out, harm, environment):
         os.environ.update(environment)
         if harm:
             harmed(*harm)
+        counted(work / f"{out}-{os.environ.get('RANK')}.jsonl")
         distillation.distill(start, recipe=parse_recipe(recipe), output=work / out, device="cpu")
         code = 0
     except Exception as error:
@@ -119,13 +138,14 @@ def whole(start, tmp_path_factory):
 
 
 KILLED = [
-    ("SIGKILL", "step", "align", 4),
+    ("SIGKILL", "step", "stage-1", 4),
     ("SIGKILL", "save", "stage-1", 4),  # only half of the checkpoint is there
-    ("SIGKILL", "step", "distill", 1),
-    ("SIGKILL", "step", "distill", 6),
+    ("SIGKILL", "step", "stage-2", 5),
+    ("SIGKILL", "step", "stage-3", 6),
 ]
-TOLD = [("SIGTERM", "step", "align", 3), ("SIGTERM", "save", "stage-2", 2)]
-SHARED = [("SIGTERM", "step", "distill", 3)]
+TOLD = [("SIGTERM", "step", "stage-1", 3), ("SIGTERM", "save", "stage-3", 2)]
+SHARED = [("SIGTERM", "step", "stage-3", 3)]
+SHARDED = [("NAN", "step", "stage-1", 4), ("SIGKILL", "step", "stage-2", 4), ("SIGTERM", "step", "stage-3", 3)]
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +159,9 @@ def runs(start, tmp_path_factory):
     ranks = [{**base, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     wanted = [("killed", harm, [{}]) for harm in [*KILLED, None]] + [("told", harm, [{}]) for harm in [*TOLD, None]]
     wanted += [("shared", harm, ranks) for harm in [*SHARED, None]]
+    fsdp = [{**rank, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} for rank in ranks]
+    # what the processes saved goes on in one, and the other way round
+    wanted += zip(["sharded"] * 4, [*SHARDED, None], [fsdp, [{}], fsdp, fsdp], strict=True)
     command = [sys.executable, "-c", PROGRAM, str(start), str(work), json.dumps(RECIPE), json.dumps(wanted)]
     answer = subprocess.run(command, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
@@ -229,23 +252,50 @@ def test_a_torn_log_is_mended_and_another_save_interval_is_the_same_run(start, w
     assert_same(tmp_path / "out", whole, 1e-6)
 
 
-@pytest.mark.parametrize("launcher", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_sharded_parameters_are_refused(start, tmp_path, monkeypatch, launcher):
-    monkeypatch.setenv(launcher, "true")
-    with pytest.raises(UsageError, match="does not shard parameters"):
+def test_two_processes_that_share_the_parameters_are_one(whole, runs):
+    work, codes, said = runs
+    assert codes["sharded"] == [[1, 1], [-9], [1, 1], [0, 0]], said["sharded"]
+    assert "align: the gradient is not finite at step 4; no weight was changed by it" in said["sharded"]
+    assert "distill: stopped by SIGTERM, saved after step 3 of 6" in said["sharded"]
+    assert_same(work / "sharded", whole, 1e-5)
+    assert not (work / ".sharded.run").exists()
+    for rank in range(2):
+        rows = [json.loads(line) for line in (work / f"sharded-{rank}.jsonl").read_text().splitlines()]
+        assert all(model[0] == pytest.approx(model[1] / 2, rel=0.01) for model, *_ in rows)
+        teacher = rows[-1][1]
+        head = 320 * 32
+        assert teacher[0] == pytest.approx(head + (teacher[1] - head) / 2, rel=0.01), "all but the output embedding"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "not run under DeepSpeed: shard with FSDP2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "add --fsdp_version 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "does not offload"),
+    ],
+)
+def test_other_ways_of_sharding_are_refused(start, tmp_path, monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
         distill(start, recipe=parse_recipe(RECIPE), output=tmp_path / "out", device="cpu")
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_torchrun_and_the_command_line(start, whole, tmp_path):
+@pytest.mark.parametrize("variables", [{}, {"ACCELERATE_USE_FSDP": "true"}], ids=["ddp", "fsdp"])
+def test_torchrun_and_the_command_line(start, whole, tmp_path, variables):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(parse_recipe(RECIPE).to_yaml())
     program = tmp_path / "run.py"
     program.write_text(f"from swapattn import data; data.SHORTEST = {SHORTEST}\nfrom swapattn.cli import main; main()")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program), "distill"]
     options = ["--recipe", str(recipe), "--device", "cpu", "-o", str(tmp_path / "out"), "--json"]
-    answer = subprocess.run([*command, str(start), *options], capture_output=True, text=True, check=True)
-    assert len(json.loads(answer.stdout)["stages"]) == 3
+    environment = {**os.environ, **variables}
+    answer = subprocess.run(
+        [*command, str(start), *options], env=environment, capture_output=True, text=True, check=True
+    )
+    assert len(json.loads(answer.stdout)["stages"]) == 4
     assert_same(tmp_path / "out", whole, 1e-5)
     shutil.rmtree(tmp_path / "out")

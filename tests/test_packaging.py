@@ -42,6 +42,7 @@ LAYERS = (
     }
     | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
     | {"rotary_check", "loss_kernel", "compilation"}
+    | {"optimizer", "lora", "sharding", "logits", "vocabulary"}
     | {"processes", "progress", "reporting", "stopping"}
     | {"graph", "integrity", "remote_code", "unpickling"}
     | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"}

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from swapattn.attention import swaps
-from swapattn.errors import TrainingError, UnsupportedModelError, UsageError
+from swapattn.errors import RecipeError, TrainingError, UnsupportedModelError, UsageError
 from swapattn.losses import normalized_mse
 from swapattn.objectives import align_loss, check_head, distill_loss, hidden_states, output_embedding
-from swapattn.recipe import AlignStage, ConvertSpec, DistillStage
+from swapattn.optimizer import build_optimizer, build_scheduler, trainable_parameters
+from swapattn.recipe import AlignStage, ConvertSpec, DistillStage, parse_recipe
 from swapattn.surgery import apply_, plan
-from swapattn.training import build_optimizer, build_scheduler, run_stage, shares, trainable_parameters
+from swapattn.training import run_stage, shares
 
 FAMILIES = [
     "llama",
@@ -110,6 +111,64 @@ def test_own_weights_have_their_own_learning_rate(llama):
     optimizer = build_optimizer(llama, what, new, own)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3]
     assert [len(group["params"]) for group in optimizer.param_groups] == [len(new), len(own)]
+
+
+def test_groups_of_parameters_have_their_own_learning_rates(tiny_family):
+    gated = {"decay": {"learnable": True, "gate": True}, "output_gate": "head", "qk_norm": "rms"}
+    model = build(tiny_family("qwen3", tie_word_embeddings=True), keep_softmax=(1,), **gated)
+    names = ("decay", "feature_map", "mix", "scale", "qk_norm", "gates", "attention", "mlp", "norms", "embeddings")
+    rates = {name: i / 1000 for i, name in enumerate(names, start=1)}
+    what = stage("distill", train="all", learning_rates=rates, betas=(0.8, 0.9))
+    optimizer = build_optimizer(model, what, *trainable_parameters(model, what))
+    found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    by_group = {}
+    for name, parameter in model.named_parameters():
+        group = next(group for group, rate in rates.items() if rate == found[id(parameter)])
+        by_group.setdefault(group, set()).add(name.removeprefix("model.").removeprefix("layers.2."))
+    swap = "self_attn.swap"
+    assert {f"{swap}.log_slope"} == {name for name in by_group["decay"] if name.startswith(swap)}
+    assert f"{swap}.q_map.weight" in by_group["feature_map"]
+    assert {f"{swap}.{x}" for x in ("decay_gate.weight", "decay_gate.bias", "output_gate.weight")} <= by_group["gates"]
+    assert {f"{swap}.q_norm.gain", f"{swap}.k_norm.gain"} <= by_group["qk_norm"]
+    assert {"self_attn.q_norm.weight", "self_attn.o_proj.weight", "layers.1.self_attn.v_proj.weight"} <= (
+        by_group["attention"]
+    )
+    assert {"mlp.up_proj.weight"} <= by_group["mlp"]
+    assert {"norm.weight", "input_layernorm.weight"} <= by_group["norms"]
+    assert by_group["embeddings"] == {"embed_tokens.weight"}
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
+
+
+def test_a_learning_rate_of_zero_leaves_a_group_out(llama):
+    what = stage("distill", train="all", learning_rates={"embeddings": 0, "mix": 0})
+    new, own = trainable_parameters(llama, what)
+    assert not llama.lm_head.weight.requires_grad
+    assert not any("embed" in name or name.endswith(".mix") for name in (*new, *own))
+    alone = stage("distill", train="all", backbone_learning_rate=0, learning_rates={"mlp": 1e-3})
+    assert all(".mlp." in name for name in trainable_parameters(llama, alone)[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "group"), [({}, "mlp"), ({"train": "attention"}, "norms"), ({"train": "all"}, "gates")]
+)
+def test_a_learning_rate_for_nothing_is_refused(llama, values, group):
+    what = stage("distill", **values, learning_rates={"scale": 1e-3, group: 1e-3})
+    with pytest.raises(RecipeError, match=rf"^distill\.stages\.distill\.learning_rates\.{group}: .* there are: "):
+        trainable_parameters(llama, what, "distill")
+
+
+def test_a_group_that_does_not_exist_is_refused_with_its_path():
+    stages = [{"stage": "align", "tokens": 1024, "length": 32, "learning_rate": 1e-2, "learning_rates": {"q": 1}}]
+    with pytest.raises(RecipeError, match=r"distill\.stages\.0\.align\.learning_rates\.q: Input should be 'decay', "):
+        parse_recipe({"name": "x", "distill": {"stages": stages}})
+
+
+@pytest.mark.parametrize(("scheduler", "middle", "end"), [("linear", 0.6, 0.2), ("constant", 1.0, 1.0)])
+def test_other_schedules(llama, scheduler, middle, end):
+    what = stage(steps=100, warmup=0.1, final_learning_rate=0.2, scheduler=scheduler)
+    optimizer = build_optimizer(llama, what, *trainable_parameters(llama, what))
+    factor = build_scheduler(optimizer, what).lr_lambdas[0]
+    assert [factor(step) for step in (0, 10, 55, 100)] == pytest.approx([0.1, 1.0, middle, end])
 
 
 def test_the_learning_rate_rises_then_falls_to_its_end(llama):

@@ -19,6 +19,7 @@ COMMANDS = (
     "eval",
     "generate",
     "inspect",
+    "logits",
     "models",
     "quickstart",
     "recipes",
