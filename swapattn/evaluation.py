@@ -22,7 +22,7 @@ from .perplexity import heldout_perplexity
 from .score_store import Store
 from .scores import EvalReport, EvalRow, Perplexity, TaskResult
 from .scoring import Scorer, Settings
-from .significance import compare
+from .significance import compare, error_of_share
 from .tasks import Unit, load_units, task_manager
 from .wheels import cache_dir
 
@@ -270,9 +270,10 @@ def _row(unit: Unit, student: Measured, teacher: Measured | None, seed: int) -> 
     if teacher is None:
         return EvalRow(ours.result)
     theirs = teacher.tasks[unit.name]
-    difference = ours.result.value - theirs.result.value
-    aggregate = unit.aggregate(ours.result.metric)
-    return EvalRow(ours.result, theirs.result, compare(ours.items, theirs.items, difference, aggregate, seed=seed))
+    values = ours.result.value, theirs.result.value
+    test = compare(ours.items, theirs.items, values[0] - values[1], unit.aggregate(ours.result.metric), seed=seed)
+    share = error_of_share(ours.items, theirs.items, theirs.result.chance, values, seed=seed)
+    return EvalRow(ours.result, theirs.result, test, share)
 
 
 def _compared(student: Measured, teacher: Measured | None) -> dict[str, Any]:

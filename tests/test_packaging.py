@@ -39,7 +39,7 @@ LAYERS = (
         "tasks",
         "checkpoint",
     }
-    | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
+    | {"audit", "training", "objectives", "shards", "scores", "probes", "recall", "positions", "cost", "peak"}
     | {"rotary_check", "loss_kernel", "compilation"}
     | {"processes", "progress", "reporting", "stopping"}
     | {"graph", "integrity", "unpickling"}
