@@ -7,13 +7,13 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import thresholds
+from . import baselines, thresholds
 from .checkpoint import REPORT, Checkpoint, find, write_json
 from .environment import default_device, hardware, say, versions
 from .errors import CheckpointError, UsageError
@@ -48,7 +48,9 @@ def evaluate(
     dtype: torch.dtype | None = None,
     seed: int | None = None,
     perplexity: bool | str | Path = False,
-    probes: bool = False,
+    probes: bool | int = False,
+    branches: bool = False,
+    against: Sequence[str | Path] = (),
     cost: bool = False,
     log_samples: bool = False,
     cache: bool = True,
@@ -73,7 +75,11 @@ def evaluate(
         dtype: weights' type; None = as stored.
         seed: for all of lm-eval's generators; None = lm-eval's own four.
         perplexity: True adds the held-out perplexity on the embedded text, a path that of a text file by position.
-        probes: also `swapattn.probes`: recall, passkey, agreement, repetition and letter bias.
+        probes: also `swapattn.probes`: recall, passkey, agreement, repetition and letter bias; a number is that of
+            tokens of the longest document and perplexity window.
+        branches: all of this (but cost and generation) also on the student with each branch switched off, and on the
+            teacher with nothing but the student's window: `swapattn.baselines`.
+        against: folders of models to measure the same on, each compared with the student document by document.
         cost: also `swapattn.cost`: bytes of state and decoding speed by length.
         log_samples: write `samples_TASK_ROLE.jsonl` beside the report.
         cache: use and keep the teacher's results and those of an interrupted run.
@@ -90,25 +96,33 @@ def evaluate(
     bounds = thresholds.parse(fail_under, teacher=teacher)
     settings = Settings(limit, num_fewshot, batch_size or 16, seed)
     extras = _extras(perplexity, probes, cost)
+    asked = {"--no-teacher": not teacher, "--branches": branches, "--log-samples": log_samples}
     found = find(directory, checkpoint)
     if checkpoint is None:
         say(f"checkpoint: {found.path} (the newest here)")
     if tasks is None:
         tasks, settings = _of_recipe(found, limit, num_fewshot, batch_size, seed)
     target = _target(found, output)
+    place = device or default_device()
+    own = Store(target.parent / _PARTIAL if cache else None)
+    others = Store(cache_dir() / _TEACHER_SCORES if cache else None)
+    options: dict[str, Any] = {"device": place, "dtype": dtype, "own": own, "others": others}
     if teacher:
         _check_teacher(found)
+    subjects = _subjects(found, teacher, **options)
+    beside = baselines.subjects(found, branches=branches, against=against, **options)
     manager, names, description = task_manager(tasks, data)
     units = load_units(manager, names, description)
     thresholds.check_keys(bounds, {unit.name: unit.metrics for unit in units})
     _say_limit(units, settings.limit)
     measured: dict[str, Measured] = {}
-    subjects = _subjects(found, teacher, device or default_device(), dtype, target.parent if cache else None)
-    for subject in subjects:
+    for subject in [*subjects, *beside]:
         samples = target.parent if log_samples else None
-        measured[subject.role] = measure(subject, units, settings, extras, samples=samples)
+        wanted = extras if subject in subjects else replace(extras, cost=False, generation=False)
+        measured[subject.role] = measure(subject, units, settings, wanted, samples=samples)
     student, original = measured[found.kind], measured.get("teacher")
-    rows = tuple(_row(unit, student, original, settings.seed or 0) for unit in units)
+    seed = settings.seed or 0
+    rows = tuple(_row(unit, student, original, seed) for unit in units)
     report = EvalReport(
         checkpoint=str(found.path),
         kind=found.kind,
@@ -117,21 +131,22 @@ def evaluate(
         rows=rows,
         data=description + _fewshot_note(description, rows),
         limit=settings.limit,
-        hardware=student.machine or hardware(subjects[-1].device),
+        hardware=student.machine or hardware(place),
         versions=versions(),
         seconds=round(time.perf_counter() - start, 1),
         perplexity={role: Perplexity(**m.extras["perplexity"]) for role, m in measured.items() if extras.perplexity},
         path=str(target),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=_command(found, names, settings, extras, data=data, teacher=teacher, log_samples=log_samples),
+        command=_command(found, names, settings, extras, data, asked, against),
         num_fewshot=settings.num_fewshot,
         batch_size=settings.batch_size,
         seed=settings.seed,
+        baselines=_beside(measured, found.kind, units, seed) if beside else None,
         **_compared(student, original),
     )
     report = replace(report, thresholds=thresholds.judge(bounds, rows, report.kept))
     write_json(target, report.to_dict())
-    subjects[-1].store.clear()
+    own.clear()
     return report
 
 
@@ -166,15 +181,19 @@ def _of_recipe(
     return wanted.tasks, Settings(limit or wanted.limit, shots, batch_size or wanted.batch_size, seed)
 
 
-def _extras(perplexity: bool | str | Path, probes: bool, cost: bool) -> Extras:
+def _extras(perplexity: bool | str | Path, probes: bool | int, cost: bool) -> Extras:
+    longest = None if isinstance(probes, bool) else probes
+    if longest is not None and longest < 1:
+        raise UsageError(f"--probes {longest}: must be positive")
+    extras = Extras(probes=bool(probes), cost=cost, longest=longest)
     if isinstance(perplexity, bool):
-        return Extras(perplexity, None, probes, cost)
+        return replace(extras, perplexity=perplexity)
     text = Path(perplexity)
     if text.is_dir():
         raise UsageError(f"--perplexity takes a text file and {text} is a folder; name a checkpoint before the options")
     if not text.is_file():
         raise UsageError(f"--perplexity {text}: no such file")
-    return Extras(False, text, probes, cost)
+    return replace(extras, text=text)
 
 
 def _target(found: Checkpoint, output: str | Path | None) -> Path:
@@ -248,21 +267,18 @@ def _say_limit(units: Sequence[Unit], limit: int | None) -> None:
 
 
 def _subjects(
-    found: Checkpoint, teacher: bool, device: str, dtype: torch.dtype | None, partial: Path | None
+    found: Checkpoint, teacher: bool, device: str, dtype: torch.dtype | None, own: Store, others: Store
 ) -> list[Subject]:
-    """Teacher, if wanted, and student, with where their results are kept; `partial` None = nowhere."""
+    """Teacher, if wanted, and student, with where their results are kept."""
     from . import modeling  # the loaders are looked up when they are called
 
-    stored = "as stored" if dtype is None else str(dtype)
-    common = {"device": device, "dtype": stored}
+    common = {"device": device, "dtype": "as stored" if dtype is None else str(dtype)}
     subjects = []
     if teacher:
-        store = Store(cache_dir() / _TEACHER_SCORES if partial is not None else None)
         load = functools.partial(modeling.load_teacher, found, device=device, dtype=dtype)
-        subjects.append(Subject("teacher", found.teacher_path, load, store, **common))
-    store = Store(partial / _PARTIAL if partial is not None else None)
+        subjects.append(Subject("teacher", found.teacher_path, load, others, **common))
     load = functools.partial(modeling.load, found.path, device=device, dtype=dtype)
-    return [*subjects, Subject(found.kind, Path(found.path), load, store, **common)]
+    return [*subjects, Subject(found.kind, Path(found.path), load, own, **common)]
 
 
 def _row(unit: Unit, student: Measured, teacher: Measured | None, seed: int) -> EvalRow:
@@ -293,30 +309,37 @@ def _compared(student: Measured, teacher: Measured | None) -> dict[str, Any]:
     return found
 
 
+def _beside(
+    measured: Mapping[str, Measured], student: str, units: Sequence[Unit], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Every model that was measured set beside the student, which is set beside itself."""
+    own, teacher = measured[student], measured.get("teacher")
+    return {role: baselines.beside(one, own, teacher, units, seed) for role, one in measured.items()}
+
+
 def _command(
     found: Checkpoint,
     names: Sequence[str],
     settings: Settings,
     extras: Extras,
-    *,
     data: str,
-    teacher: bool,
-    log_samples: bool,
+    flags: Mapping[str, bool],
+    against: Sequence[str | Path],
 ) -> str:
     """The line that repeats this evaluation."""
     words = ["swapattn", "eval", str(found.path), "--tasks", ",".join(names), "--data", data]
     for option in ("limit", "num_fewshot", "batch_size", "seed"):
         value = getattr(settings, option)
         words += [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
-    flags = {
-        "--no-teacher": not teacher,
-        "--probes": extras.probes,
-        "--cost": extras.cost,
-        "--log-samples": log_samples,
-        "--perplexity": extras.perplexity or extras.text is not None,
+    words += [flag for flag, given in {**flags, "--cost": extras.cost}.items() if given]
+    words += [word for folder in against for word in ("--against", str(folder))]
+    values = {
+        "--probes": (extras.probes, extras.longest),
+        "--perplexity": (extras.perplexity or extras.text, extras.text),
     }
-    words += [flag for flag, given in flags.items() if given]
-    return shlex.join([*words, *([str(extras.text)] if extras.text is not None else [])])
+    for option, (given, value) in values.items():
+        words += [option, *([str(value)] if value is not None else [])] if given else []
+    return shlex.join(words)
 
 
 def _fewshot_note(description: str, rows: Sequence[EvalRow]) -> str:

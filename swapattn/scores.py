@@ -136,7 +136,8 @@ class EvalReport:
     """Everything an evaluation found, and with what; `path` is where it was written.
 
     `num_fewshot` and `seed` are None where lm-eval's own are taken. `text_perplexity`, `probes` and `cost` are the
-    plain values of `swapattn.probes` and `swapattn.cost`, None where they were not asked for.
+    plain values of `swapattn.probes` and `swapattn.cost`, None where they were not asked for; so is `baselines`, what
+    `baselines.beside` gives by role, teacher and student among them.
     """
 
     checkpoint: str
@@ -159,6 +160,7 @@ class EvalReport:
     text_perplexity: Mapping[str, Any] | None = None
     probes: Mapping[str, Any] | None = None
     cost: Mapping[str, Any] | None = None
+    baselines: Mapping[str, Any] | None = None
     thresholds: tuple[Threshold, ...] = ()
 
     @property
@@ -233,7 +235,7 @@ class EvalReport:
         teacher = sum(teachers) / count if len(teachers) == count else None
         difference = None if teacher is None else student - teacher
         figures = (_number(teacher), f"{student:.3f}", _signed(difference))
-        return ("mean", "", "", "", "", *figures, "", "", _percent(*mean_kept(self.rows)))
+        return ("mean", "", "", "", "", *figures, "", "", share(*mean_kept(self.rows)))
 
     def _extras(self) -> list[str]:
         """The tables of what was measured beside the tasks, each followed by an empty line."""
@@ -248,6 +250,10 @@ class EvalReport:
             from .probes import to_table
 
             lines += [to_table(dict(self.probes)), ""]
+        if self.baselines is not None:
+            from .baselines import to_table as baseline_table
+
+            lines += [baseline_table(self.baselines), ""]
         if self.cost is not None:
             from .cost import to_table as cost_table
 
@@ -302,8 +308,8 @@ def _cells(row: EvalRow) -> tuple[str, ...]:
         _with_error(student),
         _signed(row.difference),
         "-" if significance is None else f"{significance.low:+.3f} … {significance.high:+.3f}",
-        "-" if significance is None else _p_value(significance.p_value),
-        _percent(row.kept, row.kept_stderr),
+        "-" if significance is None else p_value(significance.p_value),
+        share(row.kept, row.kept_stderr),
     )
 
 
@@ -315,7 +321,8 @@ def _with_error(result: TaskResult) -> str:
     return f"{result.value:.3f}" + (f" ±{result.stderr:.3f}" if result.stderr is not None else "")
 
 
-def _p_value(value: float) -> str:
+def p_value(value: float) -> str:
+    """A cell: very small ones only as an upper bound."""
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -327,8 +334,8 @@ def _signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.3f}"
 
 
-def _percent(value: float | None, error: float | None) -> str:
-    """A share and its error, in a table that has one figure below a hundredth only where the error does not hide it."""
+def share(value: float | None, error: float | None) -> str:
+    """A cell: a share and its error, with a figure behind the point only where the error does not hide it."""
     if value is None:
         return "-"
     digits = 1 if error is not None and error < 0.01 else 0

@@ -34,24 +34,6 @@ def report(*rows: EvalRow, **changes: Any) -> EvalReport:
     return EvalReport(**{**settings, **changes})
 
 
-@pytest.fixture
-def mirror(tmp_path: Path) -> Path:
-    """Six documents of PIQA and of ARC-Easy (one with three choices, five with four) in the layout of a mirror."""
-    piqa = [{"goal": f"goal {i}", "sol1": f"first {i}", "sol2": "second", "label": i % 2} for i in range(6)]
-    choices = [{"text": list("abcd")[: 3 + (i > 0)], "label": list("ABCD")[: 3 + (i > 0)]} for i in range(6)]
-    arc = [{"id": str(i), "question": f"q {i}", "choices": c, "answerKey": "B"} for i, c in enumerate(choices)]
-    for name, rows in (("baber/piqa", piqa), ("allenai/ai2_arc/ARC-Easy", arc)):
-        folder = tmp_path / "mirror" / name
-        folder.mkdir(parents=True)
-        for split in ("train", "validation", "test"):
-            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = {split: f"ARC-Easy/{split}.jsonl" for split in ("train", "validation", "test")}
-    lines = ["---", "configs:", "- config_name: ARC-Easy", "  data_files:"]
-    lines += [f"  - split: {split}\n    path: {path}" for split, path in files.items()]
-    (tmp_path / "mirror" / "allenai/ai2_arc/README.md").write_text("\n".join([*lines, "---", ""]))
-    return tmp_path / "mirror"
-
-
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Teachers' results of a test go where the test is; the real tests share the downloads."""
@@ -387,7 +369,8 @@ def test_probes_and_cost_are_compared(
 
     collected: list[int] = []
 
-    def collect(model: Any, tokenizer: Any, *, seed: int) -> dict[str, Any]:
+    def collect(model: Any, tokenizer: Any, *, seed: int, longest: int | None, generation: bool) -> dict[str, Any]:
+        assert (longest, generation) == (None, True)
         collected.append(seed)
         return {"continuations": [[len(collected)]]}
 

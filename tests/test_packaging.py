@@ -21,7 +21,7 @@ KERNELS = ROOT / "kernels" / "lightning_attention"
 LAYERS = (
     {"cli"},
     {"quickstart"},
-    {"distillation", "evaluation", "generation", "conversion", "bench", "report", "throughput"}
+    {"distillation", "evaluation", "baselines", "generation", "conversion", "bench", "report", "throughput"}
     | {"curves", "estimate"}
     | {"kernel_bench", "kernel_lab"}
     | {"inspection", "verification", "selection", "families"},

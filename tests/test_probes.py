@@ -385,9 +385,7 @@ class TestTogether:
         assert {**again, "seconds": 0} == {**results[0], "seconds": 0}
 
     def test_lengths_beyond_the_positions_are_named(self, tiny_llama, tiny_tokenizer):
-        found = probes.collect(
-            tiny_llama(max_position_embeddings=300), tiny_tokenizer, **{**SMALL, "longest": 512}
-        )
+        found = probes.collect(tiny_llama(max_position_embeddings=300), tiny_tokenizer, **{**SMALL, "longest": 512})
         assert [row["length"] for row in found["passkey"]] == [256]
         assert found["notes"][0] == "no probe at 512 tokens: the model has 300 positions"
         assert found["perplexity"]["window"] == 300

@@ -19,6 +19,20 @@ class _BatchSize(click.ParamType[int | str]):
         return "auto" if value == "auto" else int(click.IntRange(min=1).convert(value, param, ctx))
 
 
+class _Tokens(click.ParamType[int | bool]):
+    """A positive whole number, or nothing at all for True."""
+
+    name = "TOKENS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | bool:
+        if value is True or value == "":
+            return True
+        try:
+            return int(click.IntRange(min=1).convert(value, param, ctx))
+        except click.BadParameter:
+            self.fail(f"{value!r} is no number of tokens; name a checkpoint before the options", param, ctx)
+
+
 @command("eval")
 @click.argument("checkpoint", required=False)
 @click.option("--tasks", metavar="NAMES", help="lm-eval task or group names, comma-separated. [default: the recipe's]")
@@ -35,7 +49,22 @@ class _BatchSize(click.ParamType[int | str]):
     metavar="[FILE]",
     help="Also the held-out perplexity on the embedded text, or by position on a .txt or .zst file.",
 )
-@click.option("--probes", is_flag=True, help="Also recall, passkey, agreement, repetition and letter bias.")
+@click.option(
+    "--probes",
+    type=_Tokens(),
+    is_flag=False,
+    flag_value="",
+    metavar="[TOKENS]",
+    help="Also recall and passkey up to TOKENS (8192, on a CPU 1024), agreement, repetition and letter bias.",
+)
+@click.option("--branches", is_flag=True, help="Also with each branch off, and the teacher with the window only.")
+@click.option(
+    "--against",
+    metavar="FOLDER",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Also another model, compared with CHECKPOINT document by document; repeatable.",
+)
 @click.option("--cost", is_flag=True, help="Also bytes of state and tokens/s by length.")
 @click.option("--log-samples", is_flag=True, help="Write samples_TASK_ROLE.jsonl beside the report.")
 @click.option(
@@ -49,7 +78,7 @@ class _BatchSize(click.ParamType[int | str]):
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Report file instead of CHECKPOINT/eval.json.")
 def eval_command(
     checkpoint: str | None, tasks: str | None, perplexity: str | None, no_teacher: bool, no_cache: bool, as_json: bool,
-    **options: Any,
+    probes: int | bool | None, **options: Any,
 ) -> None:  # fmt: skip
     """Score CHECKPOINT (by default the newest one here) and its teacher with lm-eval.
 
@@ -62,6 +91,7 @@ def eval_command(
       swapattn eval --tasks hellaswag,piqa --limit 50
       swapattn eval smollm2-135m-swapattn-short --tasks commonsense --json
       swapattn eval --tasks mmlu --num-fewshot 5 --batch-size auto
+      swapattn eval --tasks piqa,lambada_openai --perplexity book.txt.zst --probes 4096 --branches
       swapattn eval --tasks piqa --fail-under kept=0.95 --fail-under piqa.acc_norm=0.60
     """
     from swapattn.errors import ThresholdError
@@ -73,6 +103,7 @@ def eval_command(
         teacher=not no_teacher,
         cache=not no_cache,
         perplexity=perplexity or perplexity is not None,
+        probes=probes or False,
         **options,
     )
     emit(as_json, report.to_dict(), report.to_table())
