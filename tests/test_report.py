@@ -284,6 +284,7 @@ class TestPage:
         assert {key: shown for key, _, shown in page.shown}["runs.0.provenance.recipe_summary"] == EVIL
         check_numbers(page, json.loads(files.json.read_text()))
         outside_code = re.sub(r"(?ms)^(`{3,}).*?^\1$", "", files.markdown.read_text())
+        outside_code = re.sub(r"(`{2,}) .*? \1", "", outside_code)  # within a line
         assert "<script" not in re.sub(r"\\.", "", outside_code)
 
     def test_one_column_per_run(self, built):

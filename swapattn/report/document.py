@@ -141,6 +141,12 @@ def percent(node: Node) -> Cell:
     return number(node, ".1f", 100, f"{SPACE}%")
 
 
+def percent_with_error(value: Node, error: Node) -> Cell:
+    """A share and its standard error."""
+    shown = percent(value)
+    return (*shown, Part(f"{SPACE}±{SPACE}"), *percent(error)) if isinstance(error.value, int | float) else shown
+
+
 def count(node: Node) -> Cell:
     """A whole number with separators."""
     return number(node, ",.0f")
