@@ -322,6 +322,14 @@ class TestPage:
         assert markdown.count(heads) == 3
         assert r"| … student minus this | +0.031, p 0.200 | +0.031, p 0.200 | +0.031, p \< 0.001 |" in markdown
 
+    def test_a_note_on_all_runs_stands_there_once(self, built, three, tmp_path):
+        words = "winogrande: the teacher itself is within two standard errors of chance"
+        assert built.markdown.read_text().count(f"all runs, warning: {words}") == 1
+        assert built.markdown.read_text().count("all runs: lengths above 1024 left out on a CPU") == 1
+        edit(three[1] / "eval.json", {"warnings": []})
+        files = build(three, tmp_path / "r.html")
+        assert files.markdown.read_text().count(f"{three[0].name}, {three[2].name}, warning: {words}") == 1
+
     def test_without_a_window_no_branches_are_missing(self, run, tmp_path):
         config = json.loads((run / "config.json").read_text())
         config["swapattn"]["spec"]["local"] = None
@@ -591,13 +599,13 @@ class TestBrowser:
         assert corner < 0.2 if scheme == 0 else corner > 0.9
 
     def test_a_phone_need_not_scroll_the_page_sideways(self, built, tmp_path):
-        # the width is said by a script in a copy, because a dump of the page holds no layout
-        probe = "<script>document.title = document.documentElement.scrollWidth + '/' + innerWidth</script>"
-        copy = tmp_path / "copy.html"
-        frame = tmp_path / "frame.html"
-        copy.write_text(built.html.read_text().replace("</body>", probe + "</body>"))
-        frame.write_text(f'<iframe src="{copy.name}" width="390" height="800"></iframe>')
-        wide = Page(browse(copy, tmp_path / "profile", "--dump-dom", "--window-size=500,900").stdout)
-        title = next(text for text in wide.texts if re.fullmatch(r"\d+/\d+", text))
-        content, width = map(int, title.split("/"))
-        assert content <= width
+        # said by a script in a copy, because a dump of the page holds no layout; in a frame, because no window of the
+        # browser is that narrow
+        said = "parent.postMessage(document.documentElement.scrollWidth + '/' + innerWidth, '*')"
+        copy, outer = tmp_path / "copy.html", tmp_path / "outer.html"
+        copy.write_text(built.html.read_text().replace("</body>", f"<script>{said}</script></body>"))
+        heard = "<script>onmessage = event => document.body.append(event.data)</script>"
+        outer.write_text(f'<body>{heard}<iframe src="{copy.name}" width="390" height="800"></iframe></body>')
+        dumped = Page(browse(outer, tmp_path / "profile", "--dump-dom").stdout)
+        content, width = map(int, next(text for text in dumped.texts if re.fullmatch(r"\d+/\d+", text)).split("/"))
+        assert content <= width <= 390

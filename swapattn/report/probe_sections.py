@@ -21,6 +21,7 @@ from .document import (
     percent,
     percent_with_error,
     plain,
+    shared_notes,
     size,
     text,
     with_error,
@@ -45,8 +46,7 @@ def probes(runs: Sequence[Node], labels: Sequence[str]) -> Section:
     blocks += by_length("Associative recall: the right value in the whole vocabulary", recall, labels, exact)
     blocks += by_length("Passkey found", [node.at("passkey") for node in found], labels, accuracy)
     blocks += _generation(found, labels)
-    for run, node in zip(runs, found, strict=True):
-        blocks += [Note((*plain(run.at("label")), Part(": "), *plain(item))) for item in node.at("notes").items()]
+    blocks += shared_notes(runs, "eval", "probes", "notes")
     return Section("probes", "Probes", blocks)
 
 

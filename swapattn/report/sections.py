@@ -29,6 +29,7 @@ from .document import (
     plain,
     probability,
     ranges,
+    shared_notes,
     size,
     text,
     with_error,
@@ -217,10 +218,7 @@ def _evaluation(runs: Sequence[Node], labels: Sequence[str]) -> Section:
     blocks: list[Block] = []
     if tasks:
         blocks += [_scores(tasks, rows, labels), _methods(tasks, rows)]
-    for run in runs:
-        blocks += [
-            Note((*plain(run.at("label")), Part(": "), *plain(item))) for item in run.at("eval", "warnings").items()
-        ]
+    blocks += shared_notes(runs, "eval", "warnings", kind="warning")
     thresholds = [(run, item) for run in runs for item in run.at("eval", "thresholds").items()]
     if thresholds:
         shown = tuple(
