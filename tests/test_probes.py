@@ -243,16 +243,39 @@ class TestRecall:
         assert row["exact"] == 0
         assert abs(row["accuracy"] - row["chance"]) < 4 * row["stderr"]
 
-    def test_depths_and_keys_vary(self, word_tokenizer):
+    def test_depths_are_spread_and_keys_vary(self, word_tokenizer):
         seen = []
         model = ByHand(lambda ids, vocabulary: seen.append(ids) or guessing(ids, vocabulary))
-        recall.passkey(model, word_tokenizer, 512, 20, 0, [])
-        depths = {word_tokenizer.decode(ids).index("The pass key is") for ids in seen}
-        assert len(depths) > 3
+        recall.passkey(model, word_tokenizer, 512, 8, 0, [])
+        texts = [word_tokenizer.decode(ids) for ids in seen]
+        before = [text[: text.index("The pass key is")].count("There and back again.") for text in texts]
+        room = texts[0].count("There and back again.")
+        assert before == sorted(before)
+        assert len({text[-5:] for text in texts}) == 8
+        for number, count in enumerate(before):  # the middle of each eighth
+            assert abs(count - room * (number + 0.5) / 8) <= 1
         seen.clear()
         recall.recall(model, word_tokenizer, 256, 20, 0, [])
         lines = [word_tokenizer.decode(ids).split("\n") for ids in seen]
         assert len({row[1:17].index(row[-2]) for row in lines}) > 6
+
+    def test_the_first_tokens_hold_no_pair(self, word_tokenizer):
+        """A window with sinks keeps them for ever."""
+        seen = []
+        model = ByHand(lambda ids, vocabulary: seen.append(ids) or guessing(ids, vocabulary))
+        recall.recall(model, word_tokenizer, 256, 1, 0, [])
+        assert "=" not in word_tokenizer.decode(seen[0][:16])
+
+    def test_a_tokenizer_that_joins_question_and_answer(self, word_tokenizer):
+        class Joining:
+            bos_token_id = None
+
+            def __call__(self, text, **_):
+                return {"input_ids": [len(text)]}
+
+        notes: list[str] = []
+        assert recall.passkey(ByHand(guessing), Joining(), 256, 1, 0, notes) == []
+        assert notes == ["no passkey probe: the tokenizer joins question and answer"]
 
     def test_what_cannot_be_measured_is_a_note(self, tiny_tokenizer, word_tokenizer):
         notes: list[str] = []
@@ -349,6 +372,27 @@ class TestTogether:
         for wanted in (f"{ratio:.3f}", "far: from 256 on", "positions 64-255", "passkey", "greedy continuation"):
             assert wanted in table
         assert "no recall probe: the tokenizer has too few words of one token" in table
+
+    def test_the_share_of_the_teachers_recall_is_paired(self, results):
+        sides = [copy.deepcopy(result) for result in results]
+        for side, hits in zip(sides, ([0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]), strict=True):
+            side["passkey"][0].update(hits=hits, accuracy=sum(hits) / 4)
+        row = probes.compare(*sides)["passkey"][0]
+        deviations = torch.tensor([0 - 2 / 3, 1 / 3, 1 / 3, 0], dtype=torch.float64)
+        assert row["share"] == pytest.approx(2 / 3)
+        assert row["share_stderr"] == pytest.approx(float(deviations.std()) / 2 / 0.75)
+        assert "0.667 ±" in probes.to_table(probes.compare(*sides))
+        assert probes.compare(*reversed(sides))["passkey"][0]["share"] == pytest.approx(1.5)
+        sides[1]["passkey"][0].update(hits=[0.0] * 4, accuracy=0.0)
+        assert probes.compare(*sides)["passkey"][0]["share"] is None
+        assert probes.compare(sides[0], None)["passkey"][0]["share"] is None
+
+    def test_the_longest_length_bounds_documents_and_windows(self, model, tiny_tokenizer, text):
+        found = probes.collect(model, tiny_tokenizer, **{**SMALL, "longest": 600}, generation=False)
+        assert [row["length"] for row in found["passkey"]] == [256, 512, 600]
+        assert "continuations" not in found
+        whole = probes.perplexity_of_text(model, tiny_tokenizer, text, longest=2048)
+        assert whole["bins"][-1]["end"] == whole["long_window"] == 2048
 
     def test_the_error_of_the_ratio_is_paired(self, results):
         sides = [copy.deepcopy(result["perplexity"]) for result in results]
