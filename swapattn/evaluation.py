@@ -8,7 +8,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ def evaluate(
     teacher: bool = True,
     batch_size: int | str | None = None,
     device: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     seed: int | None = None,
     perplexity: bool | str | Path = False,
     probes: bool | int = False,
@@ -72,7 +72,7 @@ def evaluate(
         teacher: also score the teacher; without it there is no difference and no kept share.
         batch_size: sequences a forward pass (16), halved where memory is short; "auto" lets lm-eval look for one.
         device: e.g. "cuda"; None = the GPU if there is one.
-        dtype: weights' type; None = as stored.
+        dtype: weights' type, such as "bfloat16"; None = as stored.
         seed: for all of lm-eval's generators; None = lm-eval's own four.
         perplexity: True adds the held-out perplexity on the embedded text, a path that of a text file by position.
         probes: also `swapattn.probes`: recall, passkey, agreement, repetition and letter bias; a number is that of
@@ -96,6 +96,7 @@ def evaluate(
     bounds = thresholds.parse(fail_under, teacher=teacher)
     settings = Settings(limit, num_fewshot, batch_size or 16, seed)
     extras = _extras(perplexity, probes, cost)
+    given: dict[str, Any] = {"--data": data, "--device": device, "--dtype": dtype, "--against": list(against)}
     asked = {"--no-teacher": not teacher, "--branches": branches, "--log-samples": log_samples}
     found = find(directory, checkpoint)
     if checkpoint is None:
@@ -106,7 +107,7 @@ def evaluate(
     place = device or default_device()
     own = Store(target.parent / _PARTIAL if cache else None)
     others = Store(cache_dir() / _TEACHER_SCORES if cache else None)
-    options: dict[str, Any] = {"device": place, "dtype": dtype, "own": own, "others": others}
+    options: dict[str, Any] = {"device": place, "dtype": _dtype(dtype), "own": own, "others": others}
     if teacher:
         _check_teacher(found)
     subjects = _subjects(found, teacher, **options)
@@ -137,7 +138,7 @@ def evaluate(
         perplexity={role: Perplexity(**m.extras["perplexity"]) for role, m in measured.items() if extras.perplexity},
         path=str(target),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=_command(found, names, settings, extras, data, asked, against),
+        command=_command(found, names, settings, extras, asked, given),
         num_fewshot=settings.num_fewshot,
         batch_size=settings.batch_size,
         seed=settings.seed,
@@ -179,6 +180,15 @@ def _of_recipe(
     wanted = found.recipe.eval
     shots = wanted.num_fewshot if num_fewshot is None else num_fewshot
     return wanted.tasks, Settings(limit or wanted.limit, shots, batch_size or wanted.batch_size, seed)
+
+
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    import torch
+
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if given is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UsageError(f"--dtype {given}: expected float32, bfloat16 or float16")
+    return found
 
 
 def _extras(perplexity: bool | str | Path, probes: bool | int, cost: bool) -> Extras:
@@ -322,23 +332,21 @@ def _command(
     names: Sequence[str],
     settings: Settings,
     extras: Extras,
-    data: str,
     flags: Mapping[str, bool],
-    against: Sequence[str | Path],
+    values: Mapping[str, Any],
 ) -> str:
-    """The line that repeats this evaluation."""
-    words = ["swapattn", "eval", str(found.path), "--tasks", ",".join(names), "--data", data]
-    for option in ("limit", "num_fewshot", "batch_size", "seed"):
-        value = getattr(settings, option)
-        words += [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
-    words += [flag for flag, given in {**flags, "--cost": extras.cost}.items() if given]
-    words += [word for folder in against for word in ("--against", str(folder))]
-    values = {
-        "--probes": (extras.probes, extras.longest),
-        "--perplexity": (extras.perplexity or extras.text, extras.text),
-    }
-    for option, (given, value) in values.items():
-        words += [option, *([str(value)] if value is not None else [])] if given else []
+    """The line that repeats this evaluation; options in `values` may be lists, and are left out where they are None."""
+    options = {**values, **{f"--{key.replace('_', '-')}": value for key, value in asdict(settings).items()}}
+    words = ["swapattn", "eval", str(found.path), "--tasks", ",".join(names)]
+    for option, value in options.items():
+        each = value if isinstance(value, list) else [] if value is None else [value]
+        words += [word for one in each for word in (option, str(one).removeprefix("torch."))]
+    words += [flag for flag, wanted in {**flags, "--cost": extras.cost}.items() if wanted]
+    for option, wanted, value in (
+        ("--probes", extras.probes, extras.longest),
+        ("--perplexity", extras.perplexity or extras.text, extras.text),
+    ):
+        words += [option, *([str(value)] if value is not None else [])] if wanted else []
     return shlex.join(words)
 
 

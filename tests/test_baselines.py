@@ -88,6 +88,18 @@ def test_the_teacher_with_a_window_is_measured_once(
     assert "the window-only model's results kept from an earlier run: piqa" in capsys.readouterr().err
 
 
+def test_the_command_repeats_what_was_given(student: Path, mirror: Path) -> None:
+    made = evaluate(tasks=["piqa"], data=str(mirror), dtype="bfloat16", limit=2, seed=3, teacher=False, perplexity=True)
+    assert made.hardware.endswith("bfloat16")
+    assert made.command == (
+        f"swapattn eval {student.name} --tasks piqa --data {mirror} --dtype bfloat16 --limit 2 --batch-size 16 "
+        "--seed 3 --no-teacher --perplexity"
+    )
+    for wrong in ("int8", "nonsense", "nn"):
+        with pytest.raises(UsageError, match="expected float32, bfloat16"):
+            evaluate(tasks=["piqa"], data=str(mirror), dtype=wrong)
+
+
 def test_without_a_window_there_is_nothing_to_switch_off(
     student: Path, tiny_teacher: Path, mirror: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,6 +71,7 @@ _TOKENS = _Count("TOKENS", "", "positive number of tokens; name a checkpoint bef
 )
 @click.option("--no-cache", is_flag=True, help="Use and keep no results of earlier runs.")
 @click.option("--device", help="For example cuda or cpu.")
+@click.option("--dtype", metavar="TYPE", help="For example bfloat16. [default: as stored]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Report file instead of CHECKPOINT/eval.json.")
 def eval_command(
     checkpoint: str | None, tasks: str | None, perplexity: str | None, no_teacher: bool, no_cache: bool, as_json: bool,
