@@ -40,6 +40,7 @@ def subjects(
     found: Checkpoint,
     *,
     branches: bool,
+    teacher: bool,
     against: Sequence[str | Path],
     device: str,
     dtype: torch.dtype | None,
@@ -50,7 +51,8 @@ def subjects(
 
     Args:
         found: the student.
-        branches: whether the first three are wanted; a student without a window or without swapped layers has none.
+        branches: whether the first three are wanted; a student without a window has none.
+        teacher: whether the teacher is measured; without it there is no `WINDOW_ONLY` either.
         against: folders of other checkpoints or plain models.
         device, dtype: as in `evaluation.evaluate`.
         own, others: where the results of the student and of all other models are kept.
@@ -59,27 +61,29 @@ def subjects(
         UsageError: a folder holds no model, or two have the same name.
     """
     common = {"device": device, "dtype": "as stored" if dtype is None else str(dtype)}
-    chosen = []
+    chosen: list[Subject] = []
     spec = json.loads((found.path / "config.json").read_text(encoding="utf-8"))["swapattn"]["spec"]
-    if branches and spec["local"] is None:
+    window = spec["local"]
+    if branches and window is None:
         say(f"{found.path} has no window beside its linear branch: there is no branch to switch off")
-    elif branches:
+    if branches and window is not None:
         for role, branch in BRANCHES.items():
             loader = functools.partial(_one_branch, found.path, branch, device=device, dtype=dtype)
             chosen.append(Subject(role, found.path, loader, own, **common, variant=f"branch {branch}"))
-        kept = {"local": spec["local"], "keep_softmax": spec["keep_softmax"]}
+    if branches and window is not None and teacher:
+        sizes = {"window": window["window"], "sinks": window["sinks"]}
+        kept = {"local": sizes, "keep_softmax": spec["keep_softmax"]}
         loader = functools.partial(_window_only, found, kept, device=device, dtype=dtype)
         variant = f"window only {json.dumps(kept)}"
         chosen.append(Subject(WINDOW_ONLY, found.teacher_path, loader, others, **common, variant=variant))
     for folder in map(Path, against):
+        name = folder.resolve().name
         if not (folder / "config.json").is_file():
             raise UsageError(f"--against {folder}: no model there")
-        if folder.name in {"teacher", found.kind, *(subject.role for subject in chosen)}:
-            raise UsageError(
-                f"--against {folder}: another model here is called {folder.name} as well; rename the folder"
-            )
+        if name in {"teacher", found.kind, *(subject.role for subject in chosen)}:
+            raise UsageError(f"--against {folder}: another model here is called {name} as well; rename the folder")
         loader = functools.partial(_other, folder, device=device, dtype=dtype)
-        chosen.append(Subject(folder.name, folder, loader, others, **common))
+        chosen.append(Subject(name, folder, loader, others, **common))
     return chosen
 
 

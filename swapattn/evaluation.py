@@ -111,7 +111,7 @@ def evaluate(
     if teacher:
         _check_teacher(found)
     subjects = _subjects(found, teacher, **options)
-    beside = baselines.subjects(found, branches=branches, against=against, **options)
+    beside = baselines.subjects(found, branches=branches, teacher=teacher, against=against, **options)
     manager, names, description = task_manager(tasks, data)
     units = load_units(manager, names, description)
     thresholds.check_keys(bounds, {unit.name: unit.metrics for unit in units})

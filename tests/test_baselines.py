@@ -88,6 +88,16 @@ def test_the_teacher_with_a_window_is_measured_once(
     assert "the window-only model's results kept from an earlier run: piqa" in capsys.readouterr().err
 
 
+def test_without_the_teacher_only_the_student_is_measured(
+    student: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modeling, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded"))
+    made = evaluate(tasks=["piqa"], data=str(mirror), branches=True, teacher=False)
+    assert made.baselines is not None
+    assert list(made.baselines) == ["converted", "linear-off", "window-off"]
+    assert made.baselines["linear-off"]["kept"] is None
+
+
 def test_the_command_repeats_what_was_given(student: Path, mirror: Path) -> None:
     made = evaluate(tasks=["piqa"], data=str(mirror), dtype="bfloat16", limit=2, seed=3, teacher=False, perplexity=True)
     assert made.hardware.endswith("bfloat16")
