@@ -21,7 +21,7 @@ KERNELS = ROOT / "kernels" / "lightning_attention"
 LAYERS = (
     {"cli"},
     {"quickstart"},
-    {"distillation", "evaluation", "baselines", "generation", "conversion", "bench", "report", "throughput"}
+    {"distillation", "evaluation", "generation", "conversion", "bench", "report", "throughput"}
     | {"curves", "estimate"}
     | {"kernel_bench", "kernel_lab"}
     | {"inspection", "verification", "selection", "families"},
@@ -43,7 +43,17 @@ LAYERS = (
     | {"rotary_check", "loss_kernel", "compilation"}
     | {"processes", "progress", "reporting", "stopping"}
     | {"graph", "integrity", "unpickling"}
-    | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"}
+    | {
+        "scoring",
+        "measurement",
+        "baselines",
+        "score_store",
+        "significance",
+        "thresholds",
+        "perplexity",
+        "carried",
+        "mirror",
+    }
     | {"streaming", "footprint", "model_card", "publishing"},
     {"recipe", "decay", "feature_map", "norms", "gates", "inputs", "errors", "wheels", "environment"}
     | {"rollback", "masks"},

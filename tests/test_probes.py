@@ -185,6 +185,18 @@ class TestPerplexity:
                 probes.perplexity_of_file(model, tiny_tokenizer, tmp_path / name)
 
 
+def test_logits_that_exist_at_a_time_fit_the_device():
+    def on(device, **sizes):
+        text = SimpleNamespace(**sizes)
+        place = SimpleNamespace(device=SimpleNamespace(type=device))
+        config = SimpleNamespace(get_text_config=lambda: text)
+        return positions.chunk_of(SimpleNamespace(parameters=lambda: iter([place]), config=config))
+
+    assert on("cpu", vocab_size=49152) == 2048
+    assert on("cuda", vocab_size=49152) == 10922
+    assert on("cuda", vocab_size=2**20) == on("cuda") == 2048
+
+
 class TestRecall:
     @pytest.mark.parametrize("length", [256, 2304])  # in one pass, and in pieces through the cache
     def test_a_model_that_copies_recalls_everything(self, word_tokenizer, length):
