@@ -124,7 +124,8 @@ def compare_perplexity(student: Mapping[str, Any], teacher: Mapping[str, Any] | 
 def perplexity_table(compared: Mapping[str, Any]) -> str:
     """The result of `compare_perplexity` as plain text."""
     student, teacher = compared["student"], compared["teacher"] or {}
-    rows: list[tuple[str, ...]] = [(f"perplexity, {compared['text']} text", "tokens", "teacher", "student", "ratio")]
+    text = compared["text"] + (" text" if compared["text"] in ("embedded", "given") else "")
+    rows: list[tuple[str, ...]] = [(f"perplexity, {text}", "tokens", "teacher", "student", "ratio")]
     ratio = with_error(compared["ratio"], compared["ratio_stderr"])
     rows.append((f"windows of {student['window']:,}", *_perplexity_cells(student, teacher), ratio))
     if student["far"]:
