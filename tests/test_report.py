@@ -527,6 +527,15 @@ class TestPlots:
         assert "piqa" in tasks.svg
         assert "arc_easy" not in tasks.svg
 
+    def test_intervals_of_few_documents_do_not_stretch_the_axis(self, run):
+        evaluation = json.loads((run / "eval.json").read_text())
+        for side in ROLES:
+            evaluation["rows"][0][side]["stderr"] = 0.5
+        edit(run / "eval.json", evaluation)
+        tasks = next(plot for plot in plots.draw(Node(collect([run], "c"))) if plot.name == "tasks")
+        assert "1.00<" in tasks.svg or "1.0<" in tasks.svg
+        assert not re.search(r">[−-]0\.[1-9]|>1\.[1-9]", tasks.svg)
+
     def test_the_same_teacher_is_drawn_once(self, three):
         document = Node(collect(three, "c"))
 
