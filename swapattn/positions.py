@@ -19,12 +19,16 @@ from .data import heldout_windows
 from .errors import SourceError, UsageError
 
 EDGES = (0, 64, 256, 1024, 2048, 4096, 8192)  # of the position bins
+LONGEST = 8192  # tokens of a window
 WINDOW = 1024  # of the perplexity that is compared between models
 FAR = 256  # the first position that a small window of softmax cannot help with
-CHUNK = 2048  # tokens whose logits exist at a time: 0.4 GB in fp32 at a vocabulary of 49152
+CPU_CHUNK = 2048  # tokens whose logits exist at a time: 0.4 GB in fp32 at a vocabulary of 49152
+GPU_LOGITS = 2**29  # the same on a GPU, where small passes wait for the launch of kernels: 2 GB in fp32
 
 
-def perplexity_of_file(model: Any, tokenizer: Any, path: str | Path, *, windows: int | None = None) -> dict[str, Any]:
+def perplexity_of_file(
+    model: Any, tokenizer: Any, path: str | Path, *, windows: int | None = None, longest: int | None = None
+) -> dict[str, Any]:
     """`perplexity_of_text` for a UTF-8 file, plain or .zst.
 
     Raises:
@@ -43,11 +47,16 @@ def perplexity_of_file(model: Any, tokenizer: Any, path: str | Path, *, windows:
         raise UsageError(f"{path}: no such file") from None
     except (OSError, zstandard.ZstdError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read as UTF-8 text: {' '.join(str(error).split())}") from error
-    return {**perplexity_of_text(model, tokenizer, text, windows=windows), "text": str(path)}
+    return {**perplexity_of_text(model, tokenizer, text, windows=windows, longest=longest), "text": str(path)}
 
 
 def perplexity_of_text(
-    model: Any, tokenizer: Any, text: str | None = None, *, windows: int | None = None
+    model: Any,
+    tokenizer: Any,
+    text: str | None = None,
+    *,
+    windows: int | None = None,
+    longest: int | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a text, whole and by position; figures that are not finite are None.
 
@@ -57,14 +66,17 @@ def perplexity_of_text(
     Returns:
         Over windows of 1,024 tokens: "tokens" predicted, "nats", "perplexity", the same in "far" over the positions
         from 256 on, and "window_nats", "window_far_nats", the mean of each window. Over windows of up to 8,192
-        tokens (as the model's positions and the text allow, with `windows` no more than 1,024): "bins" by position.
+        tokens (as `longest`, the model's positions and the text allow, with `windows` no more than 1,024): "bins" by
+        position.
     """
     tokens = heldout_windows(tokenizer, length=1, text=text).flatten()
     if tokens.numel() < 2:
         raise UsageError("the text has a single token: there is nothing to predict")
-    limit = min(tokens.numel(), positions_of(model), EDGES[-1])
+    limit = min(tokens.numel(), positions_of(model))
     window = min(limit, WINDOW)
-    long_window = limit if windows is None else window  # few windows were asked for: do not read 8 times as much
+    long_window = (
+        min(limit, max(longest or LONGEST, window)) if windows is None else window
+    )  # few windows were asked for: do not read 8 times as much
     with measuring(model):
         short = _nats(model, windows_of(tokens, window, windows))
         long = short if long_window == window else _nats(model, windows_of(tokens, long_window, None))
@@ -113,7 +125,8 @@ def compare_perplexity(student: Mapping[str, Any], teacher: Mapping[str, Any] | 
 def perplexity_table(compared: Mapping[str, Any]) -> str:
     """The result of `compare_perplexity` as plain text."""
     student, teacher = compared["student"], compared["teacher"] or {}
-    rows: list[tuple[str, ...]] = [(f"perplexity, {compared['text']} text", "tokens", "teacher", "student", "ratio")]
+    text = compared["text"] + (" text" if compared["text"] in ("embedded", "given") else "")
+    rows: list[tuple[str, ...]] = [(f"perplexity, {text}", "tokens", "teacher", "student", "ratio")]
     ratio = with_error(compared["ratio"], compared["ratio_stderr"])
     rows.append((f"windows of {student['window']:,}", *_perplexity_cells(student, teacher), ratio))
     if student["far"]:
@@ -139,6 +152,14 @@ def device_of(model: Any) -> torch.device:
     return device
 
 
+def chunk_of(model: Any) -> int:
+    """Tokens whose logits may exist at a time."""
+    vocabulary = (
+        getattr(model.config.get_text_config(), "vocab_size", None) if device_of(model).type == "cuda" else None
+    )
+    return CPU_CHUNK if vocabulary is None else max(CPU_CHUNK, GPU_LOGITS // vocabulary)
+
+
 def positions_of(model: Any) -> int:
     """Tokens that the model was made for; no limit where its config names none."""
     return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
@@ -157,12 +178,12 @@ def measuring(model: Any) -> Iterator[None]:
 
 
 def logits_in_pieces(model: Any, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Start and logits `[B, t, V]` of piece after piece of ids `[B, T]`, at most 2,048 tokens each (or B).
+    """Start and logits `[B, t, V]` of piece after piece of ids `[B, T]`, at most `chunk_of` tokens each (or B).
 
     Pieces after the first go through the cache.
     """
     ids = ids.to(device_of(model))
-    size = max(1, CHUNK // ids.shape[0])
+    size = max(1, chunk_of(model) // ids.shape[0])
     whole = ids.shape[1] <= size
     cache = None
     for start in range(0, ids.shape[1], size):
@@ -181,7 +202,7 @@ def windows_of(tokens: Tensor, length: int, count: int | None) -> Tensor:
 def _nats(model: Any, windows: Tensor) -> Tensor:
     """fp64 `[N, L - 1]`: negative log-likelihood of the tokens at positions 1 to L - 1 of int64 windows `[N, L]`."""
     found = []
-    batches = torch.split(windows, max(1, CHUNK // windows.shape[1]))
+    batches = torch.split(windows, max(1, chunk_of(model) // windows.shape[1]))
     for batch in tqdm(batches, desc="perplexity by position", unit="batch", file=sys.stderr):
         pieces = []
         for start, logits in logits_in_pieces(model, batch):
@@ -208,6 +229,19 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     found = torch.tensor(values, dtype=torch.float64)
     error = float(found.std() / len(values) ** 0.5) if len(values) > 1 else None
     return float(found.mean()), error
+
+
+def share_and_error(student: Sequence[float], teacher: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean of the student by mean of the teacher over the same documents, and its paired error to first order.
+
+    None where there is no teacher, where its mean is 0, or where there are other documents.
+    """
+    if len(student) != len(teacher) or not any(teacher):
+        return None, None
+    mean = sum(teacher) / len(teacher)
+    share = sum(student) / len(student) / mean
+    _, error = mean_and_error([s - share * t for s, t in zip(student, teacher, strict=True)])
+    return share, None if error is None else error / mean
 
 
 def side_by_side(

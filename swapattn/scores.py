@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -84,11 +84,15 @@ def kept_share(student: TaskResult, teacher: TaskResult) -> float | None:
 
 @dataclass(frozen=True)
 class EvalRow:
-    """Teacher and student on one task; the teacher's side is None if it was left out."""
+    """Teacher and student on one task; the teacher's side is None if it was left out.
+
+    `share_stderr` is the standard error of `kept`, from a paired bootstrap over the documents.
+    """
 
     student: TaskResult
     teacher: TaskResult | None = None
     significance: Significance | None = None
+    share_stderr: float | None = None
 
     @property
     def difference(self) -> float | None:
@@ -101,14 +105,30 @@ class EvalRow:
         return None if self.teacher is None else kept_share(self.student, self.teacher)
 
     @property
+    def kept_stderr(self) -> float | None:
+        """The error of `kept`; None where that is None or there is no such error."""
+        return None if self.kept is None else self.share_stderr
+
+    @property
     def near_chance(self) -> bool:
         """The teacher itself is within two standard errors of chance on a task where more is better."""
         return self.teacher is not None and self.teacher.higher_is_better and self.teacher.near_chance
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with what is derived."""
-        derived = {"difference": self.difference, "kept": self.kept, "near_chance": self.near_chance}
-        return {"task": self.student.task, **asdict(self), **derived, "why": self.student.why}
+        names = ("difference", "kept", "kept_stderr", "near_chance")
+        own = {key: value for key, value in asdict(self).items() if key != "share_stderr"}
+        return {"task": self.student.task, **own, **{n: getattr(self, n) for n in names}, "why": self.student.why}
+
+
+def mean_kept(rows: Iterable[EvalRow]) -> tuple[float | None, float | None]:
+    """Mean kept share over the tasks that have one, and its standard error, tasks being independent of each other."""
+    found = [(row.kept, row.kept_stderr) for row in rows if row.kept is not None]
+    if not found:
+        return None, None
+    mean = sum(share for share, _ in found) / len(found)
+    errors = [error for _, error in found if error is not None]
+    return mean, math.hypot(*errors) / len(found) if len(errors) == len(found) else None
 
 
 @dataclass(frozen=True)
@@ -116,7 +136,8 @@ class EvalReport:
     """Everything an evaluation found, and with what; `path` is where it was written.
 
     `num_fewshot` and `seed` are None where lm-eval's own are taken. `text_perplexity`, `probes` and `cost` are the
-    plain values of `swapattn.probes` and `swapattn.cost`, None where they were not asked for.
+    plain values of `swapattn.probes` and `swapattn.cost`, None where they were not asked for; so is `baselines`, what
+    `baselines.beside` gives by role, teacher and student among them.
     """
 
     checkpoint: str
@@ -139,13 +160,18 @@ class EvalReport:
     text_perplexity: Mapping[str, Any] | None = None
     probes: Mapping[str, Any] | None = None
     cost: Mapping[str, Any] | None = None
+    baselines: Mapping[str, Any] | None = None
     thresholds: tuple[Threshold, ...] = ()
 
     @property
     def kept(self) -> float | None:
         """Mean kept share over the tasks that have one."""
-        shares = [row.kept for row in self.rows if row.kept is not None]
-        return sum(shares) / len(shares) if shares else None
+        return mean_kept(self.rows)[0]
+
+    @property
+    def kept_stderr(self) -> float | None:
+        """Standard error of `kept`."""
+        return mean_kept(self.rows)[1]
 
     @property
     def missed(self) -> tuple[Threshold, ...]:
@@ -170,6 +196,7 @@ class EvalReport:
             **asdict(self),
             "rows": [row.to_dict() for row in self.rows],
             "kept": self.kept,
+            "kept_stderr": self.kept_stderr,
             "warnings": list(self.warnings),
             "thresholds": [{**asdict(threshold), "passed": threshold.passed} for threshold in self.thresholds],
         }
@@ -208,7 +235,7 @@ class EvalReport:
         teacher = sum(teachers) / count if len(teachers) == count else None
         difference = None if teacher is None else student - teacher
         figures = (_number(teacher), f"{student:.3f}", _signed(difference))
-        return ("mean", "", "", "", "", *figures, "", "", _percent(self.kept))
+        return ("mean", "", "", "", "", *figures, "", "", share(*mean_kept(self.rows)))
 
     def _extras(self) -> list[str]:
         """The tables of what was measured beside the tasks, each followed by an empty line."""
@@ -223,6 +250,10 @@ class EvalReport:
             from .probes import to_table
 
             lines += [to_table(dict(self.probes)), ""]
+        if self.baselines is not None:
+            from .baselines import to_table as baseline_table
+
+            lines += [baseline_table(self.baselines), ""]
         if self.cost is not None:
             from .cost import to_table as cost_table
 
@@ -277,8 +308,8 @@ def _cells(row: EvalRow) -> tuple[str, ...]:
         _with_error(student),
         _signed(row.difference),
         "-" if significance is None else f"{significance.low:+.3f} … {significance.high:+.3f}",
-        "-" if significance is None else _p_value(significance.p_value),
-        _percent(row.kept),
+        "-" if significance is None else p_value(significance.p_value),
+        share(row.kept, row.kept_stderr),
     )
 
 
@@ -290,7 +321,8 @@ def _with_error(result: TaskResult) -> str:
     return f"{result.value:.3f}" + (f" ±{result.stderr:.3f}" if result.stderr is not None else "")
 
 
-def _p_value(value: float) -> str:
+def p_value(value: float) -> str:
+    """A cell: very small ones only as an upper bound."""
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -302,5 +334,9 @@ def _signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.3f}"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
+def share(value: float | None, error: float | None) -> str:
+    """A cell: a share and its error, with a figure behind the point only where the error does not hide it."""
+    if value is None:
+        return "-"
+    digits = 1 if error is not None and error < 0.01 else 0
+    return f"{value:.{digits}%}" + (f" ±{error:.{digits}%}" if error is not None else "")

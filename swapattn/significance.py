@@ -11,6 +11,7 @@ Aggregate = Callable[[list[Any]], float]
 
 _CONFIDENCE = 0.95
 _RESAMPLES = 9999  # of means, which are fast; the smallest p-value is then 0.0002
+_SHARE_RESAMPLES = 1999  # of shares, of which only the middle 68 % are looked at
 _SLOW_RESAMPLES = 999  # where lm-eval's own Python function aggregates
 _BATCH_NUMBERS = 4_000_000  # resampled numbers in memory at a time: 32 MB
 _TOLERANCE = 1e-6  # between the reported difference and the one found from the documents
@@ -81,6 +82,42 @@ def mcnemar(student: Sequence[float], teacher: Sequence[float]) -> Significance:
     error = ((first + second) / total - centre**2) ** 0.5 / total**0.5
     half = float(stats.norm.ppf((1 + _CONFIDENCE) / 2)) * error
     return Significance("mcnemar", p_value, centre - half, centre + half, count, gained, lost)
+
+
+def error_of_share(
+    student: Items, teacher: Items, chance: float, values: tuple[float, float], *, seed: int = 0
+) -> float | None:
+    """Standard error of (student - chance) / (teacher - chance) under a paired bootstrap over the documents.
+
+    It is half the width of the interval that holds 68.27 % of the resampled shares: for a normal distribution the
+    standard deviation, which a single resample in which the teacher's margin vanishes could make arbitrarily large.
+
+    Args:
+        student, teacher: by document; numbers of which the figures are the means.
+        chance: what guessing scores.
+        values: the reported figures of student and teacher, which the documents' means must agree with.
+        seed: of the resampling.
+
+    Returns:
+        None where there is no such error: fewer than two documents, other documents, or another figure.
+    """
+    import numpy as np
+
+    if student.keys() != teacher.keys() or len(student) < 2:
+        return None
+    ours, theirs = list(student.values()), [teacher[key] for key in student]
+    if not all(isinstance(value, int | float) for value in (*ours, *theirs)):
+        return None
+    margins = np.asarray([ours, theirs], dtype=np.float64) - chance
+    if np.abs(margins.mean(1) + chance - values).max() > _TOLERANCE:
+        return None
+    rng, count = np.random.default_rng(seed), len(ours)
+    chosen = (rng.integers(count, size=count) for _ in range(_SHARE_RESAMPLES))
+    drawn = np.asarray([margins[:, places].mean(1) for places in chosen])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = drawn[:, 0] / drawn[:, 1]
+    low, high = np.nanpercentile(shares, (15.865, 84.135))
+    return float(high - low) / 2
 
 
 def _bootstrap_of_mean(student: Sequence[float], teacher: Sequence[float], seed: int) -> Significance:

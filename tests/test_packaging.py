@@ -40,12 +40,22 @@ LAYERS = (
         "tasks",
         "checkpoint",
     }
-    | {"audit", "training", "objectives", "shards", "scores", "probes", "positions", "cost", "peak"}
+    | {"audit", "training", "objectives", "shards", "scores", "probes", "recall", "positions", "cost", "peak"}
     | {"rotary_check", "loss_kernel", "compilation"}
     | {"optimizer", "lora", "sharding", "logits", "vocabulary"}
     | {"processes", "progress", "reporting", "stopping"}
     | {"graph", "integrity", "remote_code", "unpickling"}
-    | {"scoring", "measurement", "score_store", "significance", "thresholds", "perplexity", "carried", "mirror"}
+    | {
+        "scoring",
+        "measurement",
+        "baselines",
+        "score_store",
+        "significance",
+        "thresholds",
+        "perplexity",
+        "carried",
+        "mirror",
+    }
     | {"streaming", "footprint", "model_card", "publishing"},
     {"recipe", "decay", "feature_map", "norms", "gates", "inputs", "errors", "wheels", "environment"}
     | {"rollback", "masks", "section", "text"},

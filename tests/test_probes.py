@@ -13,7 +13,7 @@ import zstandard
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from swapattn import positions, probes
+from swapattn import positions, probes, recall
 from swapattn.attention import only_branch
 from swapattn.data import heldout_windows
 from swapattn.errors import SourceError, UsageError
@@ -24,7 +24,7 @@ WORDS = "amber basil cedar delta ember fable grove haven inlet jewel kiosk lemon
 WORDS += (
     " silver timber urban velvet willow yellow zephyr anchor bridge candle dragon engine falcon garden hammer island"
 )
-SMALL = {"lengths": (256,), "documents": 2, "windows": 1, "new_tokens": 6}
+SMALL = {"longest": 256, "documents": 2, "windows": 1, "new_tokens": 6}
 
 
 @pytest.fixture(scope="module")
@@ -185,21 +185,33 @@ class TestPerplexity:
                 probes.perplexity_of_file(model, tiny_tokenizer, tmp_path / name)
 
 
+def test_logits_that_exist_at_a_time_fit_the_device():
+    def on(device, **sizes):
+        text = SimpleNamespace(**sizes)
+        place = SimpleNamespace(device=SimpleNamespace(type=device))
+        config = SimpleNamespace(get_text_config=lambda: text)
+        return positions.chunk_of(SimpleNamespace(parameters=lambda: iter([place]), config=config))
+
+    assert on("cpu", vocab_size=49152) == 2048
+    assert on("cuda", vocab_size=49152) == 10922
+    assert on("cuda", vocab_size=2**20) == on("cuda") == 2048
+
+
 class TestRecall:
     @pytest.mark.parametrize("length", [256, 2304])  # in one pass, and in pieces through the cache
     def test_a_model_that_copies_recalls_everything(self, word_tokenizer, length):
         arguments = (ByHand(copying), word_tokenizer, length, 2, 0, [])
-        (recall,), (passkey,) = probes._recall(*arguments), probes._passkey(*arguments)
-        assert (recall["accuracy"], recall["exact"], recall["stderr"]) == (1.0, 1.0, 0.0)
-        assert (passkey["accuracy"], passkey["stderr"], passkey["length"]) == (1.0, 0.0, length)
+        (recalled,), (found,) = recall.recall(*arguments), recall.passkey(*arguments)
+        assert (recalled["accuracy"], recalled["exact"], recalled["stderr"]) == (1.0, 1.0, 0.0)
+        assert (found["accuracy"], found["stderr"], found["length"]) == (1.0, 0.0, length)
 
     def test_a_model_that_guesses_is_at_chance(self, word_tokenizer):
         arguments = (ByHand(guessing), word_tokenizer, 256, 60, 0, [])
-        (recall,), (passkey,) = probes._recall(*arguments), probes._passkey(*arguments)
-        assert recall["chance"] == pytest.approx((1 / 16 + 1 / 15 + 1 / 14 + 1 / 13) / 4)
-        assert abs(recall["accuracy"] - recall["chance"]) < 4 * recall["stderr"] < 0.1
-        assert recall["exact"] < 0.02
-        assert passkey["accuracy"] == 0
+        (recalled,), (found,) = recall.recall(*arguments), recall.passkey(*arguments)
+        assert recalled["chance"] == pytest.approx((1 / 16 + 1 / 15 + 1 / 14 + 1 / 13) / 4)
+        assert abs(recalled["accuracy"] - recalled["chance"]) < 4 * recalled["stderr"] < 0.1
+        assert recalled["exact"] < 0.02
+        assert found["accuracy"] == 0
 
     def test_documents_fit_their_length_and_depend_on_the_seed(self, word_tokenizer):
         seen = []
@@ -209,23 +221,23 @@ class TestRecall:
             return guessing(ids, vocabulary)
 
         for seed in (0, 0, 1):
-            probes._recall(ByHand(watching), word_tokenizer, 512, 1, seed, [])
-            probes._passkey(ByHand(watching), word_tokenizer, 512, 1, seed, [])
+            recall.recall(ByHand(watching), word_tokenizer, 512, 1, seed, [])
+            recall.passkey(ByHand(watching), word_tokenizer, 512, 1, seed, [])
         assert seen[0:2] == seen[2:4]
         assert seen[0] != seen[4]
         assert seen[1] != seen[5]
-        filler = len(probes._encode(word_tokenizer, probes._FILLER))
+        filler = len(recall.encode(word_tokenizer, recall._FILLER))
         assert all(512 - filler < len(ids) <= 512 for ids in seen)
 
     def test_the_query_is_of_a_listed_key_and_the_number_stands_in_the_text(self, word_tokenizer):
         seen = []
         model = ByHand(lambda ids, vocabulary: seen.append(ids) or guessing(ids, vocabulary))
-        probes._recall(model, word_tokenizer, 300, 1, 0, [])
+        recall.recall(model, word_tokenizer, 300, 1, 0, [])
         lines = word_tokenizer.decode(seen[0]).split("\n")
-        listed, asked = lines[:16], lines[-5:-1]
+        listed, asked = lines[1:17], lines[-5:-1]  # behind a line of filler, whose tokens a window keeps as sinks
         assert len(set(listed)) == 16
         assert set(asked) <= set(listed)
-        probes._passkey(model, word_tokenizer, 300, 1, 0, [])
+        recall.passkey(model, word_tokenizer, 300, 1, 0, [])
         decoded = word_tokenizer.decode(seen[1])
         number = decoded[-5:]
         assert number.isdigit()
@@ -239,27 +251,50 @@ class TestRecall:
                 logits[position, ids[: position + 1]] = torch.arange(1.0, position + 2)
             return logits
 
-        (row,) = probes._recall(ByHand(repeating), word_tokenizer, 256, 60, 0, [])
+        (row,) = recall.recall(ByHand(repeating), word_tokenizer, 256, 60, 0, [])
         assert row["exact"] == 0
         assert abs(row["accuracy"] - row["chance"]) < 4 * row["stderr"]
 
-    def test_depths_and_keys_vary(self, word_tokenizer):
+    def test_depths_are_spread_and_keys_vary(self, word_tokenizer):
         seen = []
         model = ByHand(lambda ids, vocabulary: seen.append(ids) or guessing(ids, vocabulary))
-        probes._passkey(model, word_tokenizer, 512, 20, 0, [])
-        depths = {word_tokenizer.decode(ids).index("The pass key is") for ids in seen}
-        assert len(depths) > 3
+        recall.passkey(model, word_tokenizer, 512, 8, 0, [])
+        texts = [word_tokenizer.decode(ids) for ids in seen]
+        before = [text[: text.index("The pass key is")].count("There and back again.") for text in texts]
+        room = texts[0].count("There and back again.")
+        assert before == sorted(before)
+        assert len({text[-5:] for text in texts}) == 8
+        for number, count in enumerate(before):  # the middle of each eighth
+            assert abs(count - room * (number + 0.5) / 8) <= 1
         seen.clear()
-        probes._recall(model, word_tokenizer, 256, 20, 0, [])
+        recall.recall(model, word_tokenizer, 256, 20, 0, [])
         lines = [word_tokenizer.decode(ids).split("\n") for ids in seen]
-        assert len({row[:16].index(row[-2]) for row in lines}) > 6
+        assert len({row[1:17].index(row[-2]) for row in lines}) > 6
+
+    def test_the_first_tokens_hold_no_pair(self, word_tokenizer):
+        """A window with sinks keeps them for ever."""
+        seen = []
+        model = ByHand(lambda ids, vocabulary: seen.append(ids) or guessing(ids, vocabulary))
+        recall.recall(model, word_tokenizer, 256, 1, 0, [])
+        assert "=" not in word_tokenizer.decode(seen[0][:16])
+
+    def test_a_tokenizer_that_joins_question_and_answer(self, word_tokenizer):
+        class Joining:
+            bos_token_id = None
+
+            def __call__(self, text, **_):
+                return {"input_ids": [len(text)]}
+
+        notes: list[str] = []
+        assert recall.passkey(ByHand(guessing), Joining(), 256, 1, 0, notes) == []
+        assert notes == ["no passkey probe: the tokenizer joins question and answer"]
 
     def test_what_cannot_be_measured_is_a_note(self, tiny_tokenizer, word_tokenizer):
         notes: list[str] = []
         model = ByHand(guessing)
-        assert probes._recall(model, tiny_tokenizer, 256, 1, 0, notes) == []
-        assert probes._recall(model, word_tokenizer, 40, 1, 0, notes) == []
-        assert probes._passkey(model, word_tokenizer, 20, 1, 0, notes) == []
+        assert recall.recall(model, tiny_tokenizer, 256, 1, 0, notes) == []
+        assert recall.recall(model, word_tokenizer, 40, 1, 0, notes) == []
+        assert recall.passkey(model, word_tokenizer, 20, 1, 0, notes) == []
         assert probes._letters(model, SingleLetter(), notes) is None
         assert [note.split(":")[0] for note in notes] == [
             "no recall probe",
@@ -280,7 +315,7 @@ class SingleLetter:
 
 class TestLetters:
     def test_a_model_with_one_letter_is_right_once_in_four(self, tiny_tokenizer):
-        letter = probes._encode(tiny_tokenizer, "Answer: B")[-1]
+        letter = recall.encode(tiny_tokenizer, "Answer: B")[-1]
         always = ByHand(lambda ids, v: torch.zeros(len(ids), v).index_fill_(1, torch.tensor([letter]), 1.0))
         found = probes._letters(always, tiny_tokenizer, [])
         assert found["shares"] == {"A": 0.0, "B": 1.0, "C": 0.0, "D": 0.0}
@@ -295,7 +330,7 @@ class TestLetters:
             options = {answer: wrong for _, answer, *wrong in probes._CHOICES}
             letter = next(line[0] for line in prompt.split("\n")[1:5] if line[3:] in options)
             logits = torch.zeros(len(ids), vocabulary)
-            logits[:, probes._encode(tiny_tokenizer, f"Answer: {letter}")[-1]] = 1.0
+            logits[:, recall.encode(tiny_tokenizer, f"Answer: {letter}")[-1]] = 1.0
             return logits
 
         # documents alone, so that no padding follows the prompt
@@ -350,6 +385,27 @@ class TestTogether:
             assert wanted in table
         assert "no recall probe: the tokenizer has too few words of one token" in table
 
+    def test_the_share_of_the_teachers_recall_is_paired(self, results):
+        sides = [copy.deepcopy(result) for result in results]
+        for side, hits in zip(sides, ([0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]), strict=True):
+            side["passkey"][0].update(hits=hits, accuracy=sum(hits) / 4)
+        row = probes.compare(*sides)["passkey"][0]
+        deviations = torch.tensor([0 - 2 / 3, 1 / 3, 1 / 3, 0], dtype=torch.float64)
+        assert row["share"] == pytest.approx(2 / 3)
+        assert row["share_stderr"] == pytest.approx(float(deviations.std()) / 2 / 0.75)
+        assert "0.667 ±" in probes.to_table(probes.compare(*sides))
+        assert probes.compare(*reversed(sides))["passkey"][0]["share"] == pytest.approx(1.5)
+        sides[1]["passkey"][0].update(hits=[0.0] * 4, accuracy=0.0)
+        assert probes.compare(*sides)["passkey"][0]["share"] is None
+        assert probes.compare(sides[0], None)["passkey"][0]["share"] is None
+
+    def test_the_longest_length_bounds_documents_and_windows(self, model, tiny_tokenizer, text):
+        found = probes.collect(model, tiny_tokenizer, **{**SMALL, "longest": 600}, generation=False)
+        assert [row["length"] for row in found["passkey"]] == [256, 512, 600]
+        assert "continuations" not in found
+        whole = probes.perplexity_of_text(model, tiny_tokenizer, text, longest=2048)
+        assert whole["bins"][-1]["end"] == whole["long_window"] == 2048
+
     def test_the_error_of_the_ratio_is_paired(self, results):
         sides = [copy.deepcopy(result["perplexity"]) for result in results]
         for side, nats in zip(sides, ([1.1, 2.1, 3.4], [1.0, 2.0, 3.0]), strict=True):
@@ -385,9 +441,7 @@ class TestTogether:
         assert {**again, "seconds": 0} == {**results[0], "seconds": 0}
 
     def test_lengths_beyond_the_positions_are_named(self, tiny_llama, tiny_tokenizer):
-        found = probes.collect(
-            tiny_llama(max_position_embeddings=300), tiny_tokenizer, **{**SMALL, "lengths": (256, 512)}
-        )
+        found = probes.collect(tiny_llama(max_position_embeddings=300), tiny_tokenizer, **{**SMALL, "longest": 512})
         assert [row["length"] for row in found["passkey"]] == [256]
         assert found["notes"][0] == "no probe at 512 tokens: the model has 300 positions"
         assert found["perplexity"]["window"] == 300
@@ -400,7 +454,7 @@ class TestTogether:
         assert compared["perplexity"]["ratio"] is None
         assert "-" in probes.to_table(compared)
 
-    @pytest.mark.parametrize("wrong", [{"documents": 0}, {"lengths": (0,)}, {"new_tokens": -1}, {"windows": 0}])
+    @pytest.mark.parametrize("wrong", [{"documents": 0}, {"longest": 0}, {"new_tokens": -1}, {"windows": 0}])
     def test_counts_must_be_positive(self, model, tiny_tokenizer, wrong):
         with pytest.raises(UsageError, match="must be positive"):
             probes.collect(model, tiny_tokenizer, **wrong)

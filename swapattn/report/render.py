@@ -151,7 +151,7 @@ def _md_block(block: Block, folder: str) -> list[str]:
         fence = _fence("\n".join(part.text for part in block.lines))
         lines = [f"{fence}{block.language}", *(part.text.rstrip("\n") for part in block.lines), fence]
         return [*([f"{_md(block.summary)}:", ""] if block.summary else []), *lines]
-    command = f" `{block.command.text}`" if block.command else ""
+    command = f" {_code_span(block.command.text)}" if block.command else ""
     return [_md_cell(block.cell) + command]
 
 
@@ -177,6 +177,12 @@ def _md(words: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(words.split()))
 
 
-def _fence(words: str) -> str:
-    runs = re.findall(r"`{3,}", words)
-    return "`" * (max(map(len, runs), default=2) + 1)
+def _code_span(words: str) -> str:
+    """Code within a line; the spaces are no part of it, and let it begin or end with a backtick."""
+    ticks = _fence(words, 1)
+    return f"{ticks} {words} {ticks}" if "`" in words else f"{ticks}{words}{ticks}"
+
+
+def _fence(words: str, least: int = 3) -> str:
+    """More backticks than stand in a row in the words."""
+    return "`" * max(least, max(map(len, re.findall(r"`+", words)), default=0) + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from . import plots
+from .baseline_section import baselines
 from .document import (
     NONE,
     SPACE,
@@ -24,9 +25,11 @@ from .document import (
     joined,
     number,
     percent,
+    percent_with_error,
     plain,
     probability,
     ranges,
+    shared_notes,
     size,
     text,
     with_error,
@@ -37,7 +40,7 @@ Fact = tuple[str, Callable[[Node], Cell]]
 
 
 def sections(document: Node, figures: Sequence[plots.Plot]) -> list[Section]:
-    """Everything between title and footer, in reading order; a section without content says what makes it."""
+    """Everything between title and footer, in reading order; a part that a run lacks is said with what makes it."""
     runs = list(document.at("runs").items())
     labels = [str(run.at("label").value) for run in runs]
     found = [
@@ -46,6 +49,7 @@ def sections(document: Node, figures: Sequence[plots.Plot]) -> list[Section]:
         _training(runs, labels),
         _evaluation(runs, labels),
         probes(runs, labels),
+        baselines(runs, labels),
         cost(runs, labels),
         _provenance(document, runs, labels),
     ]
@@ -54,7 +58,7 @@ def sections(document: Node, figures: Sequence[plots.Plot]) -> list[Section]:
             Figure(plot.name, plot.title, plot.alternative) for plot in figures if plot.part == section.name
         ]
         section.blocks += _absent(section.name, runs)
-    return found
+    return [section for section in found if section.blocks]
 
 
 def _absent(part: str, runs: Sequence[Node]) -> list[Block]:
@@ -78,7 +82,10 @@ def _summary(runs: Sequence[Node], labels: Sequence[str]) -> Section:
         ("kind", lambda run: plain(run.at("kind"))),
         ("teacher", _teacher),
         ("layers swapped", _layers),
-        ("kept share above chance, mean over tasks", lambda run: percent(run.at("eval", "kept"))),
+        (
+            "kept share above chance, mean over tasks",
+            lambda run: percent_with_error(run.at("eval", "kept"), run.at("eval", "kept_stderr")),
+        ),
         (
             "held-out perplexity, times the teacher's",
             lambda run: _ratio(run.at("eval", "probes", "perplexity"), "ratio"),
@@ -211,10 +218,7 @@ def _evaluation(runs: Sequence[Node], labels: Sequence[str]) -> Section:
     blocks: list[Block] = []
     if tasks:
         blocks += [_scores(tasks, rows, labels), _methods(tasks, rows)]
-    for run in runs:
-        blocks += [
-            Note((*plain(run.at("label")), Part(": "), *plain(item))) for item in run.at("eval", "warnings").items()
-        ]
+    blocks += shared_notes(runs, "eval", "warnings", kind="warning")
     thresholds = [(run, item) for run in runs for item in run.at("eval", "thresholds").items()]
     if thresholds:
         shown = tuple(
@@ -250,7 +254,11 @@ def _scores(tasks: Sequence[str], rows: Sequence[dict[str, Node]], labels: Seque
         line.append(agreed([with_error(row.at("teacher", "value"), row.at("teacher", "stderr")) for row in found]))
         for row in found:
             line.append(with_error(row.at("student", "value"), row.at("student", "stderr")))
-            line += [_difference(row), percent(row.at("kept")), probability(row.at("significance", "p_value"))]
+            line += [
+                _difference(row),
+                percent_with_error(row.at("kept"), row.at("kept_stderr")),
+                probability(row.at("significance", "p_value")),
+            ]
         lines.append(tuple(line))
     caption = (
         "± is one standard error; brackets hold the 95 % interval of the difference; p is of the paired test; "
