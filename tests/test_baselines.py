@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from swapattn import baselines, modeling, positions
+from swapattn import baselines, loading, positions
 from swapattn.attention import only_branch
 from swapattn.cli import main
 from swapattn.conversion import convert
@@ -48,7 +48,7 @@ def test_one_command_measures_every_branch(student: Path, mirror: Path, text: Pa
     assert own["text_perplexity"]["perplexity"] == report["text_perplexity"]["student"]["perplexity"]
     assert [row["length"] for row in own["passkey"]] == [256]
     for role, branch in baselines.BRANCHES.items():
-        model, tokenizer = modeling.load(student)
+        model, tokenizer = loading.load(student)
         with only_branch(model, branch):
             alone = positions.perplexity_of_file(model, tokenizer, text)
         assert found[role]["text_perplexity"]["perplexity"] == pytest.approx(alone["perplexity"])
@@ -91,7 +91,7 @@ def test_the_teacher_with_a_window_is_measured_once(
 def test_without_the_teacher_only_the_student_is_measured(
     student: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modeling, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(loading, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded"))
     made = evaluate(tasks=["piqa"], data=str(mirror), branches=True, teacher=False)
     assert made.baselines is not None
     assert list(made.baselines) == ["converted", "linear-off", "window-off"]

@@ -44,13 +44,13 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.F
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_teacher: Path) -> Any:
     """A real conversion of the tiny teacher in the current directory, whose record has a note on the teacher."""
-    from swapattn import checkpoint, modeling
+    from swapattn import checkpoint, loading
     from swapattn.conversion import convert
 
     monkeypatch.chdir(tmp_path)
     origin = {"given": "tiny", "path": str(tiny_teacher), "note": "4-bit GGUF, dequantised"}
     made = convert(tiny_teacher, tmp_path / "tiny-swapattn", origin=origin)
-    return types.SimpleNamespace(checkpoint=checkpoint.read(made.path), loader=modeling)
+    return types.SimpleNamespace(checkpoint=checkpoint.read(made.path), loader=loading)
 
 
 def test_kept_share() -> None:

@@ -12,9 +12,11 @@ import torch
 import zstandard
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from swapattn import positions, probes, recall
 from swapattn.attention import only_branch
+from swapattn.cache import CACHE
 from swapattn.data import heldout_windows
 from swapattn.errors import SourceError, UsageError
 from swapattn.recipe import ConvertSpec
@@ -57,10 +59,11 @@ class ByHand(nn.Module):
         self.place = nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(max_position_embeddings=8192)
 
-    def forward(self, input_ids, past_key_values=None, use_cache=False):
-        ids = input_ids if past_key_values is None else torch.cat((past_key_values, input_ids), 1)
+    def forward(self, input_ids, use_cache=False, **given):
+        past = given.get(CACHE)
+        ids = input_ids if past is None else torch.cat((past, input_ids), 1)
         logits = torch.stack([self.function(row, self.vocabulary) for row in ids])[:, -input_ids.shape[1] :]
-        return SimpleNamespace(logits=logits, past_key_values=ids if use_cache else None)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: ids if use_cache else None})
 
 
 def copying(ids, vocabulary):
