@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 SMALLEST_SEGMENT = 256
+LARGEST_CHUNK = 128
 
 
 class SweepConfig(NamedTuple):

@@ -89,7 +89,7 @@ def load_tile(
     if BULK:
         tile = source.load([begin + head * steps[0], column + head * steps[1]])
     else:
-        tile = load_rows(source + head * stride_head, begin, stride, rows, columns, ok, D, BD)
+        tile = load_rows(source + tl.cast(head, tl.int64) * stride_head, begin, stride, rows, columns, ok, D, BD)
     return tile
 
 
@@ -247,7 +247,9 @@ def sweep(
                     inverse = tl.load(factor + vectors + g, mask=real, other=0.0)
                     acc = (acc + (bias * reach)[:, None] * extra[None, :]) * inverse[:, None]
                 if DOTS:
-                    tile = load_rows(other + g * group_other, begin, stride_other, step, columns, real, V, BV)
+                    tile = load_rows(
+                        other + tl.cast(g, tl.int64) * group_other, begin, stride_other, step, columns, real, V, BV
+                    )
                     tl.store(dots + vectors + g, tl.sum(acc * tile.to(tl.float32), 1), mask=ok)
                 place = out + g * group_out + begin.to(tl.int64) * stride_out + step[:, None] * stride_out
                 store_rows(place + columns[None, :], acc, ok, columns, V, BV)
