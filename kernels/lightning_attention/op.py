@@ -7,6 +7,7 @@ Hs heads of the decay and of the state (Hkv or Hq), D features of q and k, Dv of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def lightning_attention(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     normalize: bool = False,
-    group: object | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, State | None]:
     """Causal linear attention with one exponential decay per head, at a cost linear in T.
 
@@ -55,7 +56,11 @@ def lightning_attention(
         mask: `[B, T]` bool; a False token neither writes to the state nor decays it, and its output is 0.
         normalize: divide by the sum of the weights (q_t . k_s) times decay; meant for features >= 0. A token whose
             sum is exactly 0 is not divided.
-        group: reserved for splitting the sequence over processes; must be None.
+        group: processes of torch.distributed that hold one sequence, in the order of its tokens; q, k, v, the mask and
+            a decay for every token are those of this process, whose number of tokens (at least 1) may be its own.
+            The initial state is that before the first process's tokens and the final state that behind the last
+            process's, on every process. Gradients of what all processes hold (these two and a fixed decay) are each
+            process's share: their sum over the group is the whole. Not together with `cu_seqlens`.
 
     Returns:
         The output `[B, T, Hq, Dv]` in the dtype of v, and the final state or None. States are float32 (float64 for
@@ -64,10 +69,10 @@ def lightning_attention(
     Raises:
         ValueError: naming the argument that does not fit, what was expected and what was found.
     """
-    if group is not None:
-        raise ValueError("group: splitting a sequence over processes is not available in the plain PyTorch form")
     _check_tokens(q, k, v, log_decay)
     rows, length = q.shape[:2]
+    if group is not None:
+        _check_group(group, cu_seqlens)
     if mask is not None:
         _check_mask(mask, rows, length)
     sequences = rows
@@ -81,18 +86,20 @@ def lightning_attention(
         from .linear_op import lightning_attention_kernel
 
         attention = lightning_attention_kernel
-    return attention(
-        q,
-        k,
-        v,
-        log_decay,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-        mask=mask,
-        normalize=normalize,
-    )
+    options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "mask": mask, "normalize": normalize}
+    behind = None
+    if group is not None:
+        from .group import across, total_decay
+
+        # No output is wanted of this call: fewer heads, and zeros, for what they are multiplied with stays finite.
+        idle = torch.zeros_like(k if log_decay.shape[-1] == k.shape[2] else q)
+        own = attention(idle, k, v, log_decay, output_final_state=True, **options)[1]
+        total = total_decay(log_decay, mask, rows, length, accumulation_dtype(q, k, v))
+        assert own is not None
+        initial_state, behind = across(own, total, initial_state, group)
+    final = output_final_state and group is None
+    out, state = attention(q, k, v, log_decay, initial_state=initial_state, output_final_state=final, **options)
+    return out, behind if output_final_state and group is not None else state
 
 
 @torch.no_grad()
@@ -214,6 +221,13 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
         raise ValueError(
             f"log_decay: expected shape [{shared}] or [{heads}], alone or after [{rows}, {length}], found {list(found)}"
         )
+
+
+def _check_group(group: object, cu_seqlens: Tensor | None) -> None:
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise ValueError(f"group: expected a process group of torch.distributed, found {type(group).__name__}")
+    if cu_seqlens is not None:
+        raise ValueError("group: packed sequences (cu_seqlens) cannot be split over processes")
 
 
 def _check_mask(mask: Tensor, rows: int, length: int) -> None:
