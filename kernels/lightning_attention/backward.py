@@ -24,7 +24,7 @@ except ImportError as error:
     raise ImportError("the kernels of lightning_attention need triton") from error
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tokens"])
 def delta_kernel(
     o, do, delta, length, heads, tokens, stride_row, stride, stride_head,
     V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -238,9 +238,10 @@ def backward(
         else None
     )
     configs = [config, sweep_config("dq", dim, value_dim, q.dtype, shape.normalize)]
-    partial = triton.cdiv(dim, min(c.columns for c in configs))
-    dots_q = torch.empty(partial, *dq.shape[:3], dtype=torch.float32, device=q.device) if decay else None
-    dots_k = torch.empty(partial, *dk.shape[:3], dtype=torch.float32, device=q.device) if decay else None
+    dots_k, dots_q = (
+        torch.empty(triton.cdiv(dim, c.columns), *x.shape[:3], dtype=torch.float32, device=q.device) if decay else None
+        for c, x in zip(configs, (dk, dq), strict=True)
+    )
     group = outputs_per_program(shape)
 
     def given(tensor: Tensor | None) -> Tensor:  # a pointer that is not read still has to be one

@@ -45,7 +45,10 @@ def step_config(states: int, dim: int, value_dim: int, normalize: bool, device: 
     return StepConfig(min(16 if few else 32, wide), 4)
 
 
-@triton.jit(do_not_specialize=["scale", "length", "heads", "shared", "states"])
+_SIZES = ["scale", "length", "heads", "shared", "states", "stride_decay_row", "stride_decay"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def step_kernel(
     q, k, v, o, log_decay, state, sums, slots, hidden, scale, length, heads, shared, states,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,

@@ -44,7 +44,8 @@ def lightning_attention(
             float64, float32, bfloat16 or float16, as k and v.
         k: keys `[B, T, Hkv, D]`; query head h reads key/value head h // (Hq // Hkv).
         v: values `[B, T, Hkv, Dv]`.
-        log_decay: ln of the decay, finite and <= 0 (not checked, its values stay on the device), float32 or float64:
+        log_decay: ln of the decay, <= 0 (not checked, its values stay on the device), -inf to forget all that came
+            before, float32 or float64:
             `[Hkv]` or `[Hq]` fixed, `[B, T, Hkv]` or `[B, T, Hq]` for every token. One decay per key/value head lets
             a whole group of query heads share one state.
         scale: factor of the output, None for D ** -0.5; cancels if `normalize`.

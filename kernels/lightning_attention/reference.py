@@ -25,6 +25,7 @@ State = Tensor | tuple[Tensor, Tensor]
 
 # Chunk states are scanned by one triangular matmul per block: quadratic within a block, linear over blocks.
 _SCAN_BLOCK = 64
+_LOWEST = {torch.float32: -105.0, torch.float64: -750.0}  # their exponentials are 0
 
 
 class _Inputs(NamedTuple):
@@ -213,7 +214,8 @@ def _matmul_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
 def _inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None, dtype: torch.dtype) -> _Inputs:
     """Group query heads by state, and make a masked token an empty one: no key, no value, no decay."""
     heads, shared = log_decay.shape[-1], k.shape[2]
-    log_decay = log_decay.to(dtype)
+    # Lower ones make a factor of 0 all the same, but would drown those that are added to them.
+    log_decay = log_decay.to(dtype).clamp(min=_LOWEST[dtype])
     if mask is not None:
         # Filling, not multiplying: padding may hold NaN.
         hidden = ~mask[:, :, None]
