@@ -117,7 +117,7 @@ def window(dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 2, lengt
     positions = torch.arange(length).expand(rows, length)
     with torch.no_grad():
         local_attention_cached(
-            q[:, -2:], k, v, k_positions=positions, q_positions=positions[:, -2:], window=64, sinks=4
+            q[:, -2:], k, v, k_positions=positions, q_positions=positions[:, -2:].clone(), window=64, sinks=4
         )
 
 
