@@ -53,7 +53,8 @@ def lightning_attention(
             or the number of packed sequences.
         output_final_state: return the state after the last token of each sequence.
         cu_seqlens: `[N + 1]` integer boundaries of sequences packed in one row (B = 1), from 0 to T, not decreasing
-            (checked on the CPU only); the state is reset between them, empty sequences are allowed.
+            (checked on the CPU only, and not under torch.compile); the state is reset between them, empty sequences
+            are allowed.
         mask: `[B, T]` bool; a False token neither writes to the state nor decays it, and its output is 0.
         normalize: divide by the sum of the weights (q_t . k_s) times decay; meant for features >= 0. A token whose
             sum is exactly 0 is not divided.
@@ -243,8 +244,8 @@ def _check_boundaries(cu_seqlens: Tensor, rows: int, length: int) -> None:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens: expected shape [N + 1] with N >= 1, found {list(cu_seqlens.shape)}")
     _expect_integer("cu_seqlens", cu_seqlens)
-    # On another device the values could be read only by waiting for it.
-    if cu_seqlens.device.type == "cpu":
+    # On another device the values could be read only by waiting for it, and in a traced call not at all.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
             raise ValueError(f"cu_seqlens: expected values rising from 0 to T = {length}, found {bounds}")

@@ -100,9 +100,10 @@ def as_swapped(attention, layer):
     return forward
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_lightning_layers_of_minimax(tiny_minimax, padded, monkeypatch):
+@pytest.mark.parametrize(("padded", "kernels"), [(False, "torch"), (True, "torch"), (False, "triton")])
+def test_lightning_layers_of_minimax(tiny_minimax, padded, kernels, monkeypatch):
     """Its slopes, SiLU, norm and gate: logits and the gradient of every parameter are those of transformers."""
+    monkeypatch.setenv("SWAPATTN_KERNELS", kernels)
     tokens = torch.arange(2 * 21).view(2, 21) % 50
     mask = torch.ones(2, 21, dtype=torch.long)
     if padded:
