@@ -132,3 +132,19 @@ def test_window_of_a_cache(spread, axis):
     tensors = operands()[:3]
     found = local_attention_cached(*(spread(x, axis) for x in tensors), **options)
     torch.testing.assert_close(found, local_attention_cached(*tensors, **options))
+
+
+@pytest.mark.gpu
+def test_on_gpu_heads_far_apart():
+    room = torch.zeros(2 * FAR + 2**20, dtype=torch.bfloat16, device="cuda")
+    near = [torch.randn(1, 64, 3, 64, device="cuda").bfloat16() for _ in range(4)]
+    # No two of them overlap: a head takes 2^12 elements.
+    strides = (0, 64, FAR // 2 + 64, 1)
+    far = [room.as_strided(x.shape, strides, FAR + i * 2**14).copy_(x) for i, x in enumerate(near)]
+    log_decay = -torch.tensor([0.0, 0.1, 0.9], device="cuda")
+    for options in ({}, {"normalize": True}):
+        found, wanted = (
+            results(lambda *x: lightning_attention(*x, log_decay, **options)[0], [x.detach() for x in tensors])  # noqa: B023
+            for tensors in (far, near)
+        )
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))

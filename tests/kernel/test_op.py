@@ -131,6 +131,14 @@ def test_no_value_is_read_on_the_host(packed):
     assert lightning_attention_step(q, k, v, log_decay, pool, slots=slots).shape == (1, 70, 4, 3)
 
 
+def test_packed_sequences_compile_into_one_graph():
+    q, k, v, log_decay = make(20, rows=1)
+    bounds = torch.tensor([0, 7, 7, 20])
+    compiled = torch.compile(lightning_attention, fullgraph=True, backend="aot_eager")
+    wanted, _ = lightning_attention(q, k, v, log_decay, cu_seqlens=bounds)
+    close(compiled(q, k, v, log_decay, cu_seqlens=bounds)[0], wanted)
+
+
 Q, K, V, DECAY = make(6, dtype=torch.float32)
 STATE = torch.zeros(2, 2, 5, 3)
 ERRORS = [
