@@ -72,6 +72,7 @@ def lightning_attention(
         ValueError: naming the argument that does not fit, what was expected and what was found.
     """
     _check_tokens(q, k, v, log_decay)
+    _check_devices(q, initial_state, k=k, v=v, log_decay=log_decay, mask=mask, cu_seqlens=cu_seqlens)
     rows, length = q.shape[:2]
     if group is not None:
         _check_group(group, cu_seqlens)
@@ -139,6 +140,7 @@ def lightning_attention_step(
         ValueError: naming the argument that does not fit, what was expected and what was found.
     """
     _check_tokens(q, k, v, log_decay)
+    _check_devices(q, state, k=k, v=v, log_decay=log_decay, mask=mask, slots=slots)
     rows, length = q.shape[:2]
     if mask is not None:
         _check_mask(mask, rows, length)
@@ -206,8 +208,6 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
             raise ValueError(f"{name}: expected 4 dimensions [B, T, H, D], found shape {list(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"{name}: expected a floating dtype, found {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device} as q, found {x.device}")
     rows, length, heads, dim = q.shape
     shared = k.shape[2]
     _expect("k", k, (rows, length, shared, dim))
@@ -216,13 +216,18 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
         raise ValueError(f"q: expected a number of heads that is a multiple of the {shared} of k, found {heads}")
     if log_decay.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_decay: expected float32 or float64, found {log_decay.dtype}")
-    if log_decay.device != q.device:
-        raise ValueError(f"log_decay: expected device {q.device} as q, found {log_decay.device}")
     found = tuple(log_decay.shape)
     if found not in ((shared,), (heads,), (rows, length, shared), (rows, length, heads)):
         raise ValueError(
             f"log_decay: expected shape [{shared}] or [{heads}], alone or after [{rows}, {length}], found {list(found)}"
         )
+
+
+def _check_devices(q: Tensor, state: State | None, **others: Tensor | None) -> None:
+    states = state if isinstance(state, tuple) else (state,)
+    for name, x in (*others.items(), *(("state", x) for x in states)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} as q, found {x.device}")
 
 
 def _check_group(group: object, cu_seqlens: Tensor | None) -> None:

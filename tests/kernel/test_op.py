@@ -156,6 +156,8 @@ ERRORS = [
     ({"log_decay": torch.zeros(2, 5, 2)}, r"log_decay: .* after \[2, 6\], found \[2, 5, 2\]"),
     ({"mask": torch.ones(2, 5, dtype=torch.bool)}, r"mask: expected shape \[2, 6\], found \[2, 5\]"),
     ({"mask": torch.ones(2, 6)}, "mask: expected torch.bool, found torch.float32"),
+    ({"mask": torch.ones(2, 6, dtype=torch.bool, device="meta")}, "mask: expected device cpu as q, found meta"),
+    ({"initial_state": STATE.to("meta")}, "state: expected device cpu as q, found meta"),
     ({"initial_state": STATE[:1]}, r"initial_state: expected shape \[2, 2, 5, 3\], found \[1, 2, 5, 3\]"),
     ({"initial_state": (STATE, STATE[..., 0])}, "initial_state: expected a tensor with normalize=False, found a pair"),
     ({"initial_state": STATE, "normalize": True}, "initial_state: expected a pair with normalize=True"),
