@@ -23,11 +23,12 @@ def kernels(monkeypatch):
 def relative(found, wanted):
     """Largest relative L2 error of a head, `[B, T, H, D]`; of everything for other shapes.
 
-    Gradients that are zero up to rounding count as of size 1/50.
+    Gradients that are zero up to rounding count as of size 1/50; that of a fixed decay, a sum over all tokens, of 10.
     """
     error, size = (found.double() - wanted.double()), wanted.double()
     axes = (0, 1, 3) if wanted.dim() == 4 else tuple(range(wanted.dim()))
-    return float((error.pow(2).mean(axes).sqrt() / size.pow(2).mean(axes).sqrt().clamp(min=0.02)).max())
+    least = 10 if wanted.dim() == 1 else 0.02
+    return float((error.pow(2).mean(axes).sqrt() / size.pow(2).mean(axes).sqrt().clamp(min=least)).max())
 
 
 def placed(x, layout):
@@ -182,10 +183,7 @@ def cases(draw):
     }  # fmt: skip
 
 
-# Not made smaller: an example takes a second.
-@settings(
-    max_examples=int(os.environ.get("SWAPATTN_EXAMPLES", "5")), deadline=None, phases=[Phase.reuse, Phase.generate]
-)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 3, phases=[Phase.generate])
 @given(options=cases())
 def test_any_call_and_its_gradients(options):
     # A decay for every token enters as the difference of two sums over a chunk of 32, each known to its size * 6e-8.

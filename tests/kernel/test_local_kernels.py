@@ -182,7 +182,7 @@ def test_causal_to_the_bit():
     assert not torch.equal(changed[:, :60], out[:, :60])
 
 
-@settings(max_examples=EXAMPLES, deadline=None, phases=[Phase.reuse, Phase.generate])
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 3, phases=[Phase.generate])
 @given(
     lengths=st.lists(st.integers(0, 50), min_size=1, max_size=3).filter(any),
     window=st.integers(1, 70),
