@@ -24,7 +24,7 @@ except ImportError as error:
     raise ImportError("the kernels of lightning_attention need triton") from error
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tokens"])
 def delta_kernel(
     o, do, delta, length, heads, tokens, stride_row, stride, stride_head,
     V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -86,15 +86,14 @@ def backward_kernel(
     sequence, row, start, stop, part, end = locate(item, cu_seqlens, length, segment, segments, sequences, SEQUENCES)
     if sequence >= sequences:
         return
-    pair_head = first // (query_heads // shared)
-    row = row.to(tl.int64)
+    row, own_head, pair_head = row.to(tl.int64), first.to(tl.int64), (first // (query_heads // shared)).to(tl.int64)
     here = item.to(tl.int64) * heads + head
     final = (sequence.to(tl.int64) * heads + head) * D
     token, own = row * length * query_heads + first, row * length * heads + head
-    q += row * stride_q_row + first * stride_q_head
+    q += row * stride_q_row + own_head * stride_q_head
     k += row * stride_k_row + pair_head * stride_k_head
     v += row * stride_v_row + pair_head * stride_v_head
-    do += row * stride_do_row + first * stride_do_head
+    do += row * stride_do_row + own_head * stride_do_head
     log_decay += own if PER_TOKEN else head
     hidden += row * length
     factor += token
@@ -110,7 +109,7 @@ def backward_kernel(
             rows_of(v, end, stride_v, steps_do, V, C, BV, 1, BULK),
             rows_of(k, end, stride_k, steps_do, D, C, TD, 1, BULK),
             dq + token * D, steps_do, steps_q, log_decay, hidden, factor, delta, factor, q,
-            dots_q + block * stride_dots_q + token,
+            dots_q + block.to(tl.int64) * stride_dots_q + token,
             state_q, extra_q, start, stop, column_q, scale,
             stride_do, stride_v, stride_k, query_heads * D, heads, query_heads, stride_q,
             stride_do_head, stride_q_head, D,
@@ -155,7 +154,7 @@ def backward_kernel(
             rows_of(do, end, stride_do, steps_do, V, C, BV, GROUP, BULK),
             rows_of(q, end, stride_q, steps_q, D, C, TD, GROUP, BULK),
             dk + own * D, steps_do, steps_q,
-            log_decay, hidden, factor, delta, factor, k, dots_k + block * stride_dots_k + own,
+            log_decay, hidden, factor, delta, factor, k, dots_k + block.to(tl.int64) * stride_dots_k + own,
             state_k, extra_k, start, stop, column_k, scale,
             stride_v, stride_do, stride_q, heads * D, heads, query_heads, stride_k,
             stride_do_head, stride_q_head, 0,
@@ -239,9 +238,10 @@ def backward(
         else None
     )
     configs = [config, sweep_config("dq", dim, value_dim, q.dtype, shape.normalize)]
-    partial = triton.cdiv(dim, min(c.columns for c in configs))
-    dots_q = torch.empty(partial, *dq.shape[:3], dtype=torch.float32, device=q.device) if decay else None
-    dots_k = torch.empty(partial, *dk.shape[:3], dtype=torch.float32, device=q.device) if decay else None
+    dots_k, dots_q = (
+        torch.empty(triton.cdiv(dim, c.columns), *x.shape[:3], dtype=torch.float32, device=q.device) if decay else None
+        for c, x in zip(configs, (dk, dq), strict=True)
+    )
     group = outputs_per_program(shape)
 
     def given(tensor: Tensor | None) -> Tensor:  # a pointer that is not read still has to be one

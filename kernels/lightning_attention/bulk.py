@@ -19,12 +19,13 @@ except ImportError as error:
 def bulk_copies(shape: Shape, config: SweepConfig, group: int, tensors: Sequence[Tensor]) -> bool:
     """Whether a kernel may read these tensors `[B, T, H, D]` with `sweep.rows_of` for a group of heads.
 
-    A mask may hide tokens that hold NaN, which only a masked load keeps out. Addresses are multiples of 16 bytes.
+    A mask may hide tokens that hold NaN, which only a masked load keeps out. Addresses are multiples of 16 bytes, and
+    tokens do not overlap, as those of an expanded gradient do.
     """
     if shape.masked or shape.length == 0 or (shape.split and shape.segment % config.chunk):
         return False
     for x in tensors:
-        if any(x.stride(i) * x.element_size() % 16 for i in range(3)) or x.data_ptr() % 16:
+        if x.stride(1) < x.shape[3] or x.data_ptr() % 16 or any(x.stride(i) * x.element_size() % 16 for i in range(3)):
             return False
         if group > 1 and not _matrix(x):
             return False
@@ -42,7 +43,7 @@ def bulk_copies(shape: Shape, config: SweepConfig, group: int, tensors: Sequence
 def _matrix(x: Tensor) -> bool:
     """Whether all heads of a row lie in one matrix of tokens."""
     token, head = x.stride(1), x.stride(2)
-    return token >= x.shape[3] and (head % token == 0 or head + x.shape[3] <= token)
+    return head % token == 0 or head + x.shape[3] <= token
 
 
 def head_steps(x: Tensor) -> tuple[int, int]:

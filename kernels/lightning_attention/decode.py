@@ -45,7 +45,10 @@ def step_config(states: int, dim: int, value_dim: int, normalize: bool, device: 
     return StepConfig(min(16 if few else 32, wide), 4)
 
 
-@triton.jit(do_not_specialize=["scale", "length", "heads", "shared", "states"])
+_SIZES = ["scale", "length", "heads", "shared", "states", "stride_decay_row", "stride_decay"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def step_kernel(
     q, k, v, o, log_decay, state, sums, slots, hidden, scale, length, heads, shared, states,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
@@ -57,8 +60,9 @@ def step_kernel(
     blocks = tl.cdiv(V, BV)
     pid = tl.program_id(0)
     block, head, row = pid % blocks, pid // blocks % states, (pid // (blocks * states)).to(tl.int64)
+    pair = (head * GROUP // (heads // shared)).to(tl.int64)
+    head = head.to(tl.int64)
     first = head * GROUP
-    pair = first // (heads // shared)
     slot = row
     if SLOTS:
         slot = tl.load(slots + row).to(tl.int64)
@@ -67,12 +71,13 @@ def step_kernel(
     dims, columns = tl.arange(0, BD), block * BV + tl.arange(0, BV)
     known = dims < tl.where(used, D, 0)
     keep = known[:, None] & (columns < V)[None, :]
-    place = state + slot * stride_slot + head.to(tl.int64) * stride_head + dims[:, None] * V + columns[None, :]
+    place = state + slot * stride_slot + head * stride_head + dims[:, None] * V + columns[None, :]
     tile = tl.load(place, mask=keep, other=0.0)
     if NORMALIZE:
         norms = sums + (slot * states + head) * D + dims
         norm = tl.load(norms, mask=known, other=0.0)
-    for t in range(0, length):
+    for step in range(0, length):
+        t = tl.cast(step, tl.int64)
         real = used
         if MASKED:
             real = real & (tl.load(hidden + row * length + t) != 0)

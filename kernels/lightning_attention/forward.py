@@ -42,9 +42,9 @@ def forward_kernel(
     sequence, row, start, stop, _, end = locate(item, cu_seqlens, length, segment, segments, sequences, SEQUENCES)
     if sequence >= sequences:
         return
-    head, pair_head = first // (query_heads // heads), first // (query_heads // shared)
+    head = first // (query_heads // heads)
     column = block * BV
-    row = row.to(tl.int64)
+    row, own_head, pair_head = row.to(tl.int64), first.to(tl.int64), (first // (query_heads // shared)).to(tl.int64)
     dims, columns = tl.arange(0, BD), column + tl.arange(0, BV)
     keep = (dims < D)[:, None] & (columns < V)[None, :]
     state = tl.zeros([BD, BV], tl.float32)
@@ -55,7 +55,7 @@ def forward_kernel(
         if NORMALIZE:
             extra += tl.load(entering_sum + here * D + dims, mask=dims < D, other=0.0)[:, None]
     vectors = row * length * query_heads + first
-    q = rows_of(q + row * stride_q_row + first * stride_q_head, end, stride_q, steps, D, C, BD, GROUP, BULK)
+    q = rows_of(q + row * stride_q_row + own_head * stride_q_head, end, stride_q, steps, D, C, BD, GROUP, BULK)
     k = rows_of(k + row * stride_k_row + pair_head * stride_k_head, end, stride_k, steps, D, C, BD, 1, BULK)
     v = rows_of(v + row * stride_v_row + pair_head * stride_v_head, end, stride_v, steps, V, C, BV, 1, BULK)
     state, extra = sweep(

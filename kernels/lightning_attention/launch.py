@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 SMALLEST_SEGMENT = 256
+LARGEST_CHUNK = 128
 
 
 class SweepConfig(NamedTuple):
@@ -42,7 +43,7 @@ def sweep_config(kind: str, dim: int, value_dim: int, dtype: torch.dtype, normal
 @cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a device; those of an H100 where there is none to ask."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():  # a trace on fake tensors
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 

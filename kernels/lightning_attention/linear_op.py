@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backward import backward
 from .forward import forward
+from .launch import LARGEST_CHUNK
 from .shape import shape_of
 
 Maybe = Tensor | None
@@ -152,8 +153,6 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     do, behind, behind_sum = grads[0], grads[2], grads[3]
     if do is None:
         do = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
-    if do.stride(-1) != 1:
-        do = do.contiguous()
     if not ctx.final:
         behind = behind_sum = None
     if not ctx.normalize:
@@ -164,7 +163,7 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if behind_sum is not None and behind is None:
         behind = torch.zeros_like(final)
     dq, dk, dv, state, sums, running = _backward(
-        q, k, v, do.to(v.dtype), log_decay, ctx.scale, entering, entering_sum, behind, behind_sum, o, inverse,
+        q, k, v, _rows(do.to(v.dtype)), log_decay, ctx.scale, entering, entering_sum, behind, behind_sum, o, inverse,
         cu_seqlens, mask, ctx.segment, ctx.started, ctx.needs_input_grad[3],
     )  # fmt: skip
     decay = None
@@ -245,4 +244,5 @@ def lightning_attention_kernel(
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Contiguous in the last dimension, and the offsets within a chunk fit 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**31 // LARGEST_CHUNK else x.contiguous()

@@ -7,6 +7,7 @@ Hs heads of the decay and of the state (Hkv or Hq), D features of q and k, Dv of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def lightning_attention(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     normalize: bool = False,
-    group: object | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, State | None]:
     """Causal linear attention with one exponential decay per head, at a cost linear in T.
 
@@ -43,7 +44,8 @@ def lightning_attention(
             float64, float32, bfloat16 or float16, as k and v.
         k: keys `[B, T, Hkv, D]`; query head h reads key/value head h // (Hq // Hkv).
         v: values `[B, T, Hkv, Dv]`.
-        log_decay: ln of the decay, finite and <= 0 (not checked, its values stay on the device), float32 or float64:
+        log_decay: ln of the decay, <= 0 (not checked, its values stay on the device), -inf to forget all that came
+            before, float32 or float64:
             `[Hkv]` or `[Hq]` fixed, `[B, T, Hkv]` or `[B, T, Hq]` for every token. One decay per key/value head lets
             a whole group of query heads share one state.
         scale: factor of the output, None for D ** -0.5; cancels if `normalize`.
@@ -51,11 +53,16 @@ def lightning_attention(
             or the number of packed sequences.
         output_final_state: return the state after the last token of each sequence.
         cu_seqlens: `[N + 1]` integer boundaries of sequences packed in one row (B = 1), from 0 to T, not decreasing
-            (checked on the CPU only); the state is reset between them, empty sequences are allowed.
+            (checked on the CPU only, and not under torch.compile); the state is reset between them, empty sequences
+            are allowed.
         mask: `[B, T]` bool; a False token neither writes to the state nor decays it, and its output is 0.
         normalize: divide by the sum of the weights (q_t . k_s) times decay; meant for features >= 0. A token whose
             sum is exactly 0 is not divided.
-        group: reserved for splitting the sequence over processes; must be None.
+        group: processes of torch.distributed that hold one sequence, in the order of its tokens; q, k, v, the mask and
+            a decay for every token are those of this process, whose number of tokens (at least 1) may be its own.
+            The initial state is that before the first process's tokens and the final state that behind the last
+            process's, on every process. Gradients of what all processes hold (these two and a fixed decay) are each
+            process's share: their sum over the group is the whole. Not together with `cu_seqlens`.
 
     Returns:
         The output `[B, T, Hq, Dv]` in the dtype of v, and the final state or None. States are float32 (float64 for
@@ -64,10 +71,11 @@ def lightning_attention(
     Raises:
         ValueError: naming the argument that does not fit, what was expected and what was found.
     """
-    if group is not None:
-        raise ValueError("group: splitting a sequence over processes is not available in the plain PyTorch form")
     _check_tokens(q, k, v, log_decay)
+    _check_devices(q, initial_state, k=k, v=v, log_decay=log_decay, mask=mask, cu_seqlens=cu_seqlens)
     rows, length = q.shape[:2]
+    if group is not None:
+        _check_group(group, cu_seqlens)
     if mask is not None:
         _check_mask(mask, rows, length)
     sequences = rows
@@ -81,18 +89,20 @@ def lightning_attention(
         from .linear_op import lightning_attention_kernel
 
         attention = lightning_attention_kernel
-    return attention(
-        q,
-        k,
-        v,
-        log_decay,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-        mask=mask,
-        normalize=normalize,
-    )
+    options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "mask": mask, "normalize": normalize}
+    behind = None
+    if group is not None:
+        from .group import across, total_decay
+
+        # No output is wanted of this call: fewer heads, and zeros, for what they are multiplied with stays finite.
+        idle = torch.zeros_like(k if log_decay.shape[-1] == k.shape[2] else q)
+        own = attention(idle, k, v, log_decay, output_final_state=True, **options)[1]
+        total = total_decay(log_decay, mask, rows, length, accumulation_dtype(q, k, v))
+        assert own is not None
+        initial_state, behind = across(own, total, initial_state, group)
+    final = output_final_state and group is None
+    out, state = attention(q, k, v, log_decay, initial_state=initial_state, output_final_state=final, **options)
+    return out, behind if output_final_state and group is not None else state
 
 
 @torch.no_grad()
@@ -130,6 +140,7 @@ def lightning_attention_step(
         ValueError: naming the argument that does not fit, what was expected and what was found.
     """
     _check_tokens(q, k, v, log_decay)
+    _check_devices(q, state, k=k, v=v, log_decay=log_decay, mask=mask, slots=slots)
     rows, length = q.shape[:2]
     if mask is not None:
         _check_mask(mask, rows, length)
@@ -197,8 +208,6 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
             raise ValueError(f"{name}: expected 4 dimensions [B, T, H, D], found shape {list(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"{name}: expected a floating dtype, found {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device} as q, found {x.device}")
     rows, length, heads, dim = q.shape
     shared = k.shape[2]
     _expect("k", k, (rows, length, shared, dim))
@@ -207,13 +216,25 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
         raise ValueError(f"q: expected a number of heads that is a multiple of the {shared} of k, found {heads}")
     if log_decay.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_decay: expected float32 or float64, found {log_decay.dtype}")
-    if log_decay.device != q.device:
-        raise ValueError(f"log_decay: expected device {q.device} as q, found {log_decay.device}")
     found = tuple(log_decay.shape)
     if found not in ((shared,), (heads,), (rows, length, shared), (rows, length, heads)):
         raise ValueError(
             f"log_decay: expected shape [{shared}] or [{heads}], alone or after [{rows}, {length}], found {list(found)}"
         )
+
+
+def _check_devices(q: Tensor, state: State | None, **others: Tensor | None) -> None:
+    states = state if isinstance(state, tuple) else (state,)
+    for name, x in (*others.items(), *(("state", x) for x in states)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} as q, found {x.device}")
+
+
+def _check_group(group: object, cu_seqlens: Tensor | None) -> None:
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise ValueError(f"group: expected a process group of torch.distributed, found {type(group).__name__}")
+    if cu_seqlens is not None:
+        raise ValueError("group: packed sequences (cu_seqlens) cannot be split over processes")
 
 
 def _check_mask(mask: Tensor, rows: int, length: int) -> None:
@@ -228,8 +249,8 @@ def _check_boundaries(cu_seqlens: Tensor, rows: int, length: int) -> None:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens: expected shape [N + 1] with N >= 1, found {list(cu_seqlens.shape)}")
     _expect_integer("cu_seqlens", cu_seqlens)
-    # On another device the values could be read only by waiting for it.
-    if cu_seqlens.device.type == "cpu":
+    # On another device the values could be read only by waiting for it, and in a traced call not at all.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
             raise ValueError(f"cu_seqlens: expected values rising from 0 to T = {length}, found {bounds}")

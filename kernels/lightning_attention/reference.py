@@ -25,6 +25,7 @@ State = Tensor | tuple[Tensor, Tensor]
 
 # Chunk states are scanned by one triangular matmul per block: quadratic within a block, linear over blocks.
 _SCAN_BLOCK = 64
+_LOWEST = {torch.float32: -105.0, torch.float64: -750.0}  # their exponentials are 0
 
 
 class _Inputs(NamedTuple):
@@ -213,7 +214,8 @@ def _matmul_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
 def _inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None, dtype: torch.dtype) -> _Inputs:
     """Group query heads by state, and make a masked token an empty one: no key, no value, no decay."""
     heads, shared = log_decay.shape[-1], k.shape[2]
-    log_decay = log_decay.to(dtype)
+    # Lower ones make a factor of 0 all the same, but would drown those that are added to them.
+    log_decay = log_decay.to(dtype).clamp(min=_LOWEST[dtype])
     if mask is not None:
         # Filling, not multiplying: padding may hold NaN.
         hidden = ~mask[:, :, None]
@@ -362,19 +364,29 @@ def _enter(
     added `[B, Hs, NC, D, X]` is what each chunk adds, total its log decay, first `[N, Hs, D, X]` the initial states.
     """
     if packing is None:
-        states = _scan(added, total, first, None)
+        states = scan_states(added, total, first)
         return states[:, :, :-1], states[:, :, -1]
     if first is None:
         first = added.new_zeros(sequences, added.shape[1], *added.shape[3:])
     items = torch.cat([first.transpose(0, 1)[None], added], 2).index_select(2, packing.order)
     total = torch.cat([total.new_zeros(1, total.shape[1], sequences), total], 2).index_select(2, packing.order)
-    states = _scan(items, total, None, packing.segment)
+    states = scan_states(items, total, None, packing.segment)
     final = states.index_select(2, packing.final).squeeze(0).transpose(0, 1)
     return states.index_select(2, packing.entering), final
 
 
-def _scan(items: Tensor, total: Tensor, carry: Tensor | None, segment: Tensor | None) -> Tensor:
-    """Row n of the result `[B, Hs, M + 1, D, X]` is the state before item n, row M the one after the last."""
+def scan_states(items: Tensor, total: Tensor, carry: Tensor | None, segment: Tensor | None = None) -> Tensor:
+    """States between items that each add to the state and decay it.
+
+    Args:
+        items: what each adds, `[B, Hs, M, ...]`.
+        total: its log decay `[B, Hs, M]`.
+        carry: state before the first item `[B, Hs, ...]`, None for 0.
+        segment: `[M]` rising numbers, with a state for each number; None for one state.
+
+    Returns:
+        `[B, Hs, M + 1, ...]`: row n is the state before item n, row M the one behind the last.
+    """
     shape, flat, rows = items.shape[3:], items.flatten(3), []
     carry = None if carry is None else carry.flatten(2).unsqueeze(2)
     owner = None if segment is None else F.pad(segment, (1, 0), value=-1)

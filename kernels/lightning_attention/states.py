@@ -44,9 +44,9 @@ def segment_kernel(
     dims = tl.arange(0, BD)
     columns = block * BV + tl.arange(0, BV)
     first = head * GROUP if REVERSE else head // (heads // shared)  # query head, or key/value head
-    wide_row = row.to(tl.int64)
-    x += wide_row * stride_x_row + first * stride_x_head
-    y += wide_row * stride_y_row + first * stride_y_head
+    wide_row, wide_first = row.to(tl.int64), first.to(tl.int64)
+    x += wide_row * stride_x_row + wide_first * stride_x_head
+    y += wide_row * stride_y_row + wide_first * stride_y_head
     rows_x = rows_of(x, end, stride_x, steps_x, D, C, BD, GROUP, BULK)
     rows_y = rows_of(y, end, stride_y, steps_y, V, C, BV, GROUP, BULK)
     log_decay += wide_row * length * heads * PER_TOKEN + head

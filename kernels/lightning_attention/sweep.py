@@ -32,6 +32,7 @@ GRAD_Q = tl.constexpr(1)
 GRAD_K = tl.constexpr(2)
 GRAD_V = tl.constexpr(3)
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-160.0)  # 2 to this is 0; a lower exponent would drown those that are added to it
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def load_tile(
     if BULK:
         tile = source.load([begin + head * steps[0], column + head * steps[1]])
     else:
-        tile = load_rows(source + head * stride_head, begin, stride, rows, columns, ok, D, BD)
+        tile = load_rows(source + tl.cast(head, tl.int64) * stride_head, begin, stride, rows, columns, ok, D, BD)
     return tile
 
 
@@ -113,6 +114,12 @@ def store_rows(place, tile, ok, columns, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def log2_decay(log_decay):
+    """Natural logarithms to base 2, kept to what makes a difference."""
+    return tl.maximum(log_decay.to(tl.float32) * LOG2E, LOWEST)
+
+
+@triton.jit
 def running_decay(log_decay, hidden, begin, step, ok, stride, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr):
     """Running sum of log2 decays over a chunk, its total, and which tokens are real.
 
@@ -121,9 +128,9 @@ def running_decay(log_decay, hidden, begin, step, ok, stride, PER_TOKEN: tl.cons
     if MASKED:
         ok = ok & (tl.load(hidden + begin + step, mask=ok, other=0) != 0)
     if PER_TOKEN:
-        rate = tl.load(log_decay + (begin.to(tl.int64) + step) * stride, mask=ok, other=0.0).to(tl.float32) * LOG2E
+        rate = log2_decay(tl.load(log_decay + (begin.to(tl.int64) + step) * stride, mask=ok, other=0.0))
     else:
-        rate = tl.where(ok, tl.load(log_decay).to(tl.float32) * LOG2E, 0.0)
+        rate = tl.where(ok, log2_decay(tl.load(log_decay)), 0.0)
     return tl.cumsum(rate, 0), tl.sum(rate, 0), ok
 
 
@@ -165,7 +172,7 @@ def sweep(
     columns = column + tl.arange(0, BV)
     chunks = tl.cdiv(stop - start, C)
     if not (PER_TOKEN or MASKED):
-        rate = tl.load(log_decay).to(tl.float32) * LOG2E
+        rate = log2_decay(tl.load(log_decay))
         inclusive = rate * (step + 1)
     for n in range(0, chunks):
         if KIND >= GRAD_K:
@@ -247,7 +254,9 @@ def sweep(
                     inverse = tl.load(factor + vectors + g, mask=real, other=0.0)
                     acc = (acc + (bias * reach)[:, None] * extra[None, :]) * inverse[:, None]
                 if DOTS:
-                    tile = load_rows(other + g * group_other, begin, stride_other, step, columns, real, V, BV)
+                    tile = load_rows(
+                        other + tl.cast(g, tl.int64) * group_other, begin, stride_other, step, columns, real, V, BV
+                    )
                     tl.store(dots + vectors + g, tl.sum(acc * tile.to(tl.float32), 1), mask=ok)
                 place = out + g * group_out + begin.to(tl.int64) * stride_out + step[:, None] * stride_out
                 store_rows(place + columns[None, :], acc, ok, columns, V, BV)

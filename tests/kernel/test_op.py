@@ -131,10 +131,18 @@ def test_no_value_is_read_on_the_host(packed):
     assert lightning_attention_step(q, k, v, log_decay, pool, slots=slots).shape == (1, 70, 4, 3)
 
 
+def test_packed_sequences_compile_into_one_graph():
+    q, k, v, log_decay = make(20, rows=1)
+    bounds = torch.tensor([0, 7, 7, 20])
+    compiled = torch.compile(lightning_attention, fullgraph=True, backend="aot_eager")
+    wanted, _ = lightning_attention(q, k, v, log_decay, cu_seqlens=bounds)
+    close(compiled(q, k, v, log_decay, cu_seqlens=bounds)[0], wanted)
+
+
 Q, K, V, DECAY = make(6, dtype=torch.float32)
 STATE = torch.zeros(2, 2, 5, 3)
 ERRORS = [
-    ({"group": object()}, "group: .* not available in the plain PyTorch form"),
+    ({"group": object()}, "group: expected a process group of torch.distributed, found object"),
     ({"q": Q[0]}, r"q: expected 4 dimensions .* found shape \[6, 4, 5\]"),
     ({"q": Q.int()}, "q: expected a floating dtype, found torch.int32"),
     ({"q": Q[:, :, :3]}, "q: expected a number of heads that is a multiple of the 2 of k, found 3"),
@@ -148,6 +156,8 @@ ERRORS = [
     ({"log_decay": torch.zeros(2, 5, 2)}, r"log_decay: .* after \[2, 6\], found \[2, 5, 2\]"),
     ({"mask": torch.ones(2, 5, dtype=torch.bool)}, r"mask: expected shape \[2, 6\], found \[2, 5\]"),
     ({"mask": torch.ones(2, 6)}, "mask: expected torch.bool, found torch.float32"),
+    ({"mask": torch.ones(2, 6, dtype=torch.bool, device="meta")}, "mask: expected device cpu as q, found meta"),
+    ({"initial_state": STATE.to("meta")}, "state: expected device cpu as q, found meta"),
     ({"initial_state": STATE[:1]}, r"initial_state: expected shape \[2, 2, 5, 3\], found \[1, 2, 5, 3\]"),
     ({"initial_state": (STATE, STATE[..., 0])}, "initial_state: expected a tensor with normalize=False, found a pair"),
     ({"initial_state": STATE, "normalize": True}, "initial_state: expected a pair with normalize=True"),

@@ -82,6 +82,16 @@ def test_forms_agree_with_every_gradient(length, decay):
         assert worst(with_gradients(recurrent_attention, inputs, state), oracle) < EXACT
 
 
+@pytest.mark.parametrize("length", [1000, 4097])
+@pytest.mark.parametrize("decay", ["shared", "token"])
+def test_long_sequences(length, decay):
+    """Many chunks, and several blocks of the scan over their states."""
+    inputs = make(length, rows=1, decay=decay)
+    state = first_state(inputs, 1)
+    wanted = recurrent_attention(*inputs, initial_state=state, output_final_state=True)
+    assert worst(flat(chunked_attention(*inputs, initial_state=state, output_final_state=True)), flat(wanted)) < EXACT
+
+
 @pytest.mark.parametrize("length", [1, 65, 127])
 @pytest.mark.parametrize("decay", ["shared", "query", "token"])
 def test_normalized_forms_agree_with_every_gradient(length, decay):

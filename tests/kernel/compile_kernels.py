@@ -1,0 +1,196 @@
+"""Compile every kernel for GPUs that are not here: shared memory, registers and stack of each.
+
+    python tests/kernel/compile_kernels.py [--arch 90 ...] [--dtype bf16 ...] [--dim 64 128:64 ...] [--call plain ...]
+
+The launchers run on small tensors under a driver that compiles what they launch and launches nothing, so that
+parameters, constants and alignment are those of real calls. Exit code 1 if a kernel needs more shared memory than a
+block can have, or multiplies half precision without tensor cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from lightning_attention import lightning_attention_step, local_attention, local_attention_cached
+from lightning_attention.linear_op import lightning_attention_kernel
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DIMS = ("64", "96", "128", "192", "256", "128:64")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+WITHOUT_PRODUCTS = ("scan_kernel", "delta_kernel", "sink_kernel", "step_kernel", "loss_kernel")
+
+
+class Target:
+    """What Triton asks of a driver to compile a kernel for an architecture."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # kernels are kept by device: each architecture has its own
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextmanager
+def compiling(arch: int) -> Iterator[dict[str, tuple[str, Any]]]:
+    """Compile what is launched; yields the kernels by hash, with the names of their functions."""
+    found: dict[str, tuple[str, Any]] = {}
+    launch = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if arch < 90 and "BULK" in options:
+            options["BULK"] = False  # what `bulk_copies` finds on such a device
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        found[kernel.hash] = self.__name__, kernel
+        return kernel
+
+    with mock.patch.object(JITFunction, "run", run), mock.patch.dict(os.environ, SWAPATTN_KERNELS="triton"):
+        driver.set_active(Target(arch))
+        yield found
+
+
+def linear(dtype: torch.dtype, dim: int, value_dim: int, *, group: int = 1, backward: bool = True, full: bool = False,
+           segment: int | None = 256, rows: int = 1, length: int = 512) -> None:  # fmt: skip
+    """Forward and backward pass; `full`: normalised, with a mask and a decay for every token."""
+    heads = 2
+
+    def random(*size: int) -> Tensor:
+        return torch.zeros(*size, dtype=dtype, requires_grad=True)
+
+    q, k, v = (
+        random(rows, length, heads * group, dim),
+        random(rows, length, heads, dim),
+        random(rows, length, heads, value_dim),
+    )
+    log_decay = torch.zeros((rows, length, heads) if full else (heads,), requires_grad=full)
+    state: Any = torch.zeros(rows, heads, dim, value_dim, requires_grad=True)
+    out, final = lightning_attention_kernel(
+        q, k, v, log_decay, segment=segment, normalize=full, output_final_state=True,
+        initial_state=(state, torch.zeros(rows, heads, dim)) if full else state,
+        mask=torch.ones(rows, length, dtype=torch.bool) if full else None,
+    )  # fmt: skip
+    if backward:
+        states = final[0] if full else final
+        (out.sum() + states.sum()).backward()
+
+
+def step(dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 64, length: int = 1) -> None:
+    """Decoding, with a state for each head and with one for four."""
+    for heads, shared, normalize in ((4, 4, False), (8, 2, True)):
+        q, k, v = (torch.zeros(rows, length, h, d, dtype=dtype)
+                   for h, d in ((heads, dim), (shared, dim), (shared, value_dim)))  # fmt: skip
+        pools = torch.zeros(rows, shared, dim, value_dim), torch.zeros(rows, shared, dim)
+        slots = torch.arange(rows)
+        lightning_attention_step(
+            q, k, v, torch.zeros(shared), pools if normalize else pools[0], slots=slots, normalize=normalize
+        )
+
+
+def window(dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 2, length: int = 256) -> None:
+    """The softmax window, its backward pass, with hidden tokens, and on a cache."""
+    q, k, v = (torch.zeros(rows, length, h, d, dtype=dtype) for h, d in ((4, dim), (2, dim), (2, value_dim)))
+    for mask in (None, torch.ones(rows, length, dtype=torch.bool)):
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        local_attention(*leaves, window=64, sinks=4, mask=mask).sum().backward()
+    positions = torch.arange(length).expand(rows, length)
+    with torch.no_grad():
+        local_attention_cached(
+            q[:, -2:], k, v, k_positions=positions, q_positions=positions[:, -2:].clone(), window=64, sinks=4
+        )
+
+
+def losses(dtype: torch.dtype, dim: int, value_dim: int) -> None:
+    """The losses of `swapattn`: the usual one, and all at once."""
+    from swapattn.loss_kernel import launch
+    from swapattn.losses import Mixture
+
+    student, teacher, weights = torch.zeros(2, 320, dtype=dtype), torch.zeros(2, 320, dtype=dtype), torch.ones(2)
+    launch(student, teacher, None, weights, None, Mixture(), (1.0, 0.0, 1.0, 0.0), gradient=True)
+    everything = Mixture(1.0, 1.0, 1.0, 1.0)
+    labels = torch.zeros(2, dtype=torch.int64)
+    launch(student, teacher, labels, weights, weights, everything, (1.0, 30.0, 1.0, 30.0), gradient=True)
+
+
+CALLS: dict[str, Callable[[torch.dtype, int, int], None]] = {
+    "plain": linear,
+    "full": lambda dtype, dim, value_dim: linear(dtype, dim, value_dim, group=2, full=True),
+    "grouped": lambda dtype, dim, value_dim: linear(dtype, dim, value_dim, group=2, backward=False, segment=512),
+    "step": step,
+    "window": window,
+    "losses": losses,
+}
+
+
+def resources(cubin: bytes) -> str:
+    """Registers and bytes of stack of a thread, where the tool that reads them is at hand."""
+    if not CUOBJDUMP.is_file():
+        return ""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return " ".join(re.findall(r"(?:REG|STACK):\d+", text))
+
+
+def report(arch: int, dtype: str, size: str, call: str) -> Iterator[tuple[str, int, bool]]:
+    """A line, the bytes of shared memory and whether all is well, for each kernel that a call launches."""
+    dim, value_dim = (int(x) for x in (size.split(":") * 2)[:2])
+    with compiling(arch) as kernels:
+        CALLS[call](DTYPES[dtype], dim, value_dim)
+    for name, kernel in kernels.values():
+        shared = kernel.metadata.shared
+        tensor_cores = name in WITHOUT_PRODUCTS or dtype == "fp32" or "mma" in kernel.asm["ptx"]
+        good = shared <= SHARED_MEMORY[arch] and tensor_cores
+        line = f"sm_{arch} {dtype} {dim}:{value_dim} {call} {name} shared {shared} {resources(kernel.asm['cubin'])}"
+        yield line + ("" if good else " FAILED"), shared, good
+
+
+def main() -> int:
+    """Compile what was asked for and print a line for each kernel, and the largest of each architecture."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_MEMORY), choices=SHARED_MEMORY)
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--dim", nargs="+", default=list(DIMS), help="D or D:Dv")
+    parser.add_argument("--call", nargs="+", default=list(CALLS), choices=CALLS)
+    options = parser.parse_args()
+    failed = 0
+    for arch in options.arch:
+        seen: list[int] = []
+        for dtype in options.dtype:
+            for size in options.dim:
+                for call in options.call:
+                    if call == "losses" and size != options.dim[0]:
+                        continue  # there is no D in them
+                    for line, shared, good in report(arch, dtype, size, call):
+                        print(line, flush=True)
+                        seen.append(shared)
+                        failed += not good
+        print(f"sm_{arch}: {len(seen)} kernels, at most {max(seen)} of {SHARED_MEMORY[arch]} bytes shared", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

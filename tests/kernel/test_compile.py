@@ -1,0 +1,66 @@
+"""Every kernel compiled for GPUs that are not here, in processes of their own in which nothing is interpreted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+KERNELS_OF_A_DIM = 27
+KERNELS_OF_LOSSES = 2
+
+
+def python(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=SCRIPT.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def test_for_hopper():
+    lines = python(str(SCRIPT), "--arch", "90", "--dtype", "bf16", "--dim", "64", "128")
+    assert len(lines) == 2 * KERNELS_OF_A_DIM + KERNELS_OF_LOSSES + 1
+    assert {line.split()[4] for line in lines[:-1]} == {
+        *("forward_kernel", "backward_kernel", "segment_kernel", "scan_kernel", "delta_kernel", "step_kernel"),
+        *("sink_kernel", "cached_kernel", "loss_kernel"),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_for_every_gpu(arch):
+    lines = python(str(SCRIPT), "--arch", arch)
+    assert len(lines) == 3 * 6 * KERNELS_OF_A_DIM + 3 * KERNELS_OF_LOSSES + 1
+
+
+LENGTHS = """
+import torch
+from compile_kernels import compiling, linear, step, window
+
+def kernels(call, known, new, **options):
+    with compiling(90) as found:
+        for sizes in known:
+            call(torch.bfloat16, 64, 64, **sizes, **options)
+        before = set(found)
+        for sizes in new:
+            call(torch.bfloat16, 64, 64, **sizes, **options)
+    print(call.__name__, len(before), *(found[x][0] for x in found.keys() - before))
+
+sizes = (1, 1), (3, 2), (3, 15), (1, 16), (2, 63), (3, 64), (2, 1000)
+new = [{"rows": rows, "length": length} for rows, length in sizes]
+kernels(linear, [{"length": 40}, {"length": 512}], new)
+kernels(linear, [{"length": 40}, {"length": 512}], new, group=2, full=True)
+kernels(step, [{"rows": 1}, {"rows": 64}], [{"rows": 3, "length": 2}, {"rows": 100, "length": 16}])
+kernels(window, [{"length": 100}], new)
+"""
+
+
+def test_no_new_length_or_batch_compiles_anew():
+    """One length below and one above that of a segment, few and many states of a step: all others find their kernel."""
+    assert python("-W", "ignore", "-c", LENGTHS) == ["linear 7", "linear 10", "step 3", "window 7"]
