@@ -27,7 +27,7 @@ from .attention import LightningSwap, Observer, observing, swaps
 from .call import AttentionCall
 from .decay import slope_of_distance
 from .errors import TrainingError
-from .recipe import CalibrateStage
+from .stages import CalibrateStage
 
 SINKS_LEFT_OUT = 4  # first tokens get attention from everywhere and say nothing about distance
 SHARE_RANGE = (0.02, 0.98)  # keeps the gradient of the mix alive

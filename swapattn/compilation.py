@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from . import processes
 from .attention import LightningSwap
 from .objectives import LayerError, align_loss, layer_error
-from .recipe import AlignStage
+from .stages import AlignStage
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from . import publishing, sources, unpickling
 from .checkpoint import atomic_folder, new_record
 from .environment import default_device, say
 from .errors import CheckpointError, SourceError, TrainingError, UsageError
-from .recipe import CalibrateStage, Recipe, load_recipe
+from .recipe import Recipe, load_recipe
+from .stages import CalibrateStage
 
 if TYPE_CHECKING:
     import torch

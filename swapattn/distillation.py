@@ -32,10 +32,11 @@ from .model_card import CARD, model_card
 from .objectives import check_document_mask, check_head, distill_loss, stage_flops
 from .optimizer import trainable_parameters
 from .positions import positions_of
-from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TeacherSpec, load_recipe
+from .recipe import Recipe, load_recipe
 from .reporting import Reporting
 from .sharding import gathered, is_sharded
 from .shards import decays, read_config, trained_keys, write_trained
+from .stages import AlignStage, CalibrateStage, DistillStage, Stage, TeacherSpec
 from .stopping import stopping_on_sigterm
 from .text import Text, TextMixture, TextSpec
 from .training import LossFunction, run_stage, shares

@@ -22,7 +22,8 @@ from .lora import inject_
 from .losses import chunk_tokens
 from .objectives import stage_flops
 from .optimizer import trainable_parameters
-from .recipe import AlignStage, CalibrateStage, DistillStage, Recipe, Stage, TrainStage
+from .recipe import Recipe
+from .stages import AlignStage, CalibrateStage, DistillStage, Stage, TrainStage
 from .surgery import apply_, plan
 from .throughput import RandomTokens, prepared
 from .training import LossFunction, run_stage, shares

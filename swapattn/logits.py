@@ -29,7 +29,8 @@ from .errors import CheckpointError, UsageError
 from .loading import load_teacher
 from .losses import TopK, chunk_tokens
 from .objectives import apart, check_document_mask, check_head, hidden_states, output_embedding
-from .recipe import DistillStage, Recipe
+from .recipe import Recipe
+from .stages import DistillStage
 from .text import Text
 from .vocabulary import check_same_vocabulary, fingerprint, logit_count, tokenizer_of
 

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .attention import swaps
 from .errors import RecipeError
-from .recipe import TrainStage
 from .sharding import as_shard_of, whole
+from .stages import TrainStage
 
 ADAPTER = "default"  # peft's name for the one that it is given
 

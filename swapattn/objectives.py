@@ -18,7 +18,7 @@ from .lora import adapters_off
 from .losses import Mixture, OutputEmbedding, TopK, linear_loss, normalized_mse
 from .modeling import MODEL_TYPE_PREFIX
 from .peak import forward_flops, step_flops
-from .recipe import AlignStage, DistillStage, TrainStage
+from .stages import AlignStage, DistillStage, TrainStage
 
 LayerError = Callable[[LightningSwap, AttentionCall, torch.Tensor], torch.Tensor]
 

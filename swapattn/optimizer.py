@@ -12,7 +12,7 @@ from torch import nn
 
 from .attention import swaps
 from .errors import RecipeError
-from .recipe import OWN_GROUPS, TrainStage
+from .stages import OWN_GROUPS, TrainStage
 
 # The first part of a parameter's name inside a swap.
 _NEW_GROUPS = {

@@ -19,7 +19,7 @@ from . import processes
 from .environment import is_first_process
 from .errors import TrainingError
 from .peak import share_of_peak
-from .recipe import TrainStage
+from .stages import TrainStage
 from .stopping import STOP
 
 SAVE_SECONDS = 300  # an interrupted run loses at most this much work

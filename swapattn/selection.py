@@ -28,8 +28,9 @@ from .errors import CheckpointError, UsageError
 from .loading import load, load_teacher
 from .losses import Mixture, divergence
 from .perplexity import heldout_perplexity
-from .recipe import CalibrateStage, KeepSpec, Recipe, load_recipe
+from .recipe import KeepSpec, Recipe, load_recipe
 from .score_store import fingerprint
+from .stages import CalibrateStage
 from .surgery import apply_, plan
 
 SCORES, CHART, FRAGMENT = "scores.jsonl", "ranking.png", "keep.yaml"

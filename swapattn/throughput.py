@@ -26,8 +26,9 @@ from .errors import RecipeError
 from .lora import inject_
 from .objectives import distill_loss, stage_flops
 from .peak import forward_flops, share_of_peak, step_flops
-from .recipe import AlignStage, DistillStage, Recipe, TrainStage
+from .recipe import Recipe
 from .shards import read_config
+from .stages import AlignStage, DistillStage, TrainStage
 from .surgery import apply_, plan
 from .training import LossFunction, run_stage
 

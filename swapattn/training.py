@@ -22,9 +22,9 @@ from .compilation import compiled_layers
 from .errors import TrainingError, UsageError
 from .optimizer import build_optimizer, build_scheduler, trainable_parameters
 from .progress import StageProgress, StepFigures
-from .recipe import AlignStage, DistillStage, TrainStage
 from .reporting import Reporting
 from .sharding import as_shard_of, gathered, is_sharded, shard_, shard_frozen_, whole_state_
+from .stages import AlignStage, DistillStage, TrainStage
 from .stopping import deferring
 
 _WEIGHTS = "trained.safetensors"

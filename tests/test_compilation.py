@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from swapattn.compilation import compiled_error, compiled_layers
 from swapattn.errors import RecipeError
 from swapattn.objectives import align_loss, distill_loss, layer_error
-from swapattn.recipe import ConvertSpec, DistillStage, parse_recipe
+from swapattn.recipe import ConvertSpec, parse_recipe
+from swapattn.stages import DistillStage
 from swapattn.surgery import apply_, plan
 
 STAGE = {"stage": "distill", "length": 24, "batch": 4, "tokens": 96, "learning_rate": 1e-3}

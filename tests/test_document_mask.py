@@ -15,7 +15,8 @@ from swapattn.compilation import compiled_layers
 from swapattn.errors import UnsupportedModelError
 from swapattn.losses import OutputEmbedding
 from swapattn.objectives import align_loss, check_document_mask, distill_loss, hidden_states, output_embedding
-from swapattn.recipe import AlignStage, ConvertSpec, DistillStage, ExtendStage
+from swapattn.recipe import ConvertSpec
+from swapattn.stages import AlignStage, DistillStage, ExtendStage
 from swapattn.surgery import apply_, plan
 from swapattn.training import run_stage
 

@@ -17,7 +17,8 @@ from swapattn.errors import RecipeError
 from swapattn.lora import adapters_off, inject_, merge_, target_paths
 from swapattn.objectives import distill_loss
 from swapattn.optimizer import trainable_parameters
-from swapattn.recipe import ConvertSpec, DistillStage, parse_recipe
+from swapattn.recipe import ConvertSpec, parse_recipe
+from swapattn.stages import DistillStage
 from swapattn.surgery import apply_, plan
 from swapattn.verification import verify
 

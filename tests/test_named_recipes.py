@@ -12,7 +12,8 @@ from swapattn.attention import swaps
 from swapattn.conversion import convert
 from swapattn.distillation import distill
 from swapattn.loading import load
-from swapattn.recipe import CalibrateStage, load_recipe, parse_recipe, recipe_folder, recipe_names, recipe_text
+from swapattn.recipe import load_recipe, parse_recipe, recipe_folder, recipe_names, recipe_text
+from swapattn.stages import CalibrateStage
 
 LENGTH, BATCH = 32, 2
 BUDGETS = {"short": 40e6, "standard": 100e6, "long": 701e6}  # tokens of all stages

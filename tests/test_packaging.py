@@ -58,7 +58,7 @@ LAYERS = (
     }
     | {"streaming", "footprint", "model_card", "publishing"},
     {"recipe", "decay", "feature_map", "norms", "gates", "inputs", "errors", "wheels", "environment"}
-    | {"rollback", "masks", "section", "text"},
+    | {"rollback", "masks", "section", "stages", "text"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 OWNERS_OF_KERNELS = {"attention", "kernel_bench", "kernel_lab"}

@@ -10,18 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from swapattn.errors import RecipeError
-from swapattn.recipe import (
-    AlignStage,
-    DistillStage,
-    KeepSpec,
-    LocalSpec,
-    LossSpec,
-    Recipe,
-    load_recipe,
-    parse_recipe,
-    recipe_folder,
-    recipe_names,
-)
+from swapattn.recipe import KeepSpec, LocalSpec, Recipe, load_recipe, parse_recipe, recipe_folder, recipe_names
+from swapattn.stages import AlignStage, DistillStage, LossSpec
 from swapattn.text import TextMixture, TextSpec
 
 ALIGN = {"stage": "align", "tokens": 4096, "length": 64, "batch": 4, "learning_rate": 1e-3}

@@ -8,8 +8,9 @@ import torch
 from swapattn.calibration import CALIBRATED, calibrate_, calibrate_stage
 from swapattn.conversion import convert
 from swapattn.loading import load_teacher
-from swapattn.recipe import CalibrateStage, ConvertSpec
+from swapattn.recipe import ConvertSpec
 from swapattn.shards import read_config, read_weight_map
+from swapattn.stages import CalibrateStage
 from swapattn.streaming import NotStreamableError, streamed_teacher
 from swapattn.surgery import apply_, plan
 

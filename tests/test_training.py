@@ -15,7 +15,8 @@ from swapattn.errors import RecipeError, TrainingError, UnsupportedModelError, U
 from swapattn.losses import normalized_mse
 from swapattn.objectives import align_loss, check_head, distill_loss, hidden_states, output_embedding
 from swapattn.optimizer import build_optimizer, build_scheduler, trainable_parameters
-from swapattn.recipe import AlignStage, ConvertSpec, DistillStage, parse_recipe
+from swapattn.recipe import ConvertSpec, parse_recipe
+from swapattn.stages import AlignStage, DistillStage
 from swapattn.surgery import apply_, plan
 from swapattn.training import run_stage, shares
 
