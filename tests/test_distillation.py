@@ -447,9 +447,9 @@ def test_extend_trains_everything_on_documents_kept_apart(converted, work, monke
     seen = []
     original = swapattn.distillation.distill_loss
 
-    def distill_loss(model, ids, positions=None, **settings):
-        seen.append((settings["stage"].stage, positions))
-        return original(model, ids, positions, **settings)
+    def distill_loss(model, ids, **settings):
+        seen.append((settings["stage"].stage, settings.get("position_ids")))
+        return original(model, ids, **settings)
 
     monkeypatch.setattr(swapattn.distillation, "distill_loss", distill_loss)
     what = recipe(CALIBRATE, DISTILL, EXTEND, text=mixture(work))
@@ -524,9 +524,9 @@ def test_a_resumed_run_sees_the_windows_that_it_would_have_seen(converted, work,
     arguments, original = swapattn.training.TrainingArguments, swapattn.distillation.distill_loss
     seen = []
 
-    def distill_loss(model, ids, positions=None, **settings):
-        seen.append((ids, positions))
-        return original(model, ids, positions, **settings)
+    def distill_loss(model, ids, **settings):
+        seen.append((ids, settings.get("position_ids")))
+        return original(model, ids, **settings)
 
     def watched(patch):
         patch.setattr(

@@ -85,7 +85,7 @@ def test_losses_of_every_token_are_those_of_the_documents_alone(tiny_family, nam
 
     kl, picked, _ = packed
     what = stage(losses={"forward_kl": 0.4, "cross_entropy": 0.6}, chunk=17)
-    loss = float(distill_loss(model, ids, positions, stage=what, teacher=None).detach())
+    loss = float(distill_loss(model, ids, position_ids=positions, stage=what, teacher=None).detach())
     expected = 0.4 * kl.mean() + 0.6 * picked.sum() / (3 * 39)
     assert loss == pytest.approx(float(expected), rel=1e-6)
 
