@@ -30,6 +30,7 @@ from .modeling import MODEL_TYPE_PREFIX, write_runtime
 from .remote_code import use_own_code
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 NEW_SHARD = "swap.safetensors"
 COPIES = 4  # at a time
 # Files of a model folder that go along: tokenizer, generation settings, licence. Never weights or code.
@@ -74,13 +75,17 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> safetensors file of a model folder.
 
     Raises:
-        CheckpointError: a shard is missing or damaged.
+        CheckpointError: the index cannot be read, or a shard is missing or damaged.
     """
-    if (folder / INDEX).is_file():
+    # transformers prefers the single file too: an index beside it is of an earlier saving.
+    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+        return dict.fromkeys(_open_shard(folder / SINGLE), SINGLE)
+    try:
         weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        check_shards(folder, weight_map)
-        return weight_map
-    return {key: "model.safetensors" for key in _open_shard(folder / "model.safetensors")}
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / INDEX} is damaged ({type(error).__name__})") from error
+    check_shards(folder, weight_map)
+    return weight_map
 
 
 def _open_shard(path: Path) -> list[str]:
@@ -117,7 +122,7 @@ def write_checkpoint(
     The config comes last, because nothing loads a folder without one: what a killed process leaves is whole or dead.
     """
     # transformers prefers a file called model.safetensors to an index, so the teacher's gets another name here.
-    names = {name: "teacher.safetensors" if name == "model.safetensors" else name for name in set(weight_map.values())}
+    names = {name: "teacher.safetensors" if name == SINGLE else name for name in set(weight_map.values())}
     with ThreadPoolExecutor(COPIES) as pool:  # where they must be copied, one thread does not keep a disk busy
         waiting = [pool.submit(link_or_copy, teacher / old, folder / new) for old, new in sorted(names.items())]
         try:

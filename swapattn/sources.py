@@ -232,8 +232,11 @@ def _folder(given: str, path: Path, config_only: bool = False) -> Source:
 
 def _check_weights(given: str, path: Path) -> None:
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if index.is_file() and not (path / "model.safetensors").is_file():  # which transformers prefers
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError) as error:
+            raise SourceError(f"{index} is damaged ({type(error).__name__})") from error
         if missing := sorted(shard for shard in shards if not (path / shard).is_file()):
             raise SourceError(f"{given} lacks {len(missing)} of its {len(shards)} weight files: {missing[0]}")
     if any(path.glob("*.safetensors")):

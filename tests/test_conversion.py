@@ -15,9 +15,10 @@ import swapattn.shards
 from swapattn.checkpoint import read
 from swapattn.conversion import convert
 from swapattn.errors import CheckpointError, RecipeError, SwapattnError, UnsupportedModelError, UsageError
-from swapattn.loading import load
+from swapattn.loading import load, load_teacher
 from swapattn.modeling import swap_classes
 from swapattn.recipe import load_recipe
+from swapattn.shards import INDEX, SINGLE
 
 SPEC = ["convert.local={window: 5, sinks: 2}"]
 
@@ -278,6 +279,46 @@ def test_every_damaged_shard_of_a_teacher_is_named_in_one_line(tiny_family, tmp_
     assert f"{second.name} is damaged" in text
     assert f"{third.name} is " in text
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("where", ["absolute", "../"])
+def test_a_shard_outside_the_folder_is_refused_and_stays_as_it_is(tiny_family, tmp_path, where):
+    teacher = tmp_path / "t"
+    tiny_family("llama").save_pretrained(teacher, max_shard_size="20KB")
+    shard = min(teacher.glob("*.safetensors"))
+    moved = shard.rename(tmp_path / shard.name)
+    before = moved.read_bytes()
+    name = str(moved) if where == "absolute" else where + shard.name
+    index = teacher / INDEX
+    index.write_text(index.read_text().replace(shard.name, name))
+    with pytest.raises(SwapattnError, match="lies outside the folder"):
+        convert(teacher, tmp_path / "c", recipe="smoke")
+    assert moved.read_bytes() == before
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("shards_left", [True, False])
+def test_an_index_beside_a_single_file_is_passed_over_as_in_transformers(tiny_family, tmp_path, shards_left):
+    tiny_family("llama").save_pretrained(tmp_path / "t", max_shard_size="20KB")
+    stale = list((tmp_path / "t").glob("*.safetensors"))
+    other = tiny_family("llama")
+    for parameter in other.parameters():
+        parameter.data.mul_(2)
+    other.save_pretrained(tmp_path / "new")
+    shutil.copyfile(tmp_path / "new" / SINGLE, tmp_path / "t" / SINGLE)
+    for shard in stale if not shards_left else ():
+        shard.unlink()
+    convert(tmp_path / "t", tmp_path / "c", recipe="smoke")
+    found, wanted = tensors(tmp_path / "c"), load_teacher(tmp_path / "t")[0].state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_damaged_index_is_named(tiny_family, tmp_path):
+    tiny_family("llama").save_pretrained(tmp_path / "t", max_shard_size="20KB")
+    for text in ("{", "{}"):
+        (tmp_path / "t" / INDEX).write_text(text)
+        with pytest.raises(SwapattnError, match=f"{INDEX} is damaged"):
+            convert(tmp_path / "t", tmp_path / "c", recipe="smoke")
 
 
 def pickled(model, folder):
