@@ -102,11 +102,15 @@ def pickled_files(folder: Path) -> list[str]:
 
 
 def foreign_code(folder: Path, base_model_type: str) -> list[str]:
-    """Python files of a checkpoint that differ from those that this swapattn writes, or that it would not write."""
+    """Python files of a checkpoint that differ from those that this swapattn writes, or that it would not write.
+
+    With them its config.json, where that names other classes than those of our files: a path or a repository.
+    """
     with tempfile.TemporaryDirectory(prefix="swapattn-") as name:
         own = Path(name)
-        write_runtime(own, base_model_type)
+        auto_map = write_runtime(own, base_model_type)
         ours = {path.relative_to(own): path.read_bytes() for path in own.rglob("*.py")}
     theirs = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.py")}
     different = [path for path in {*ours, *theirs} if ours.get(path) != theirs.get(path)]
-    return sorted(map(str, different))
+    named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map")
+    return [*(["config.json"] if named != auto_map else []), *sorted(map(str, different))]

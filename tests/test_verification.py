@@ -276,3 +276,14 @@ def test_the_audit_finds_a_flattened_square():
             return x.repeat(x.shape[0])
 
     assert list(beyond_linear(Flat(), device="cpu")) == ["inner"]
+
+
+def test_code_that_the_config_names_elsewhere_does_not_run(checkpoint, tmp_path):
+    (tmp_path / "side").mkdir()
+    (tmp_path / "side" / "bad.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    (checkpoint / "sub").symlink_to("../side")  # a folder that a search for Python files does not enter
+    edit_json(checkpoint / "config.json", lambda c: c.update(auto_map=dict.fromkeys(c["auto_map"], "sub/bad.X")))
+    found = verify(checkpoint)
+    assert found.failed == RELOADS
+    assert "config.json is not what this swapattn writes" in found.rows[-1].detail
+    assert not (tmp_path / "ran").exists()
