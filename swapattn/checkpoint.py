@@ -120,15 +120,18 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         overwrite: replace it if it exists; the old one stays until the new one is whole.
 
     Raises:
-        UsageError: it exists and `overwrite` is not set.
+        UsageError: it exists and `overwrite` is not set, or it is no folder of ours or the current directory.
     """
+    given, target = target, target.resolve()  # what a link leads to is replaced, not the link
     old = target.parent / f".{target.name}.old"
     if old.exists() and not target.exists():
         old.rename(target)  # a process was killed between the two renames below
     if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists: use --overwrite, or another folder with -o")
+        raise UsageError(f"{given} exists: use --overwrite, or another folder with -o")
     if target.exists() and not _is_ours(target):
-        raise UsageError(f"{target} was not written by swapattn and is not overwritten: choose another with -o")
+        raise UsageError(f"{given} was not written by swapattn and is not overwritten: choose another with -o")
+    if target == Path.cwd():
+        raise UsageError(f"{given} is the current directory, which cannot be replaced: choose another with -o")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.parent / f".{target.name}.writing"
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed

@@ -97,6 +97,24 @@ def test_a_folder_of_somebody_else_is_never_overwritten(tmp_path):
     assert names(tmp_path / "photos") == ["a-swapattn", "a.jpg"]
 
 
+def test_the_folder_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    for text in ("1", "2"):
+        with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+            (folder / RECORD).write_text("{}")
+            (folder / "a").write_text(text)
+    assert names(tmp_path) == ["disk", "out"]
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "a").read_text() == "2"
+
+
+def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="current directory"), atomic_folder(Path(), overwrite=True):
+        pass
+
+
 def test_what_killed_processes_left_is_cleaned(tmp_path):
     (tmp_path / ".out.writing").mkdir()
     (tmp_path / ".out.writing" / "stale").write_text("x")
