@@ -263,16 +263,16 @@ class TestConvert:
         result = run("convert", "llama-7b")
         assert (result.exit_code, result.stdout) == (0, "| result |\n")
         settings = {"recipe": "short", "overrides": (), "overwrite": False, "calibrate": False, "dry_run": False}
-        settings |= {"push_to_hub": None, "allow_pickle": False}
+        settings |= {"push_to_hub": None, "allow_pickle": False, "trust_remote_code": False}
         assert calls == [(("llama-7b", None), settings)]
 
     def test_every_option(self, library):
         calls = library("conversion", "convert")
         words = "convert m --recipe r.yaml --set a=1 --set b=2 -o out --overwrite --calibrate --dry-run --json"
-        result = run(*words.split(), "--push-to-hub", "a/b", "--allow-pickle")
+        result = run(*words.split(), "--push-to-hub", "a/b", "--allow-pickle", "--trust-remote-code")
         assert json.loads(result.stdout) == {"kind": "result"}
         settings = {"recipe": "r.yaml", "overrides": ("a=1", "b=2"), "overwrite": True, "calibrate": True}
-        settings |= {"push_to_hub": "a/b", "allow_pickle": True}
+        settings |= {"push_to_hub": "a/b", "allow_pickle": True, "trust_remote_code": True}
         assert calls == [(("m", Path("out")), {**settings, "dry_run": True})]
 
     def test_it_needs_a_model(self):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swapattn import checkpoint as checkpoint_module
-from swapattn import modeling
+from swapattn import loading
 from swapattn.cost import state_bytes
 from swapattn.errors import UsageError
 from swapattn.generation import GenerationStats, open_model, stream
@@ -149,8 +149,8 @@ def test_open_model_takes_the_checkpoint_or_its_teacher(monkeypatch, tmp_path):
 
     asked = []
     monkeypatch.setattr(checkpoint_module, "find", lambda directory, model=None: asked.append(model) or Found())
-    monkeypatch.setattr(modeling, "load", lambda path, device: (path, "tokenizer"))
-    monkeypatch.setattr(modeling, "load_teacher", lambda found, device: ("teacher", "tokenizer"))
+    monkeypatch.setattr(loading, "load", lambda path, device: (path, "tokenizer"))
+    monkeypatch.setattr(loading, "load_teacher", lambda found, device: ("teacher", "tokenizer"))
     assert open_model(None) == (Found.path, "tokenizer", str(Found.path))
     assert open_model("some/where", teacher=True) == ("teacher", "tokenizer", f"the teacher of {Found.path}")
     assert asked == [None, "some/where"]
@@ -161,7 +161,7 @@ def test_a_checkpoint_without_a_tokenizer_cannot_read_a_prompt(monkeypatch, tmp_
         path = tmp_path
 
     monkeypatch.setattr(checkpoint_module, "find", lambda directory, model=None: Found())
-    monkeypatch.setattr(modeling, "load", lambda path, device: ("model", None))
+    monkeypatch.setattr(loading, "load", lambda path, device: ("model", None))
     with pytest.raises(UsageError, match="has no tokenizer"):
         open_model(tmp_path)
 
