@@ -50,34 +50,6 @@ def storage_bytes(layer):
     return sum(storages.values())
 
 
-def test_beam_search_with_cache_equals_without(model):
-    ids = ids_of(2, 9)
-    beams = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.0}
-    found = generate(model, ids, 14, **beams)
-    assert torch.equal(found, generate(model, ids, 14, use_cache=False, **beams))
-    assert found.unique(dim=0).shape[0] > 2
-
-
-def test_chunked_prefill_equals_one_prefill(model):
-    ids = ids_of(2, 19)
-    mask = torch.ones_like(ids)
-    mask[0, :7] = 0
-    expected = generate(model, ids, attention_mask=mask)
-    for size in (1, 5, 16):
-        assert torch.equal(generate(model, ids, attention_mask=mask, prefill_chunk_size=size), expected)
-
-
-def test_sampling_several_sequences(model):
-    torch.manual_seed(0)
-    found = generate(model, ids_of(1, 9), 12, do_sample=True, num_return_sequences=3)
-    assert found.shape == (3, 21)
-    assert found[:, 9:].unique(dim=0).shape[0] == 3
-    torch.manual_seed(0)
-    assert torch.equal(
-        found, generate(model, ids_of(1, 9), 12, do_sample=True, num_return_sequences=3, use_cache=False)
-    )
-
-
 def test_a_returned_cache_serves_a_second_turn(model):
     ids = ids_of(1, 9)
     first = generate(model, ids, return_dict_in_generate=True)

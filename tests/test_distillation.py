@@ -554,15 +554,3 @@ def test_a_resumed_run_sees_the_windows_that_it_would_have_seen(converted, work,
     for (ids, positions), (expected, wanted) in zip(seen, whole, strict=True):
         assert torch.equal(ids, expected)
         assert torch.equal(positions, wanted)
-
-
-def test_a_run_that_crashed_in_extend_ends_as_if_it_had_not(converted, work, monkeypatch):
-    what = recipe(CALIBRATE, EXTEND, text=mixture(work))
-    expected = distill(converted, recipe=what, output=work / "whole", device="cpu").path
-    crash_at(monkeypatch, "extend", 2)
-    with pytest.raises(Crash):
-        distill(converted, recipe=what, output=work / "out", device="cpu")
-    monkeypatch.undo()
-    found = distill(converted, recipe=what, output=work / "out", device="cpu").path
-    for key, value in tensors(expected).items():
-        assert torch.allclose(tensors(found)[key], value, rtol=0, atol=1e-6), key

@@ -101,6 +101,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_can_be_run_again(tiny
     load(folder / "out")
 
 
+@pytest.mark.slow
 def test_a_killed_overwriting_keeps_the_old_checkpoint_or_has_the_new_one(tiny_teacher, tmp_path):
     whole = files(convert(tiny_teacher, tmp_path / "whole", recipe="smoke").path)
     versions = set()

@@ -31,7 +31,14 @@ def tiny(name):
     return parse_recipe(values)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+# The forms of `standard` and `long` differ from those of `short` in tokens only.
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name.startswith(("standard-", "long-")) else name
+    for name in recipe_names()
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_named_recipe_runs(name, tiny_teacher, tmp_path):
     recipe = tiny(name)
     made = convert(tiny_teacher, tmp_path / "c", recipe=recipe)

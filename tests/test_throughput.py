@@ -23,6 +23,7 @@ def recipe(**distill):
     return parse_recipe({"name": "tiny", "convert": convert, "distill": {"stages": stages}})
 
 
+@pytest.mark.slow
 def test_every_kind_of_step_is_timed_with_the_same_tokens(tiny_teacher):
     found = measure(
         str(tiny_teacher),
