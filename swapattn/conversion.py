@@ -170,18 +170,17 @@ def _calibrate(
     Block by block from the shards, so that the teacher is never in memory; where that fails, with all of it.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from . import surgery
     from .calibration import calibrate_stage
     from .data import PackedTokens
-    from .loading import load_teacher
+    from .loading import load_teacher, tokenizer_in
     from .streaming import streamed_teacher
 
-    if not (teacher / "tokenizer_config.json").is_file():
+    tokenizer = tokenizer_in(teacher)
+    if tokenizer is None:
         raise CheckpointError("calibration needs a tokenizer, and the model has none")
     stage = next((s for s in recipe.distill.stages if isinstance(s, CalibrateStage)), CalibrateStage(stage="calibrate"))
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
     data = PackedTokens(recipe.distill.text, tokenizer, stage.length, seed=recipe.distill.seed)
     device = default_device()
     try:

@@ -253,7 +253,7 @@ def _tokenizer(folder: Path) -> Any:
         block = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("swapattn")
         if block is not None:
             swap_classes(block["base_model_type"])
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a damaged file raises what it likes
         raise CheckpointError(f"{folder}: its tokenizer does not load: {' '.join(str(error).split())[:300]}") from error
 

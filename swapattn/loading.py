@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from .attention import swaps
+from .environment import say
 from .errors import CheckpointError
 from .modeling import swap_classes
 from .remote_code import use_own_code
@@ -27,7 +28,7 @@ def load(
         dtype: of the model, default as stored; the parameters of the swapped layers stay fp32.
 
     Returns:
-        (model in eval mode, tokenizer or None when the folder has none).
+        (model in eval mode, tokenizer or None, see `tokenizer_in`).
 
     Raises:
         CheckpointError: no swapattn checkpoint, or a tensor is missing, unexpected or of another shape.
@@ -44,8 +45,7 @@ def load(
     _, model_class = swap_classes(block["base_model_type"])
     model = from_folder(model_class, path, dtype)
     model = model.to(device) if device is not None else model
-    has_tokenizer = (path / "tokenizer_config.json").is_file()
-    return model.eval(), AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+    return model.eval(), tokenizer_in(path)
 
 
 def load_teacher(
@@ -67,8 +67,20 @@ def load_teacher(
     use_own_code(path)
     model = from_folder(AutoModelForCausalLM, path, dtype)
     model = model.to(device) if device is not None else model
-    has_tokenizer = (path / "tokenizer_config.json").is_file()
-    return model.eval(), AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+    return model.eval(), tokenizer_in(path)
+
+
+def tokenizer_in(folder: Path) -> Any | None:
+    """The tokenizer of a folder whose model type is known; None if it has none, or one that is code of its own."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it transformers asks on stdin
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+    say(f"{folder}: its tokenizer is Python code of its own, which is not run: going on without a tokenizer")
+    return None
 
 
 def from_folder(model_class: Any, path: Path, dtype: torch.dtype | None) -> Any:

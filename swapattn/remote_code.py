@@ -62,6 +62,8 @@ def own_code(folder: Path) -> OwnCode | None:
     model = classes.get("AutoModelForCausalLM")
     if model is None:
         raise _unusable(folder, model_type, "defines no causal LM (no AutoModelForCausalLM in its auto_map)")
+    if not isinstance(model, str) or "." not in model:
+        raise _unusable(folder, model_type, f"is not named as file.Class in its auto_map, but {model!r}")
     if "--" in model:
         raise _unusable(folder, model_type, "lies in another repository; download it into the model's folder")
     entry = folder / f"{model.rpartition('.')[0]}.py"

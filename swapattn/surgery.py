@@ -324,6 +324,9 @@ def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
 def apply_(model: nn.Module, plan: SwapPlan) -> None:
     """Swap the planned layers of a loaded model in place; its own weights are not touched.
 
+    For trials in memory: the model's class and config stay those of its base, under which it could be saved, but
+    would load again with softmax. So `save_pretrained` refuses until `revert_`; `swapattn.convert` makes checkpoints.
+
     Raises:
         UnsupportedModelError: the model has already been swapped, or is not the one that was planned for.
     """
@@ -335,10 +338,19 @@ def apply_(model: nn.Module, plan: SwapPlan) -> None:
         raise UnsupportedModelError(f"the plan does not fit the model: no module {missing[0]}")
     block = plan.config_block()
     attach(model, block["layers"], block["spec"], plan.slopes(), block["nope"])
+    vars(model)["save_pretrained"] = _not_saved
+
+
+def _not_saved(*_: Any, **__: Any) -> None:
+    raise UnsupportedModelError(
+        "a model swapped in memory would be saved as one with softmax: make a checkpoint with `swapattn.convert` and "
+        "load that one, or take the swaps out with `revert_`"
+    )
 
 
 def revert_(model: nn.Module) -> None:
     """Take every swap out again: the model computes softmax attention as before."""
+    vars(model).pop("save_pretrained", None)
     for path in swaps(model):
         module = model.get_submodule(path)
         del module.swap

@@ -32,7 +32,7 @@ def as_safetensors(model: str) -> str:
     if not files or any(folder.glob("*.safetensors")):
         return model
     digest = hashlib.sha256(str(folder.resolve()).encode())
-    for file in (folder / "config.json", *files):
+    for file in (folder / "config.json", *sorted(folder.glob("*.py")), *files):
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
     target = cache_dir() / "teachers" / f"pickle-{digest.hexdigest()[:16]}"
@@ -52,7 +52,8 @@ def _write(folder: Path, files: list[Path], target: Path) -> None:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         index["weight_map"] = {key: _renamed(name) for key, name in index["weight_map"].items()}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(folder / "config.json", target / "config.json")
+    for path in (folder / "config.json", *folder.glob("*.py")):  # whether the code may run is asked elsewhere
+        shutil.copyfile(path, target / path.name)
     copy_companions(folder, target)
     origin = {"name": folder.resolve().name.lower(), "note": "unpickled", "from": str(folder.resolve())}
     (target / SOURCE_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")

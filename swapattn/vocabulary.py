@@ -24,7 +24,7 @@ def fingerprint(tokenizer: Any) -> str:
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer of a model folder, converted or not."""
     _know(_config(folder))
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _config(folder: Path) -> dict[str, Any]:

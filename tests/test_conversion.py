@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from swapattn.loading import load, load_teacher
 from swapattn.modeling import swap_classes
 from swapattn.recipe import load_recipe
 from swapattn.shards import INDEX, SINGLE
+from swapattn.unpickling import as_safetensors
 
 SPEC = ["convert.local={window: 5, sinks: 2}"]
 
@@ -338,6 +340,16 @@ def test_pickled_weights_are_read_only_when_allowed(tiny_family, tmp_path, monke
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
     assert read(tmp_path / "c").name == "t"
     load(tmp_path / "c")
+
+
+def test_code_beside_pickled_weights_goes_along_and_may_change(tiny_family, tmp_path, monkeypatch):
+    monkeypatch.setenv("SWAPATTN_CACHE", str(tmp_path / "cache"))
+    folder = pickled(tiny_family("llama"), tmp_path / "t")
+    found = []
+    for text in ("A = 1\n", "A = 22\n"):
+        (folder / "modeling_own.py").write_text(text)
+        found.append((Path(as_safetensors(str(folder))) / "modeling_own.py").read_text())
+    assert found == ["A = 1\n", "A = 22\n"]
 
 
 def test_code_in_a_pickle_does_not_run(tiny_family, tmp_path, monkeypatch):

@@ -186,3 +186,28 @@ def test_files_of_one_name_are_refused_before_anything_is_left(stranger, tmp_pat
     with pytest.raises(CheckpointError, match=r"has a file cache\.py, as has swapattn's own"):
         convert(stranger, tmp_path / "c", recipe="smoke", trust_remote_code=True)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("named", [5, "modeling_stranger", ["modeling_stranger.StrangerForCausalLM", None]])
+def test_an_auto_map_that_names_no_class_is_one_line(stranger, named):
+    edit_config(stranger, auto_map={"AutoModelForCausalLM": named})
+    with pytest.raises(UnsupportedModelError, match=r"not named as file\.Class"):
+        convert(stranger, "x")
+
+
+def test_a_tokenizer_that_is_code_is_not_run_and_nobody_is_asked(tiny_teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = tmp_path / "t"
+    shutil.copytree(tiny_teacher, folder)
+    (folder / "tokenization_own.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    file = folder / "tokenizer_config.json"
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    convert(folder, tmp_path / "c", recipe="smoke")
+    shutil.copyfile(folder / "tokenization_own.py", tmp_path / "c" / "tokenization_own.py")
+    for read in (lambda: load(tmp_path / "c"), lambda: load_teacher(folder)):
+        assert read()[1] is None
+        assert "going on without a tokenizer" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="needs a tokenizer"):
+        convert(folder, tmp_path / "d", recipe="smoke", calibrate=True)
+    assert not (tmp_path / "ran").exists()

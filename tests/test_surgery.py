@@ -162,6 +162,17 @@ def test_planning_leaves_the_config_as_it_was(tiny_family):
     assert (config.to_dict(), config._attn_implementation) == before
 
 
+def test_a_model_swapped_in_memory_is_not_saved_as_one_with_softmax(tiny_family, tmp_path):
+    model = tiny_family("llama")
+    apply_(model, plan(model.config, spec()))
+    with pytest.raises(UnsupportedModelError, match="would be saved as one with softmax"):
+        model.save_pretrained(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    revert_(model)
+    model.save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m" / "config.json").is_file()
+
+
 def test_a_swapped_model_cannot_be_swapped_again(tiny_family):
     model = tiny_family("llama")
     planned = plan(model.config, spec())
