@@ -126,6 +126,8 @@ def convert(
     plan = surgery.plan(config, resolved.convert)
     tensors = shards.new_parameters(plan)
     weight_map = shards.read_weight_map(teacher.path)
+    if tensors.keys() & weight_map.keys() or shards.NEW_SHARD in weight_map.values():
+        raise CheckpointError(f"{teacher.path} was saved from a swapped model already: convert the original")
     weight = footprint.footprint(plan, shards.count(tensors), config, teacher.path, weight_map.values())
     result = ConvertResult(target, plan, teacher.note, dry_run, weight)
     origin = origin or {

@@ -283,6 +283,14 @@ def test_every_damaged_shard_of_a_teacher_is_named_in_one_line(tiny_family, tmp_
     assert not (tmp_path / "c").exists()
 
 
+def test_a_folder_saved_from_a_swapped_model_is_no_teacher(tiny_teacher, converted, tmp_path):
+    shutil.copytree(converted.path, tmp_path / "t")
+    shutil.copyfile(tiny_teacher / "config.json", tmp_path / "t" / "config.json")
+    with pytest.raises(CheckpointError, match="saved from a swapped model already"):
+        convert(tmp_path / "t", tmp_path / "c", recipe="smoke")
+    assert not (tmp_path / "c").exists()
+
+
 @pytest.mark.parametrize("where", ["absolute", "../"])
 def test_a_shard_outside_the_folder_is_refused_and_stays_as_it_is(tiny_family, tmp_path, where):
     teacher = tmp_path / "t"
