@@ -41,6 +41,8 @@ CARRIED = (
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
+    "*.model",
+    "*.tiktoken",
     "chat_template*",
     "LICENSE*",
 )

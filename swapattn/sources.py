@@ -226,7 +226,7 @@ def _folder(given: str, path: Path, config_only: bool = False) -> Source:
     if not config_only or any(path.glob("*.safetensors*")):
         _check_weights(given, path)
     origin = read_origin(path)
-    name = str(origin.get("name") or path.resolve().name.lower())
+    name = Path(str(origin.get("name", ""))).name or path.resolve().name.lower()  # a name, not a way out of here
     return Source(given, name, "folder", str(path.resolve()), str(origin.get("note", "")))
 
 

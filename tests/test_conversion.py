@@ -128,11 +128,13 @@ def test_the_model_type_is_never_the_teachers(converted):
 def test_tokenizer_and_licence_go_along_but_no_code(tiny_teacher, tmp_path):
     teacher = tmp_path / "teacher"
     shutil.copytree(tiny_teacher, teacher)
-    (teacher / "LICENSE.txt").write_text("licence")
+    for name in ("LICENSE.txt", "vocabulary.tiktoken", "spiece.model"):
+        (teacher / name).write_text("licence")
     (teacher / "tokenizer_code.py").write_text("raise SystemExit")
     (teacher / "pytorch_model.bin").write_bytes(b"pickle")
     folder = convert(teacher, tmp_path / "c", recipe="smoke").path
-    assert (folder / "LICENSE.txt").read_text() == "licence"
+    for name in ("LICENSE.txt", "vocabulary.tiktoken", "spiece.model"):
+        assert (folder / name).read_text() == "licence"
     assert (folder / "tokenizer.json").is_file()
     assert not (folder / "tokenizer_code.py").exists()
     assert not list(folder.glob("*.bin"))

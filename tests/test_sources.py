@@ -134,6 +134,8 @@ def test_recorded_note_and_name_come_back(tmp_path: Path) -> None:
     source = resolve(str(folder))
     assert (source.name, source.note) == ("small", "4-bit GGUF, dequantised")
     assert materialize(source).note == source.note
+    (folder / SOURCE_FILE).write_text(json.dumps({"name": "../../elsewhere"}))
+    assert resolve(str(folder)).name == "elsewhere"
 
 
 def test_gguf_that_is_absent_or_broken(tmp_path: Path) -> None:
