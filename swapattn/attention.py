@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import nn
@@ -48,6 +48,14 @@ BASES = ("sdpa", "eager")
 PADDING_ONLY = PREFIX + "padding_only_"  # before the base, for adapted families without a kept layer
 
 Observer = Callable[["LightningSwap", AttentionCall, torch.Tensor], None]
+
+
+class _WindowSizes(TypedDict):
+    """What the forms of the softmax window take alike."""
+
+    window: int
+    sinks: int
+    scale: float | None
 
 
 class LightningSwap(nn.Module):
@@ -191,7 +199,7 @@ class LightningSwap(nn.Module):
     def local(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
         """Softmax over the window and the sinks, `[B, T, Hq, Dv]`; reads and advances the cache's ring."""
         q, k, v = call.q, call.k, call.v
-        sizes: dict[str, Any] = {"window": self.window, "sinks": self.sinks, "scale": call.scaling}
+        sizes: _WindowSizes = {"window": self.window, "sinks": self.sinks, "scale": call.scaling}
         if cache is None:
             return local_attention(q, k, v, cu_seqlens=call.cu_seqlens, mask=call.tokens, **sizes)
         positions = cache.positions(call.last, call.rows, call.length, q.device)
@@ -207,7 +215,7 @@ class LightningSwap(nn.Module):
         return o
 
     def _continue(
-        self, call: AttentionCall, cache: LightningCacheLayer, tokens: torch.Tensor, sizes: Mapping[str, Any]
+        self, call: AttentionCall, cache: LightningCacheLayer, tokens: torch.Tensor, sizes: _WindowSizes
     ) -> torch.Tensor:
         """A long continuation: the ring in the order of positions goes before the new tokens, O(T·window)."""
         past_k, past_v, position = cache.in_order()
