@@ -9,13 +9,13 @@ W tokens in a block, NB blocks, N sequences, S keys given to the cached form.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .reference import no_autocast
+from .reference import accumulation_dtype, no_autocast
 from .switch import on_kernels
 
 MOST_SINKS = 64  # of the kernels
@@ -33,6 +33,16 @@ class _Blocks(NamedTuple):
     first: Tensor  # [NB] first block of the same sequence
 
 
+@overload
+def local_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, sinks: int, scale: float | None = None,
+    cu_seqlens: Tensor | None = None, mask: Tensor | None = None, return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def local_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, sinks: int, scale: float | None = None,
+    cu_seqlens: Tensor | None = None, mask: Tensor | None = None, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def local_attention(
     q: Tensor,
     k: Tensor,
@@ -43,7 +53,8 @@ def local_attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal softmax attention over the last `window` and the first `sinks` tokens of each sequence.
 
     Args:
@@ -57,10 +68,14 @@ def local_attention(
         cu_seqlens: `[N + 1]` integer boundaries of sequences packed in one row (B = 1); empty ones are allowed.
         mask: `[B, T]` bool; a False token is not attended, its output is 0, and it counts neither for the window
             nor for the sinks: a padded row gives what its real tokens give alone.
+        return_lse: whether to return also lse, with which outputs on disjoint sets of keys can be merged.
 
     Returns:
         `[B, T, Hq, Dv]` in the dtype of v. Scores and softmax are float32 (float64 for float64 inputs). Nothing is
         read on the host.
+        lse, with `return_lse`: `[B, T, Hq]` float32 (float64 for float64 inputs), the natural logarithm of the sum of
+        exp(scale * q . k) over the keys seen, 0 for a hidden token; differentiable as the output is. The kernels lay
+        the tokens of a head together.
 
     Raises:
         ValueError: if shapes, `window` or `sinks` do not fit.
@@ -71,12 +86,13 @@ def local_attention(
     if cu_seqlens is not None and q.shape[0] != 1:
         raise ValueError(f"q: expected one row beside cu_seqlens, found {q.shape[0]}")
     if q.shape[1] == 0:
-        return v.new_zeros(*q.shape[:3], v.shape[-1])
+        nothing = v.new_zeros(*q.shape[:3], v.shape[-1])
+        return (nothing, nothing.new_zeros(q.shape[:3], dtype=accumulation_dtype(q, k, v))) if return_lse else nothing
     if _on_kernels(q, k, v, sinks):
         from .local_op import local_attention_kernel
 
         return local_attention_kernel(
-            q, k, v, window=window, sinks=sinks, scale=scale, cu_seqlens=cu_seqlens, mask=mask
+            q, k, v, window=window, sinks=sinks, scale=scale, cu_seqlens=cu_seqlens, mask=mask, return_lse=return_lse
         )
     rows, length = q.shape[:2]
     width = min(max(window, _SMALLEST_BLOCK), length)
@@ -85,13 +101,22 @@ def local_attention(
     keys, values = (_reach(_split(x, blocks, width), blocks, min(sinks, length)) for x in (k, v))
     hidden = _hidden(blocks.number, width, window, min(sinks, length))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out = _attend(queries, keys, values, hidden, scale).flatten(0, 1)
-    if blocks.slot is None:
-        return torch.unflatten(out, 0, (rows, -1))[:, :length]
-    # The slot of hidden tokens lies behind the blocks and reads 0.
-    return torch.unflatten(F.pad(out, (0, 0, 0, 0, 0, 1)).index_select(0, blocks.slot), 0, (rows, length))
+    out = _join(_attend(queries, keys, values, hidden, scale), blocks, rows, length)
+    if not return_lse:
+        return out
+    return out, _join(_logsumexp(queries, keys, hidden, scale, accumulation_dtype(q, k, v)), blocks, rows, length)
 
 
+@overload
+def local_attention_cached(
+    q: Tensor, k: Tensor, v: Tensor, *, k_positions: Tensor, q_positions: Tensor, window: int, sinks: int,
+    scale: float | None = None, return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def local_attention_cached(
+    q: Tensor, k: Tensor, v: Tensor, *, k_positions: Tensor, q_positions: Tensor, window: int, sinks: int,
+    scale: float | None = None, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def local_attention_cached(
     q: Tensor,
     k: Tensor,
@@ -102,7 +127,8 @@ def local_attention_cached(
     window: int,
     sinks: int,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`local_attention` of a few new tokens on keys in any order, such as a ring of the last ones and the sinks.
 
     Args:
@@ -115,9 +141,11 @@ def local_attention_cached(
         window: as in `local_attention`: keys at a distance 0 <= q - k < window are seen.
         sinks: as in `local_attention`: keys with k < sinks and k <= q are seen.
         scale: factor of the scores, None for D ** -0.5.
+        return_lse: as in `local_attention`; 0 for padding and for a query that sees no key.
 
     Returns:
-        `[B, T, Hq, Dv]` in the dtype of v. The T x S scores are dense: meant for decoding and short pieces.
+        `[B, T, Hq, Dv]` in the dtype of v, and lse if asked for. The T x S scores are dense: meant for decoding
+        and short pieces.
 
     Raises:
         ValueError: if shapes, `window` or `sinks` do not fit.
@@ -131,8 +159,9 @@ def local_attention_cached(
         from .local_op import local_attention_cached_kernel
 
         return local_attention_cached_kernel(
-            q, k, v, k_positions=k_positions, q_positions=q_positions, window=window, sinks=sinks, scale=scale
-        )
+            q, k, v, k_positions=k_positions, q_positions=q_positions, window=window, sinks=sinks, scale=scale,
+            return_lse=return_lse,
+        )  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     held, real = k_positions >= 0, q_positions >= 0
     # Filling, not weighting by 0: an empty slot may hold NaN.
@@ -143,8 +172,11 @@ def local_attention_cached(
     # A row that sees nothing would be 0 / 0; its output is replaced below.
     blind = ~seen.any(-1, keepdim=True)
     hidden = ~(seen | blind)
-    out = _attend(q, k, v, hidden, scale)
-    return out.masked_fill((blind.squeeze(-1) | ~real)[..., None, None], 0)
+    nothing = blind | ~real[..., None]
+    out = _attend(q, k, v, hidden, scale).masked_fill(nothing[..., None], 0)
+    if not return_lse:
+        return out
+    return out, _logsumexp(q, k, hidden, scale, accumulation_dtype(q, k, v)).masked_fill(nothing, 0)
 
 
 def _on_kernels(q: Tensor, k: Tensor, v: Tensor, sinks: int) -> bool:
@@ -205,6 +237,16 @@ def _split(x: Tensor, blocks: _Blocks, width: int) -> Tensor:
     return torch.unflatten(slots.index_copy(0, blocks.slot, x.flatten(0, 1))[:-1], 0, (-1, width))
 
 
+def _join(x: Tensor, blocks: _Blocks, rows: int, length: int) -> Tensor:
+    """`[NB, W, ...]` to `[B, T, ...]`, hidden tokens 0."""
+    x = x.flatten(0, 1)
+    if blocks.slot is None:
+        return torch.unflatten(x, 0, (rows, -1))[:, :length]
+    # The slot of hidden tokens lies behind the blocks and reads 0.
+    x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, 1))
+    return torch.unflatten(x.index_select(0, blocks.slot), 0, (rows, length))
+
+
 def _reach(x: Tensor, blocks: _Blocks, sinks: int) -> Tensor:
     """What the queries of a block may see `[NB, 2 W + sinks, H, D]`: the block before, their own, the sinks."""
     before = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:-1]
@@ -232,8 +274,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Te
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     shared, length = k.shape[2], q.shape[1]
     groups = q.shape[2] // shared
-    # The query heads of a group are further rows of one matmul: keys and values are not repeated.
-    rows = torch.unflatten(q, 2, (shared, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3).to(dtype)
+    rows = _grouped(q, shared).to(dtype)
     bias = torch.zeros(hidden.shape, dtype=dtype, device=q.device).masked_fill(hidden, -torch.inf)
     bias = bias.repeat(1, groups, 1)[:, None]
     with no_autocast(q):
@@ -241,3 +282,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Te
             rows, k.transpose(1, 2).to(dtype), v.transpose(1, 2).to(dtype), attn_mask=bias, scale=scale
         )
     return torch.unflatten(out, 2, (groups, length)).permute(0, 3, 1, 2, 4).flatten(2, 3).to(v.dtype)
+
+
+def _logsumexp(q: Tensor, k: Tensor, hidden: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """`[R, T, Hq]`: logarithm of the sum of weights in `_attend`, which keeps it to itself."""
+    shared, length = k.shape[2], q.shape[1]
+    groups = q.shape[2] // shared
+    with no_autocast(q):
+        scores = (_grouped(q, shared).to(dtype) * scale) @ k.permute(0, 2, 3, 1).to(dtype)
+    lse = scores.masked_fill(hidden.repeat(1, groups, 1)[:, None], -torch.inf).logsumexp(-1)
+    return torch.unflatten(lse, 2, (groups, length)).permute(0, 3, 1, 2).flatten(2, 3)
+
+
+def _grouped(q: Tensor, shared: int) -> Tensor:
+    """`[R, Hkv, G * T, D]`: query heads of a group are further rows of one matmul, so keys and values do not repeat."""
+    return torch.unflatten(q, 2, (shared, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)

@@ -7,6 +7,9 @@ span several sequences: only those of its first token can have sinks before the 
 
 Dimensions: B rows, T tokens, N sequences, Hq query heads, Hkv key/value heads, D features of q and k, V of v, BM
 tokens in a block, BN in an inner step, BS places for sinks. Scores are in base 2: `scale` times log2(e).
+
+`lse` `[Hq, B * T]`, the logarithm of each query's sum of weights, is in base 2 and in the order of the stream; with LSE
+it is the caller's too, natural and in the order of the B * T. With DLSE it has a gradient.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ except ImportError as error:
 
 NOWHERE = tl.constexpr(2147483647)  # `begin` of a number that no token has: no key is seen from there
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -74,6 +78,31 @@ def _near(i, start, j, block, window, sinks, SINKS: tl.constexpr):
 
 
 @triton.jit
+def _at(lse, index, valid, place, row, head, length, tokens, LSE: tl.constexpr, PLACED: tl.constexpr):
+    """Where the `lse` of the tokens of a head lies, or its gradient."""
+    if LSE and PLACED:
+        index = tl.load(place + index, mask=valid, other=0)
+    return lse + head * tokens + row * length + index
+
+
+@triton.jit
+def _row_sums(
+    output, gradient, lse, dlse, index, valid, place, row, head, length, tokens,
+    LSE: tl.constexpr, DLSE: tl.constexpr, PLACED: tl.constexpr,
+):  # fmt: skip
+    """`lse` in base 2, and what the softmax subtracts from the gradient of its weights: sum(o * do) - dlse."""
+    delta = tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
+    there = _at(lse, index, valid, place, row, head, length, tokens, LSE, PLACED)
+    weight = tl.load(there, mask=valid, other=0.0)
+    if LSE:
+        weight *= LOG2_E
+    if DLSE:
+        there = _at(dlse, index, valid, place, row, head, length, tokens, LSE, PLACED)
+        delta -= tl.load(there, mask=valid, other=0.0)
+    return weight, delta
+
+
+@triton.jit
 def _softmax_step(acc, top, total, q, k, v, seen, factor, PRECISION: tl.constexpr):
     """One block of keys into the running output, maximum and sum."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
@@ -94,8 +123,9 @@ def forward_kernel(
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BS: tl.constexpr, STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    LSE: tl.constexpr,
 ):  # fmt: skip
-    """o and log2 of the sum of weights `[Hq, B * T]`, by one program per block of queries and head."""
+    """o and `lse`, by one program per block of queries and head."""
     blocks = tl.cdiv(total, BM)
     pid = tl.program_id(0)
     head, block, row = (
@@ -137,17 +167,22 @@ def forward_kernel(
     weight = tl.where(real, weight, 1.0)
     there = _offsets(i, real, place, row, length, length.to(tl.int64) * query_heads * V, query_heads * V, PLACED)
     _put(o + head * V, there, acc / weight[:, None], real, columns, V, BV)
-    tl.store(lse + head * tokens + row * length + i, top + tl.log2(weight), mask=real)
+    there = _at(lse, i, real, place, row, head, length, tokens, LSE, PLACED)
+    logarithm = top + tl.log2(weight)
+    if LSE:
+        logarithm *= LN_2
+    tl.store(there, logarithm, mask=real)
 
 
 @triton.jit
 def _key_side(
-    q, k, v, o, do, lse, dk, dv, near, begin, owner, place,
+    q, k, v, o, do, lse, dlse, dk, dv, near, begin, owner, place,
     head, first_token, row, count, scale, length, total, tokens, window, sinks, query_heads, group, shared,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
     stride_do_row, stride_do, stride_do_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    LSE: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys from the queries that loop over it; those of sinks go to `near`."""
     j = first_token + tl.arange(0, BM)
@@ -170,7 +205,6 @@ def _key_side(
     wide_o = length.to(tl.int64) * stride_o
     for member in range(0, group):
         query_head = head * group + member
-        head_lse = lse + query_head * tokens + row * length
         for query in range(first_token, high, BN):
             i = query + tl.arange(0, BN)
             start = _starts(i, begin, total, STREAM)
@@ -204,8 +238,10 @@ def _key_side(
                 PLACED,
             )
             output = _tile(o + query_head * V, i, valid, place, row, length, wide_o, stride_o, columns, V, BV, PLACED)
-            delta = tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
-            weight = tl.load(head_lse + i, mask=valid, other=0.0)
+            weight, delta = _row_sums(
+                output, gradient, lse, dlse, i, valid, place, row, query_head, length, tokens,
+                LSE, DLSE, PLACED,
+            )  # fmt: skip
             # Transposed scores by a dot of their own: a transposed accumulator as operand is miscompiled on sm_90.
             scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * factor - weight[None, :]
             block = i // BM * BM
@@ -233,12 +269,13 @@ def _key_side(
 
 @triton.jit
 def _query_side(
-    q, k, v, o, do, lse, dq, far, begin, place,
+    q, k, v, o, do, lse, dlse, dq, far, begin, place,
     head, first_token, first, slot, row, count, scale, length, total, tokens, window, sinks, query_heads, group,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
     stride_do_row, stride_do, stride_do_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BS: tl.constexpr, STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    LSE: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries, and its part of the dk and dv of sinks before the keys it loops over, to `far`."""
     i = first_token + tl.arange(0, BM)
@@ -253,8 +290,7 @@ def _query_side(
     stride_o = query_heads * V
     wide_o = length.to(tl.int64) * stride_o
     output = _tile(o + head * V, i, real, place, row, length, wide_o, stride_o, columns, V, BV, PLACED)
-    delta = tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
-    weight = tl.load(lse + head * tokens + row * length + i, mask=real, other=0.0)
+    weight, delta = _row_sums(output, gradient, lse, dlse, i, real, place, row, head, length, tokens, LSE, DLSE, PLACED)
     factor = scale * LOG2_E
     acc = tl.zeros([BM, BD], tl.float32)
     low, high = tl.maximum(first_token - window + 1, first), tl.minimum(first_token + BM, count)
@@ -295,12 +331,13 @@ def _query_side(
 
 @triton.jit(do_not_specialize=["scale", "length", "total", "tokens", "window", "sinks"])
 def backward_kernel(
-    q, k, v, o, do, lse, dq, dk, dv, near, far, begin, owner, place,
+    q, k, v, o, do, lse, dlse, dq, dk, dv, near, far, begin, owner, place,
     scale, length, total, tokens, window, sinks, query_heads, shared,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
     stride_do_row, stride_do, stride_do_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BS: tl.constexpr, STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    LSE: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
     """All gradients: programs of a block of keys and of a block of queries side by side, so that both find in the
     L2 cache what the other has read.
@@ -317,20 +354,20 @@ def backward_kernel(
             return
     if kind < shared:
         _key_side(
-            q, k, v, o, do, lse, dk, dv, near, begin, owner, place,
+            q, k, v, o, do, lse, dlse, dk, dv, near, begin, owner, place,
             kind, first_token, row, count, scale, length, total, tokens, window, sinks, query_heads, group, shared,
             stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head,
             stride_v_row, stride_v, stride_v_head, stride_do_row, stride_do, stride_do_head,
-            D, V, BD, BV, BM, BN, STREAM, PLACED, SINKS, PRECISION,
+            D, V, BD, BV, BM, BN, STREAM, PLACED, SINKS, PRECISION, LSE, DLSE,
         )  # fmt: skip
     else:
         _query_side(
-            q, k, v, o, do, lse, dq, far, begin, place,
+            q, k, v, o, do, lse, dlse, dq, far, begin, place,
             kind - shared, first_token, first, row * blocks + block, row, count,
             scale, length, total, tokens, window, sinks, query_heads, group,
             stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head,
             stride_v_row, stride_v, stride_v_head, stride_do_row, stride_do, stride_do_head,
-            D, V, BD, BV, BM, BN, BS, STREAM, PLACED, SINKS, PRECISION,
+            D, V, BD, BV, BM, BN, BS, STREAM, PLACED, SINKS, PRECISION, LSE, DLSE,
         )  # fmt: skip
 
 
@@ -370,13 +407,15 @@ def sink_kernel(
 
 @triton.jit(do_not_specialize=["scale", "length", "slots", "window", "sinks"])
 def cached_kernel(
-    q, k, v, o, q_position, k_position,
+    q, k, v, o, lse, q_position, k_position,
     scale, length, slots, window, sinks, query_heads, group,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """o of a few new tokens on keys in any order; the rows of a tile are the tokens and heads of a group."""
+    """o of a few new tokens on keys in any order; the rows of a tile are the tokens and heads of a group.
+    With LSE also the natural logarithm of the sum of weights `[B, T, Hq]`.
+    """
     pieces, shared = tl.cdiv(length * group, BM), query_heads // group
     pid = tl.program_id(0)
     piece, head, row = pid % pieces, (pid // pieces % shared).to(tl.int64), (pid // (pieces * shared)).to(tl.int64)
@@ -401,6 +440,10 @@ def cached_kernel(
         distance = position[:, None] - number[None, :]
         seen = (distance >= 0) & ((distance < window) | (number < sinks)[None, :]) & (held[None, :] & real[:, None])
         acc, top, weight = _softmax_step(acc, top, weight, queries, keys, values, seen, factor, PRECISION)
-    acc = acc / tl.where(weight > 0, weight, 1.0)[:, None]
-    there = ((row * length + token) * query_heads + query_head) * V
-    _put(o, there, acc, here, columns, V, BV)
+    weight = tl.where(weight > 0, weight, 1.0)
+    acc = acc / weight[:, None]
+    there = (row * length + token) * query_heads + query_head
+    _put(o, there * V, acc, here, columns, V, BV)
+    if LSE:
+        logarithm = tl.where(top > float("-inf"), (top + tl.log2(weight)) * LN_2, 0.0)
+        tl.store(lse + there, logarithm, mask=here)

@@ -114,19 +114,24 @@ def _extent(q: Tensor, begin: _Maybe, block: int) -> tuple[int, int, int]:
 @torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe,
-    scale: float, window: int, sinks: int,
+    scale: float, window: int, sinks: int, return_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """o `[B, T, Hq, Dv]` and log2 of the sum of weights, fp32 `[Hq, B * T]` in the order of the stream."""
+    """o `[B, T, Hq, Dv]` and the logarithm of the sum of weights, fp32 `[Hq, B * T]`.
+
+    The latter is to base 2 and in the order of the stream, for the backward pass only; with `return_lse` natural and
+    in the order of the tokens, 0 for hidden ones.
+    """
     q, k, v = _rows(q), _rows(k), _rows(v)  # the compiler may lay tensors out anew
     rows, length, heads = q.shape[:3]
     config = local_config("forward", q.shape[3], v.shape[3], q.dtype)
-    o = (v.new_empty if place is None else v.new_zeros)(rows, length, heads, v.shape[3])
-    lse = v.new_empty(heads, rows * length, dtype=torch.float32)
+    fill = v.new_empty if place is None else v.new_zeros
+    o = fill(rows, length, heads, v.shape[3])
+    lse = (fill if return_lse else v.new_empty)(heads, rows * length, dtype=torch.float32)
     total, blocks, streams = _extent(q, begin, config.block)
     forward_kernel[(heads * blocks * streams,)](
         q, k, v, o, lse, o if begin is None else begin, o if place is None else place,
         scale, length, total, rows * length, window, sinks, heads, heads // k.shape[2], *_strides(q, k, v),
-        **_constants(q, v, config, begin, place, sinks),
+        **_constants(q, v, config, begin, place, sinks), LSE=return_lse,
     )  # fmt: skip
     return o, lse
 
@@ -134,7 +139,7 @@ def _forward(
 @_forward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe,
-    scale: float, window: int, sinks: int,
+    scale: float, window: int, sinks: int, return_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, length, heads = q.shape[:3]
     o = v.new_empty(rows, length, heads, v.shape[3])
@@ -143,10 +148,11 @@ def _(
 
 @torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor,
-    begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe, scale: float, window: int, sinks: int,
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor, dlse: _Maybe,
+    begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe,
+    scale: float, window: int, sinks: int, return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv."""
+    """dq, dk, dv; `lse` as `_forward` made it, `dlse` its gradient where it was returned and has one."""
     q, k, v, do, o, lse = _rows(q), _rows(k), _rows(v), _rows(do), o.contiguous(), lse.contiguous()
     rows, length, heads, dim = q.shape
     shared, value_dim = k.shape[2], v.shape[3]
@@ -158,10 +164,13 @@ def _backward(
     near = q.new_empty((sequences, shared, sinks, dim + value_dim), dtype=torch.float32)
     far = q.new_empty((streams * blocks, heads, sinks, dim + value_dim), dtype=torch.float32)
     constants = _constants(q, v, config, begin, place, sinks)
-    table = [o if x is None else x for x in (begin, owner, starts, place)]  # what is not read still has to be a pointer
+    # What is not read still has to be a pointer.
+    table = [o if x is None else x for x in (begin, owner, starts, place)]
+    given = lse if dlse is None else dlse.contiguous()
     backward_kernel[((heads + shared) * blocks * streams,)](
-        q, k, v, o, do, lse, dq, dk, dv, near, far, table[0], table[1], table[3],
+        q, k, v, o, do, lse, given, dq, dk, dv, near, far, table[0], table[1], table[3],
         scale, length, total, rows * length, window, sinks, heads, shared, *_strides(q, k, v, do), **constants,
+        LSE=return_lse, DLSE=dlse is not None,
     )  # fmt: skip
     if sinks:
         columns = 128
@@ -175,21 +184,24 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor,
-    begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe, scale: float, window: int, sinks: int,
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor, dlse: _Maybe,
+    begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe,
+    scale: float, window: int, sinks: int, return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *table, scale, window, sinks = inputs
+    q, k, v, *table, scale, window, sinks, return_lse = inputs
     ctx.save_for_backward(q, k, v, *output, *table)
-    ctx.sizes = scale, window, sinks
+    ctx.sizes = scale, window, sinks, return_lse
+    ctx.set_materialize_grads(False)  # an lse without a gradient is not read
 
 
-def _differentiate(ctx: Any, do: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, do: _Maybe, dlse: _Maybe) -> tuple[Any, ...]:
     q, k, v, o, lse, *table = ctx.saved_tensors
-    return *_backward(q, k, v, o, do, lse, *table, *ctx.sizes), *[None] * 7
+    do = torch.zeros_like(o) if do is None else do
+    return *_backward(q, k, v, o, do, lse, dlse, *table, *ctx.sizes), *[None] * 8
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
@@ -197,28 +209,32 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 
 @torch.library.custom_op(f"{_NAMESPACE}::cached", mutates_args=())
 def _cached(
-    q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor, scale: float, window: int, sinks: int
-) -> Tensor:
-    """`[B, T, Hq, Dv]`."""
+    q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor,
+    scale: float, window: int, sinks: int, return_lse: bool,
+) -> list[Tensor]:  # fmt: skip
+    """o `[B, T, Hq, Dv]`, and with `return_lse` the natural logarithm of the sum of weights, fp32 `[B, T, Hq]`."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     rows, length, heads = q.shape[:3]
     shared = k.shape[2]
     group = heads // shared
     config = cached_config(length * group, q.shape[3], v.shape[3], q.dtype)
     o = v.new_empty(rows, length, heads, v.shape[3])
+    lse = [v.new_empty(rows, length, heads, dtype=torch.float32)] if return_lse else []
     cached_kernel[(-(-length * group // config.block) * shared * rows,)](
-        q, k, v, o, q_positions, k_positions, scale, length, k.shape[1], window, sinks, heads, group,
-        *_strides(q, k, v), **_sizes(q, v), BM=config.block, BN=config.step,
+        q, k, v, o, *(lse or [o]), q_positions, k_positions, scale, length, k.shape[1], window, sinks, heads, group,
+        *_strides(q, k, v), **_sizes(q, v), BM=config.block, BN=config.step, LSE=return_lse,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    return o
+    return [o, *lse]
 
 
 @_cached.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor, scale: float, window: int, sinks: int
-) -> Tensor:
-    return v.new_empty(*q.shape[:3], v.shape[3])
+    q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor,
+    scale: float, window: int, sinks: int, return_lse: bool,
+) -> list[Tensor]:  # fmt: skip
+    o = v.new_empty(*q.shape[:3], v.shape[3])
+    return [o, v.new_empty(q.shape[:3], dtype=torch.float32)] if return_lse else [o]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -240,7 +256,8 @@ def local_attention_kernel(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`local_attention` by the kernels; arguments checked by the caller, T > 0."""
     rows, length = q.shape[:2]
     window, sinks = min(window, rows * length), min(sinks, length)
@@ -248,8 +265,9 @@ def local_attention_kernel(
     if cu_seqlens is not None or mask is not None:
         table = tuple(stream_of(rows, length, cu_seqlens, mask, q.device))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    o: Tensor = _forward(*_inputs(q, k, v), *table, scale, window, sinks)[0]
-    return o.to(v.dtype)
+    o, lse = _forward(*_inputs(q, k, v), *table, scale, window, sinks, return_lse)
+    o = o.to(v.dtype)
+    return (o, torch.unflatten(lse, 1, (rows, length)).permute(1, 2, 0)) if return_lse else o
 
 
 def local_attention_cached_kernel(
@@ -262,9 +280,11 @@ def local_attention_cached_kernel(
     window: int,
     sinks: int,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`local_attention_cached` by one kernel, without a gradient; arguments checked by the caller."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     positions = q_positions.contiguous(), k_positions.contiguous()
-    o: Tensor = _cached(*_inputs(q, k, v), *positions, scale, window, sinks)
-    return o.to(v.dtype)
+    o, *lse = _cached(*_inputs(q, k, v), *positions, scale, window, sinks, return_lse)
+    o = o.to(v.dtype)
+    return (o, lse[0]) if return_lse else o

@@ -108,17 +108,21 @@ def step(dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 64, length
         )
 
 
-def window(dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 2, length: int = 256) -> None:
+def window(
+    dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 2, length: int = 256, return_lse: bool = False
+) -> None:
     """The softmax window, its backward pass, with hidden tokens, and on a cache."""
     q, k, v = (torch.zeros(rows, length, h, d, dtype=dtype) for h, d in ((4, dim), (2, dim), (2, value_dim)))
     for mask in (None, torch.ones(rows, length, dtype=torch.bool)):
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        local_attention(*leaves, window=64, sinks=4, mask=mask).sum().backward()
+        found: Any = local_attention(*leaves, window=64, sinks=4, mask=mask, return_lse=return_lse)
+        sum(x.sum() for x in (found if return_lse else [found])).backward()
     positions = torch.arange(length).expand(rows, length)
     with torch.no_grad():
         local_attention_cached(
-            q[:, -2:], k, v, k_positions=positions, q_positions=positions[:, -2:].clone(), window=64, sinks=4
-        )
+            q[:, -2:], k, v, k_positions=positions, q_positions=positions[:, -2:].clone(), window=64, sinks=4,
+            return_lse=return_lse,
+        )  # fmt: skip
 
 
 def losses(dtype: torch.dtype, dim: int, value_dim: int) -> None:
@@ -139,6 +143,7 @@ CALLS: dict[str, Callable[[torch.dtype, int, int], None]] = {
     "grouped": lambda dtype, dim, value_dim: linear(dtype, dim, value_dim, group=2, backward=False, segment=512),
     "step": step,
     "window": window,
+    "lse": lambda dtype, dim, value_dim: window(dtype, dim, value_dim, return_lse=True),
     "losses": losses,
 }
 

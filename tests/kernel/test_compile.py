@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-KERNELS_OF_A_DIM = 27
+KERNELS_OF_A_DIM = 34
 KERNELS_OF_LOSSES = 2
 
 
@@ -58,9 +58,10 @@ kernels(linear, [{"length": 40}, {"length": 512}], new)
 kernels(linear, [{"length": 40}, {"length": 512}], new, group=2, full=True)
 kernels(step, [{"rows": 1}, {"rows": 64}], [{"rows": 3, "length": 2}, {"rows": 100, "length": 16}])
 kernels(window, [{"length": 100}], new)
+kernels(window, [{"length": 100}], new, return_lse=True)
 """
 
 
 def test_no_new_length_or_batch_compiles_anew():
     """One length below and one above that of a segment, few and many states of a step: all others find their kernel."""
-    assert python("-W", "ignore", "-c", LENGTHS) == ["linear 7", "linear 10", "step 3", "window 7"]
+    assert python("-W", "ignore", "-c", LENGTHS) == ["linear 7", "linear 10", "step 3", "window 7", "window 7"]

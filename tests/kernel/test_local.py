@@ -17,32 +17,36 @@ def make(length, *, rows=2, heads=4, shared=2, dim=5, value_dim=3, dtype=torch.f
     return [torch.randn(rows, length, *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def dense(q, k, v, window, sinks, scale=None):
+def dense(q, k, v, window, sinks, scale=None, return_lse=False):
     """One sequence without padding: for every query the set of keys it sees, each once."""
     groups = q.shape[2] // k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    rows = []
+    rows, sums = [], []
     for t in range(q.shape[1]):
         seen = sorted(set(range(max(0, t - window + 1), t + 1)) | set(range(min(sinks, t + 1))))
         keys, values = (x[:, seen].repeat_interleave(groups, 2) for x in (k, v))
-        weights = (torch.einsum("bhd,bshd->bhs", q[:, t], keys) * scale).softmax(-1)
-        rows.append(torch.einsum("bhs,bshe->bhe", weights, values))
-    return torch.stack(rows, 1)
+        scores = torch.einsum("bhd,bshd->bhs", q[:, t], keys) * scale
+        rows.append(torch.einsum("bhs,bshe->bhe", scores.softmax(-1), values))
+        sums.append(scores.exp().sum(-1).log())
+    return (torch.stack(rows, 1), torch.stack(sums, 1)) if return_lse else torch.stack(rows, 1)
 
 
-def gradients(out, leaves):
+def gradients(outs, leaves):
     generator = torch.Generator().manual_seed(1)
-    return torch.autograd.grad((out * torch.randn(out.shape, generator=generator, dtype=out.dtype)).sum(), leaves)
+    outs = [outs] if torch.is_tensor(outs) else outs
+    weights = [torch.randn(out.shape, generator=generator, dtype=out.dtype) for out in outs]
+    return torch.autograd.grad(sum((x * y).sum() for x, y in zip(outs, weights, strict=True)), leaves)
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 33, 64, 65, 130])
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (1, 3), (4, 4), (33, 0), (40, 2), (64, 4), (200, 5), (3, 70)])
 def test_equals_dense_softmax_with_gradients(length, window, sinks):
     leaves = [x.requires_grad_() for x in make(length, rows=1)]
-    found = local_attention(*leaves, window=window, sinks=sinks)
-    wanted = dense(*leaves, window, sinks)
+    found = local_attention(*leaves, window=window, sinks=sinks, return_lse=True)
+    wanted = dense(*leaves, window, sinks, return_lse=True)
     torch.testing.assert_close(found, wanted, atol=EXACT, rtol=0)
     torch.testing.assert_close(gradients(found, leaves), gradients(wanted, leaves), atol=EXACT, rtol=0)
+    assert torch.equal(local_attention(*leaves, window=window, sinks=sinks), found[0])
 
 
 def test_wide_window_is_plain_causal_attention():
@@ -90,15 +94,17 @@ def test_masked_tokens_are_as_absent(where, window, sinks):
     mask = masks()[where]
     clean = make(90)
     leaves = [x.masked_fill(~mask[..., None, None], torch.nan).requires_grad_() for x in clean]
-    out = local_attention(*leaves, window=window, sinks=sinks, mask=mask)
+    out, lse = local_attention(*leaves, window=window, sinks=sinks, mask=mask, return_lse=True)
     assert not out[~mask].any()
-    for grad in gradients(out, leaves):
+    assert not lse[~mask].any()
+    for grad in gradients((out, lse), leaves):
         assert grad.isfinite().all()
         assert not grad[~mask].any()
     for row in range(2):
         if mask[row].any():
-            alone = dense(*(x[row : row + 1, mask[row]] for x in clean), window, sinks)
-            torch.testing.assert_close(out[row : row + 1, mask[row]], alone, atol=EXACT, rtol=0)
+            alone = dense(*(x[row : row + 1, mask[row]] for x in clean), window, sinks, return_lse=True)
+            found = tuple(x[row : row + 1, mask[row]] for x in (out, lse))
+            torch.testing.assert_close(found, alone, atol=EXACT, rtol=0)
 
 
 @pytest.mark.parametrize("bounds", [[0, 130], [0, 0, 1, 2, 66, 66, 130], [0, 0, 0, 65, 130, 130, 130]])
@@ -107,15 +113,17 @@ def test_masked_tokens_are_as_absent(where, window, sinks):
 def test_packed_sequences_equal_each_alone(bounds, holes, window, sinks):
     leaves = [x.requires_grad_() for x in make(130, rows=1)]
     mask = torch.arange(130)[None] % 4 != 0 if holes else None
-    out = local_attention(*leaves, window=window, sinks=sinks, cu_seqlens=torch.tensor(bounds), mask=mask)
+    options = {"cu_seqlens": torch.tensor(bounds), "mask": mask, "return_lse": True}
+    found = local_attention(*leaves, window=window, sinks=sinks, **options)
     real = torch.ones(1, 130, dtype=torch.bool) if mask is None else mask
-    wanted = torch.zeros_like(out)
+    wanted = tuple(torch.zeros_like(x) for x in found)
     for start, stop in pairwise(bounds):
         places = torch.arange(start, stop)[real[0, start:stop]]
         if len(places):
-            wanted = wanted.index_copy(1, places, dense(*(x[:, places] for x in leaves), window, sinks))
-    torch.testing.assert_close(out, wanted, atol=EXACT, rtol=0)
-    torch.testing.assert_close(gradients(out, leaves), gradients(wanted, leaves), atol=EXACT, rtol=0)
+            alone = dense(*(x[:, places] for x in leaves), window, sinks, return_lse=True)
+            wanted = tuple(x.index_copy(1, places, y) for x, y in zip(wanted, alone, strict=True))
+    torch.testing.assert_close(found, wanted, atol=EXACT, rtol=0)
+    torch.testing.assert_close(gradients(found, leaves), gradients(wanted, leaves), atol=EXACT, rtol=0)
 
 
 def test_cached_form_equals_full_form():
@@ -124,7 +132,7 @@ def test_cached_form_equals_full_form():
     q, k, v = make(length)
     mask = torch.ones(2, length, dtype=torch.bool)
     mask[0, :2] = False
-    wanted = local_attention(q, k, v, window=window, sinks=sinks, mask=mask)
+    wanted = local_attention(q, k, v, window=window, sinks=sinks, mask=mask, return_lse=True)
     positions = mask.cumsum(1) - 1
     positions[~mask] = -1
     held_k, held_v = (torch.full((2, sinks + window, *x.shape[2:]), torch.nan, dtype=x.dtype) for x in (k, v))
@@ -139,8 +147,9 @@ def test_cached_form_equals_full_form():
             q_positions=now,
             window=window,
             sinks=sinks,
+            return_lse=True,
         )
-        torch.testing.assert_close(found, wanted[:, t : t + 1], atol=EXACT, rtol=0)
+        torch.testing.assert_close(found, tuple(x[:, t : t + 1] for x in wanted), atol=EXACT, rtol=0)
         for row in range(2):
             p = int(now[row])
             if p >= 0:
@@ -161,8 +170,9 @@ def test_cached_form_with_all_tokens_at_once():
         q_positions=positions,
         window=9,
         sinks=2,
+        return_lse=True,
     )
-    wanted = local_attention(q, k, v, window=9, sinks=2, mask=mask)
+    wanted = local_attention(q, k, v, window=9, sinks=2, mask=mask, return_lse=True)
     torch.testing.assert_close(found, wanted, atol=EXACT, rtol=0)
     torch.testing.assert_close(gradients(found, leaves), gradients(wanted, leaves), atol=EXACT, rtol=0)
 
@@ -170,22 +180,35 @@ def test_cached_form_with_all_tokens_at_once():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype):
     q, k, v = make(130, dim=16, value_dim=16, dtype=dtype)
-    out = local_attention(q, k, v, window=40, sinks=4)
-    assert out.dtype == dtype
-    wanted = dense(q.double(), k.double(), v.double(), 40, 4)
+    out, lse = local_attention(q, k, v, window=40, sinks=4, return_lse=True)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    wanted, exact = dense(q.double(), k.double(), v.double(), 40, 4, return_lse=True)
+    assert (lse - exact).abs().max() <= 2e-6
     plain = dense(q, k, v, 40, 4)
     assert (out - wanted).norm() <= 2 * (plain - wanted).norm()
 
 
 def test_autocast_leaves_float32_alone():
     q, k, v = make(70, dtype=torch.float32)
-    plain = local_attention(q, k, v, window=8, sinks=2)
+    options = {"window": 8, "sinks": 2, "return_lse": True}
+    plain = local_attention(q, k, v, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(local_attention(q, k, v, window=8, sinks=2), plain)
+        assert all(map(torch.equal, local_attention(q, k, v, **options), plain))
 
 
 def test_no_tokens():
     assert local_attention(*make(0), window=4, sinks=1).shape == (2, 0, 4, 3)
+    assert local_attention(*make(0), window=4, sinks=1, return_lse=True)[1].shape == (2, 0, 4)
+
+
+def test_cached_query_that_sees_no_key():
+    q, k, v = make(2)
+    positions = torch.tensor([[5, -1], [0, 9]])
+    out, lse = local_attention_cached(
+        q, k, v, k_positions=torch.tensor([[-1, -1], [1, 2]]), q_positions=positions, window=3, sinks=0, return_lse=True
+    )
+    assert not out.any()
+    assert not lse.any()
 
 
 def test_memory_grows_with_the_length_not_its_square():

@@ -36,7 +36,7 @@ def numbers(rows, length, cu_seqlens, mask):
     return owner, number
 
 
-def quadratic(q, k, v, window, sinks, scale=None, cu_seqlens=None, mask=None):
+def quadratic(q, k, v, window, sinks, scale=None, cu_seqlens=None, mask=None, return_lse=False):
     """The definition with all T x T scores; needs finite inputs."""
     owner, number = numbers(*q.shape[:2], cu_seqlens, mask)
     distance = number[:, :, None] - number[:, None]
@@ -47,15 +47,20 @@ def quadratic(q, k, v, window, sinks, scale=None, cu_seqlens=None, mask=None):
     k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     blind = ~seen.any(-1)
-    weights = scores.masked_fill(~(seen | blind[..., None])[:, None], -torch.inf).softmax(-1)
-    return torch.einsum("bhts,bshe->bthe", weights, v).masked_fill(blind[..., None, None], 0)
+    scores = scores.masked_fill(~(seen | blind[..., None])[:, None], -torch.inf)
+    out = torch.einsum("bhts,bshe->bthe", scores.softmax(-1), v).masked_fill(blind[..., None, None], 0)
+    lse = scores.logsumexp(-1).transpose(1, 2).masked_fill(blind[..., None], 0)
+    return (out, lse) if return_lse else out
 
 
 def with_gradients(function, inputs, **options):
+    """o, dq, dk, dv and, where it is asked for, lse, whose gradient is taken from do."""
     q, k, v, do = inputs
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = function(*leaves, **options)
-    return [out.detach(), *torch.autograd.grad(out, leaves, do)]
+    found = function(*leaves, **options)
+    out, *lse = found if options.get("return_lse") else (found,)
+    gradients = torch.autograd.grad([out, *lse], leaves, [do, *(do[..., 0].to(x.dtype) for x in lse)])
+    return [out.detach(), *gradients, *(x.detach() for x in lse)]
 
 
 def compare(function, inputs, *, limit, **options):
@@ -64,7 +69,10 @@ def compare(function, inputs, *, limit, **options):
     found = with_gradients(function, inputs, **options)
     clean = [x if mask is None else x.masked_fill(~mask[..., None, None], 0) for x in inputs]
     wanted = with_gradients(quadratic, [x.double() for x in clean], **options)
-    for name, x, y, like in zip(("o", "dq", "dk", "dv"), found, wanted, (inputs[3], *inputs[:3]), strict=True):
+    likes = [inputs[3], *inputs[:3]]
+    if options.get("return_lse"):
+        likes.append(inputs[0][..., 0].float())
+    for name, x, y, like in zip(("o", "dq", "dk", "dv", "lse"), found, wanted, likes, strict=False):
         assert x.dtype == like.dtype
         assert x.shape == like.shape
         assert (x - y).norm() <= limit * max(y.norm(), like.nan_to_num().norm() / 4), name  # a gradient may be 0
@@ -98,6 +106,27 @@ SIZES = [
 @pytest.mark.usefixtures("interpreted")
 def test_equals_the_definition(length, window, sinks):
     compare(local_attention, make(length, dim=16, value_dim=32), window=window, sinks=sinks, limit=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("length", "window", "sinks"), [(1, 1, 4), (65, 300, 0), (150, 64, 4)])
+@pytest.mark.usefixtures("interpreted")
+def test_log_sum_exp(length, window, sinks, dtype):
+    """Beside an unchanged output; both, and then only one of them, have a gradient."""
+    inputs = make(length, rows=2, heads=2, dtype=dtype)
+    sizes = {"window": window, "sinks": sinks}
+    compare(local_attention, inputs, return_lse=True, limit=DTYPES[dtype], **sizes)
+    leaves = [x.requires_grad_() for x in inputs[:3]]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    found, wanted = local_attention(*leaves, return_lse=True, **sizes), quadratic(*exact, return_lse=True, **sizes)
+    assert torch.equal(found[0], local_attention(*leaves, **sizes))
+    for out, like in zip(found, wanted, strict=True):
+        gradients, expected = (
+            torch.autograd.grad(x.sum(), of, retain_graph=True, materialize_grads=True)
+            for x, of in ((out, leaves), (like, exact))
+        )
+        for x, y in zip(gradients, expected, strict=True):
+            assert (x - y).norm() <= DTYPES[dtype] * max(y.norm(), length**0.5)
 
 
 @pytest.mark.parametrize(("length", "window", "sinks"), [(65, 16, 4), (150, 64, 0), (200, 64, 4)])
@@ -137,7 +166,7 @@ def masks(length):
 def test_masked_tokens_are_as_absent(where, window, sinks):
     mask = masks(110)[where]
     inputs = [x.masked_fill(~mask[..., None, None], torch.nan) for x in make(110, rows=2)]
-    compare(local_attention, inputs, window=window, sinks=sinks, mask=mask, limit=2e-6)
+    compare(local_attention, inputs, window=window, sinks=sinks, mask=mask, return_lse=True, limit=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +175,7 @@ def test_masked_tokens_are_as_absent(where, window, sinks):
 @pytest.mark.usefixtures("interpreted")
 def test_packed_sequences(bounds, holes):
     mask = torch.arange(130)[None] % 4 != 0 if holes else None
-    options = {"cu_seqlens": torch.tensor(bounds), "mask": mask, "window": 20, "sinks": 4}
+    options = {"cu_seqlens": torch.tensor(bounds), "mask": mask, "window": 20, "sinks": 4, "return_lse": True}
     compare(local_attention, make(130), limit=2e-6, **options)
 
 
@@ -191,9 +220,10 @@ def test_causal_to_the_bit():
     dims=st.tuples(st.sampled_from([8, 16, 33]), st.sampled_from([1, 16, 40])),
     packed=st.booleans(),
     share=st.sampled_from([None, 0.0, 0.5, 0.95]),
+    return_lse=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_call_and_its_gradients(lengths, window, sinks, group, dims, packed, share, seed):
+def test_any_call_and_its_gradients(lengths, window, sinks, group, dims, packed, share, return_lse, seed):
     length = sum(lengths) if packed else max(lengths)
     inputs = make(length, rows=1 if packed else 2, heads=2 * group, shared=2, dim=dims[0], value_dim=dims[1], seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -202,7 +232,8 @@ def test_any_call_and_its_gradients(lengths, window, sinks, group, dims, packed,
     if mask is not None:
         inputs = [x.masked_fill(~mask[..., None, None], torch.nan) for x in inputs]
     with mock.patch.dict(os.environ, SWAPATTN_KERNELS="triton"):
-        compare(local_attention, inputs, window=window, sinks=sinks, mask=mask, cu_seqlens=bounds, limit=1e-5)
+        options = {"mask": mask, "cu_seqlens": bounds, "return_lse": return_lse}
+        compare(local_attention, inputs, window=window, sinks=sinks, limit=1e-5, **options)
 
 
 @pytest.mark.parametrize("step", [1, 3])
@@ -213,7 +244,7 @@ def test_cached_form_equals_full_form(step):
     q, k, v, _ = make(length, rows=2, heads=4, shared=2, dim=24)
     mask = torch.ones(2, length, dtype=torch.bool)
     mask[0, :2] = False
-    wanted = quadratic(q.double(), k.double(), v.double(), window, sinks, mask=mask)
+    wanted = quadratic(q.double(), k.double(), v.double(), window, sinks, mask=mask, return_lse=True)
     positions = (mask.cumsum(1) - 1).masked_fill(~mask, -1)
     slots = sinks + window + step
     held_k, held_v = (torch.full((2, slots, *x.shape[2:]), torch.nan) for x in (k, v))
@@ -228,8 +259,11 @@ def test_cached_form_equals_full_form(step):
             q_positions=positions[:, now],
             window=window,
             sinks=sinks,
+            return_lse=True,
         )
-        assert (found - wanted[:, now]).abs().max() <= 2e-6
+        for x, y in zip(found, wanted, strict=True):
+            assert (x - y[:, now]).abs().max() <= 2e-6
+        assert not found[1][positions[:, now] < 0].any()
         for row in range(2):
             for new in range(t, t + step):
                 p = int(positions[row, new])
@@ -246,15 +280,18 @@ def test_operators_are_traceable(interpreted):
     leaves = [x.requires_grad_() for x in (q, k, v)]
     mask = torch.arange(40)[None] > 3
     for table in ((None,) * 4, tuple(module.stream_of(1, 40, None, mask, q.device))):
-        torch.library.opcheck(module._forward, (*leaves, *table, 0.25, 8, 2), test_utils="test_faketensor")
-        torch.library.opcheck(module._forward, (*leaves, *table, 0.25, 8, 2), test_utils="test_autograd_registration")
+        for test in ("test_faketensor", "test_autograd_registration"):
+            for asked in (False, True):
+                torch.library.opcheck(module._forward, (*leaves, *table, 0.25, 8, 2, asked), test_utils=test)
     positions = torch.arange(40)[None]
-    torch.library.opcheck(module._cached, (q, k, v, positions, positions, 0.25, 8, 2), test_utils="test_faketensor")
     compiled = torch.compile(local_attention, fullgraph=True, backend="aot_eager")
-    options = {"window": 8, "sinks": 2, "mask": mask}
-    found = with_gradients(compiled, (q, k, v, do), **options)
-    wanted = with_gradients(local_attention, (q, k, v, do), **options)
-    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+    for asked in (False, True):
+        arguments = (q, k, v, positions, positions, 0.25, 8, 2, asked)
+        torch.library.opcheck(module._cached, arguments, test_utils="test_faketensor")
+        options = {"window": 8, "sinks": 2, "mask": mask, "return_lse": asked}
+        found = with_gradients(compiled, (q, k, v, do), **options)
+        wanted = with_gradients(local_attention, (q, k, v, do), **options)
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
 def test_switch(monkeypatch):
@@ -276,15 +313,18 @@ DTYPES = {torch.bfloat16: 7e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 def test_on_gpu(dtype, dim, value_dim):
     inputs = make(1000, rows=2, heads=4, shared=2, dim=dim, value_dim=value_dim, dtype=dtype, device="cuda")
     for window, sinks in ((64, 4), (1, 0), (100, 16), (1024, 4)):
-        compare(local_attention, inputs, window=window, sinks=sinks, limit=DTYPES[dtype])
+        for asked in (False, True):
+            options = {"window": window, "sinks": sinks, "return_lse": asked}
+            compare(local_attention, inputs, limit=DTYPES[dtype], **options)
     compare(local_attention, inputs, window=64, sinks=4, scale=1.0, limit=DTYPES[dtype])
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 1000])
-def test_on_gpu_any_length_mask_and_packing(length):
+def test_on_gpu_any_length_mask_and_packing(length, return_lse):
     inputs = make(length, rows=2, heads=4, dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda")
-    options = {"window": 64, "sinks": 4, "limit": DTYPES[torch.bfloat16]}
+    options = {"window": 64, "sinks": 4, "return_lse": return_lse, "limit": DTYPES[torch.bfloat16]}
     for mask in masks(length).values():
         poisoned = [x.masked_fill(~mask.cuda()[..., None, None], torch.nan) for x in inputs]
         compare(local_attention, poisoned, mask=mask.cuda(), **options)
@@ -307,10 +347,11 @@ def test_on_gpu_runs_are_equal_and_independent_of_what_lies_behind():
 
 
 @pytest.mark.gpu
-def test_on_gpu_graph_capture_and_compile():
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_on_gpu_graph_capture_and_compile(return_lse):
     q, k, v, do = make(500, rows=2, heads=4, dim=64, value_dim=64, dtype=torch.bfloat16, device="cuda")
     mask = masks(500)["left"].cuda()
-    options = {"window": 64, "sinks": 4, "mask": mask}
+    options = {"window": 64, "sinks": 4, "mask": mask, "return_lse": return_lse}
     wanted = with_gradients(local_attention, (q, k, v, do), **options)
     found = with_gradients(torch.compile(local_attention, fullgraph=True), (q, k, v, do), **options)
     assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
@@ -331,7 +372,7 @@ def test_on_gpu_cached_form(heads):
     positions[1] -= 11
     positions.clamp_(min=-1)
     mask = positions >= 0
-    wanted = quadratic(q.double(), k.double(), v.double(), 64, 4, mask=mask)
+    wanted = quadratic(q.double(), k.double(), v.double(), 64, 4, mask=mask, return_lse=True)
     order = torch.randperm(80, device="cuda")
     for start in (79, 60):
         found = local_attention_cached(
@@ -342,5 +383,7 @@ def test_on_gpu_cached_form(heads):
             q_positions=positions[:, start:],
             window=64,
             sinks=4,
+            return_lse=True,
         )
-        assert (found - wanted[:, start:]).norm() <= 6e-3 * wanted[:, start:].norm()
+        for x, y in zip(found, wanted, strict=True):
+            assert (x - y[:, start:]).norm() <= 6e-3 * y[:, start:].norm()
