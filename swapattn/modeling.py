@@ -48,7 +48,7 @@ RUNTIME = (
 KERNEL_RUNTIME = (
     *("op.py", "reference.py", "switch.py", "local.py", "local_op.py", "local_kernels.py"),
     *("linear_op.py", "forward.py", "backward.py", "states.py", "sweep.py", "shape.py", "bulk.py", "launch.py"),
-    *("decode.py", "group.py"),
+    *("decay.py", "decode.py", "group.py"),
 )
 
 _ENTRY_TEXT = '''"""Loads this checkpoint in plain transformers: `from_pretrained(FOLDER, trust_remote_code=True)`.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .bulk import bulk_copies, head_steps
+from .decay import decay_gradient
 from .launch import sweep_config
 from .shape import Shape, outputs_per_program, padded, precision
 from .states import entering_states
@@ -90,6 +91,7 @@ def backward_kernel(
     here = item.to(tl.int64) * heads + head
     final = (sequence.to(tl.int64) * heads + head) * D
     token, own = row * length * query_heads + first, row * length * heads + head
+    states_k = (row * heads + head) * length  # of dots_k
     q += row * stride_q_row + own_head * stride_q_head
     k += row * stride_k_row + pair_head * stride_k_head
     v += row * stride_v_row + pair_head * stride_v_head
@@ -109,13 +111,13 @@ def backward_kernel(
             rows_of(v, end, stride_v, steps_do, V, C, BV, 1, BULK),
             rows_of(k, end, stride_k, steps_do, D, C, TD, 1, BULK),
             dq + token * D, steps_do, steps_q, log_decay, hidden, factor, delta, factor, q,
-            dots_q + block.to(tl.int64) * stride_dots_q + token,
+            dots_q + block.to(tl.int64) * stride_dots_q + (row * query_heads + first) * length,
             state_q, extra_q, start, stop, column_q, scale,
-            stride_do, stride_v, stride_k, query_heads * D, heads, query_heads, stride_q,
+            stride_do, stride_v, stride_k, query_heads * D, heads, query_heads, stride_q, length, stop,
             stride_do_head, stride_q_head, D,
             GRAD_Q, V, D, BV, TD, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, DOTS, PRECISION, BULK, False,
         )  # fmt: skip
-    elif D == V and not NORMALIZE and not DOTS:  # one loop for both: branches would not share their memory
+    elif D == V and not NORMALIZE:  # one loop for both: branches would not share their memory
         is_k = block < blocks_d
         stride_a = tl.where(is_k, stride_v, stride_k)
         stride_b = tl.where(is_k, stride_do, stride_q)
@@ -134,11 +136,12 @@ def backward_kernel(
             rows_of(tl.where(is_k, do, q), end, stride_b, steps_in, D, C, BD, GROUP, BULK),
             rows_of(tl.where(is_k, q, do), end, stride_c, steps_other, D, C, TD, GROUP, BULK),
             tl.where(is_k, dk, dv) + own * D, steps_in, steps_other,
-            log_decay, hidden, factor, delta, factor, k, dots_k,
+            log_decay, hidden, factor, delta, factor, k, dots_k + block.to(tl.int64) * stride_dots_k + states_k,
             state, 0.0, start, stop, column, scale,
-            stride_a, stride_b, stride_c, heads * D, heads, query_heads, 0,
+            stride_a, stride_b, stride_c, heads * D, heads, query_heads, stride_k, 0,
+            tl.where(is_k, stop, start),
             tl.where(is_k, stride_do_head, stride_q_head), tl.where(is_k, stride_q_head, stride_do_head), 0,
-            GRAD_V, D, D, BD, TD, C, GROUP, PER_TOKEN, MASKED, False, False, PRECISION, BULK, False,
+            GRAD_V, D, D, BD, TD, C, GROUP, PER_TOKEN, MASKED, False, DOTS, PRECISION, BULK, False,
         )  # fmt: skip
         if FIRST:
             if (part == 0) & (block >= blocks_d):
@@ -154,9 +157,9 @@ def backward_kernel(
             rows_of(do, end, stride_do, steps_do, V, C, BV, GROUP, BULK),
             rows_of(q, end, stride_q, steps_q, D, C, TD, GROUP, BULK),
             dk + own * D, steps_do, steps_q,
-            log_decay, hidden, factor, delta, factor, k, dots_k + block.to(tl.int64) * stride_dots_k + own,
+            log_decay, hidden, factor, delta, factor, k, dots_k + block.to(tl.int64) * stride_dots_k + states_k,
             state_k, extra_k, start, stop, column_k, scale,
-            stride_v, stride_do, stride_q, heads * D, heads, query_heads, stride_k,
+            stride_v, stride_do, stride_q, heads * D, heads, query_heads, stride_k, 0, stop,
             stride_do_head, stride_q_head, 0,
             GRAD_K, V, D, BV, TD, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, DOTS, PRECISION, BULK, False,
         )  # fmt: skip
@@ -173,7 +176,7 @@ def backward_kernel(
             rows_of(do, end, stride_do, steps_do, V, C, TV, GROUP, BULK),
             dv + own * V, steps_q, steps_do, log_decay, hidden, factor, delta, factor, k, dots_k,
             state_v, extra_v, start, stop, column_v, scale,
-            stride_k, stride_q, stride_do, heads * V, heads, query_heads, 0,
+            stride_k, stride_q, stride_do, heads * V, heads, query_heads, 0, 0, start,
             stride_q_head, stride_do_head, 0,
             GRAD_V, D, V, BD, TV, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, False, PRECISION, BULK, False,
         )  # fmt: skip
@@ -191,7 +194,7 @@ class Gradients(NamedTuple):
     v: Tensor
     state: Tensor | None
     sums: Tensor | None
-    decay: Tensor | None  # fp32 [B, T, Hs]: q . dq - k . dk, the gradient of the running sum of log decays
+    decay: Tensor | None  # of the log decay of every token, fp32 [B, T, Hs]
 
 
 def backward(
@@ -199,6 +202,7 @@ def backward(
     entering: tuple[Tensor | None, Tensor | None] = (None, None),
     behind: tuple[Tensor | None, Tensor | None] = (None, None),
     output: tuple[Tensor, Tensor] | None = None, first: bool = False, decay: bool = False,
+    at_end: Tensor | None = None,
     cu_seqlens: Tensor | None = None, mask: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     """Launch the backward pass; arguments as `forward`.
@@ -210,6 +214,7 @@ def backward(
         output: o and 1/z if the output was normalised.
         first: compute the gradient of the initial state.
         decay: compute that of the decay.
+        at_end: what reaches the sum of all log decays of a sequence besides, `[N, Hs]` contiguous.
     """
     config = sweep_config("dkv", shape.dim, shape.value_dim, q.dtype, shape.normalize)
     delta = factor = None
@@ -239,7 +244,11 @@ def backward(
     )
     configs = [config, sweep_config("dq", dim, value_dim, q.dtype, shape.normalize)]
     dots_k, dots_q = (
-        torch.empty(triton.cdiv(dim, c.columns), *x.shape[:3], dtype=torch.float32, device=q.device) if decay else None
+        torch.empty(
+            triton.cdiv(dim, c.columns), shape.rows, x.shape[2], shape.length, dtype=torch.float32, device=q.device
+        )
+        if decay
+        else None
         for c, x in zip(configs, (dk, dq), strict=True)
     )
     group = outputs_per_program(shape)
@@ -269,9 +278,9 @@ def backward(
             DIRECT=bool(part), BULK=bulk,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    running = None
+    total = None
     if dots_q is not None and dots_k is not None:
-        running = torch.unflatten(dots_q.sum(0), 2, (heads, -1)).sum(3) - dots_k.sum(0)
+        total = decay_gradient(dots_q, dots_k, at_end, cu_seqlens, mask, shape)
     if heads != shape.shared:
         dk, dv = (torch.unflatten(x, 2, (shape.shared, -1)).sum(3).to(k.dtype) for x in (dk, dv))
-    return Gradients(dq, dk, dv, state, sums, running)
+    return Gradients(dq, dk, dv, state, sums, total)

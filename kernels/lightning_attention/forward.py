@@ -63,7 +63,7 @@ def forward_kernel(
         log_decay + row * length * heads * PER_TOKEN + head, hidden + row * length,
         sums, sums, sums + vectors, q, sums,
         state, extra, start, stop, column, scale,
-        stride_q, stride_k, stride_v, query_heads * V, heads, query_heads, 0,
+        stride_q, stride_k, stride_v, query_heads * V, heads, query_heads, 0, 0, start,
         stride_q_head, 0, V,
         FORWARD, D, V, BD, BV, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, False, PRECISION, BULK, FINAL,
     )  # fmt: skip

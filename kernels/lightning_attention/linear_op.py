@@ -90,14 +90,15 @@ def _backward(
     segment: int,
     first: bool,
     decay: bool,
+    at_end: Maybe,
 ) -> list[Tensor]:
-    """dq, dk, dv, gradients of the initial state and sum state, and that of the running sum of log decays."""
+    """dq, dk, dv, gradients of the initial state and sum state, and that of the log decay of every token."""
     shape = shape_of(q, k, v, log_decay, cu_seqlens, mask is not None, inverse is not None, segment or None)
     gradients = backward(
         q, k, v, do, log_decay, shape,
         scale=scale, entering=(entering, entering_sum), behind=(behind, behind_sum),
         output=(o, inverse) if o is not None and inverse is not None else None,
-        first=first, decay=decay, cu_seqlens=cu_seqlens, mask=mask,
+        first=first, decay=decay, at_end=at_end, cu_seqlens=cu_seqlens, mask=mask,
     )  # fmt: skip
     return [q.new_empty(0, dtype=torch.float32) if x is None else x for x in gradients]
 
@@ -121,6 +122,7 @@ def _(
     segment: int,
     first: bool,
     decay: bool,
+    at_end: Maybe,
 ) -> list[Tensor]:
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     heads = log_decay.shape[-1]
@@ -162,48 +164,23 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         behind_sum = torch.zeros_like(final_sum)
     if behind_sum is not None and behind is None:
         behind = torch.zeros_like(final)
-    dq, dk, dv, state, sums, running = _backward(
+    at_end = None
+    if ctx.needs_input_grad[3] and behind is not None:
+        at_end = (final * behind).sum((2, 3))
+        if behind_sum is not None:
+            at_end = at_end + (final_sum * behind_sum).sum(2)
+    dq, dk, dv, state, sums, decay = _backward(
         q, k, v, _rows(do.to(v.dtype)), log_decay, ctx.scale, entering, entering_sum, behind, behind_sum, o, inverse,
-        cu_seqlens, mask, ctx.segment, ctx.started, ctx.needs_input_grad[3],
+        cu_seqlens, mask, ctx.segment, ctx.started, ctx.needs_input_grad[3], at_end,
     )  # fmt: skip
-    decay = None
-    if ctx.needs_input_grad[3]:
-        at_end = None
-        if behind is not None:
-            at_end = (final * behind).sum((2, 3))
-            if behind_sum is not None:
-                at_end = at_end + (final_sum * behind_sum).sum(2)
-        decay = _decay_gradient(running, at_end, cu_seqlens, mask, log_decay)
+    if not ctx.needs_input_grad[3]:
+        decay = None
+    elif log_decay.dim() == 1:
+        decay = decay.sum((0, 1), dtype=torch.float64).float()
     return (
         dq, dk, dv, decay, None, state if ctx.started else None, sums if ctx.started and ctx.normalize else None,
         None, None, None, None, None,
     )  # fmt: skip
-
-
-def _decay_gradient(
-    running: Tensor, at_end: Tensor | None, cu_seqlens: Maybe, mask: Maybe, log_decay: Tensor
-) -> Tensor:
-    """Gradient of the log decays from that of their running sums `[B, T, Hs]`: a sum over the tokens behind."""
-    wide = running.double()
-    if at_end is not None and running.shape[1] > 0:
-        wide = wide.clone()
-        if cu_seqlens is None:
-            wide[:, -1] += at_end
-        else:  # an empty sequence hands its initial state on, whatever the decay
-            filled = cu_seqlens[1:] > cu_seqlens[:-1]
-            last = (cu_seqlens[1:] - 1).clamp(min=0).long()
-            wide[0].index_add_(0, last, torch.where(filled[:, None], at_end, 0).double())
-    total = wide.flip(1).cumsum(1).flip(1)
-    if cu_seqlens is not None:
-        padded = torch.nn.functional.pad(total, (0, 0, 0, 1))
-        token = torch.arange(running.shape[1], device=running.device)
-        owner = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-        total = total - padded[:, cu_seqlens[1:].long()[owner]]
-    if mask is not None:
-        total = total * (mask != 0)[..., None]
-    if log_decay.dim() == 1:
-        total = total.sum((0, 1))
-    return total.to(log_decay.dtype)
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)

@@ -97,7 +97,7 @@ def load_tile(
 @triton.jit
 def load_rows(pointer, begin, stride, rows, columns, ok, D: tl.constexpr, BD: tl.constexpr):
     """Tile `[rows, columns]` of tokens from `begin` on; hidden tokens and columns beyond D read 0."""
-    place = pointer + begin.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    place = (pointer + begin.to(tl.int64) * stride) + (rows[:, None] * stride + columns[None, :])
     if BD == D:
         return tl.load(place, mask=ok[:, None], other=0.0)
     return tl.load(place, mask=ok[:, None] & (columns < D)[None, :], other=0.0)
@@ -120,18 +120,42 @@ def log2_decay(log_decay):
 
 
 @triton.jit
+def decays_of(log_decay, begin, step, ok, stride):
+    """Log decays of a chunk whose every token has one, 0 where there is no token."""
+    return tl.load((log_decay + begin.to(tl.int64) * stride) + step * stride, mask=ok, other=0.0)
+
+
+@triton.jit
 def running_decay(log_decay, hidden, begin, step, ok, stride, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr):
     """Running sum of log2 decays over a chunk, its total, and which tokens are real.
 
     `log_decay` points at a number for the head, or at that of the row's first token; `hidden` at the row's mask.
     """
+    if PER_TOKEN:
+        given = decays_of(log_decay, begin, step, ok, stride)
+    else:
+        given = tl.load(log_decay)
+    return summed_decay(given, hidden, begin, step, ok, MASKED)
+
+
+@triton.jit
+def summed_decay(given, hidden, begin, step, ok, MASKED: tl.constexpr):
+    """As `running_decay`, of log decays that have been read: one for each token or for all."""
     if MASKED:
         ok = ok & (tl.load(hidden + begin + step, mask=ok, other=0) != 0)
-    if PER_TOKEN:
-        rate = log2_decay(tl.load(log_decay + (begin.to(tl.int64) + step) * stride, mask=ok, other=0.0))
-    else:
-        rate = tl.where(ok, log2_decay(tl.load(log_decay)), 0.0)
+    rate = tl.where(ok, log2_decay(given), 0.0)
     return tl.cumsum(rate, 0), tl.sum(rate, 0), ok
+
+
+@triton.jit
+def pair_decay(inclusive, step, REVERSED: tl.constexpr):
+    """Decay `[C, C]` from the tokens of one chunk (columns) to each of them (rows), 0 where they do not reach."""
+    rows, columns = step[:, None], step[None, :]
+    if REVERSED:
+        distance = tl.where(rows <= columns, inclusive[None, :] - inclusive[:, None], float("-inf"))
+    else:
+        distance = tl.where(rows >= columns, inclusive[:, None] - inclusive[None, :], float("-inf"))
+    return tl.exp2(distance)
 
 
 @triton.jit
@@ -154,7 +178,7 @@ def sweep(
     steps_in, steps_other,  # as group_in and group_other, in rows and columns
     log_decay, hidden, factor, delta, sums, other, dots,
     state, extra, start, stop, column, scale,
-    stride_a, stride_b, stride_c, stride_out, stride_decay, stride_head, stride_other,
+    stride_a, stride_b, stride_c, stride_out, stride_decay, stride_head, stride_other, stride_dots, counted,
     group_in, group_other, group_out,  # from one query head to the next: operand(s), second operand, out
     KIND: tl.constexpr, A: tl.constexpr, V: tl.constexpr, BA: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -165,13 +189,21 @@ def sweep(
     state `[BA, BV]` and extra (the sum state, `[BA, 16]` forward, `[BV]` for the gradients) are those before the
     first chunk. factor and delta (NORMALIZE): 1/z and -(do . o) of each token and query head; sums: where 1/z goes.
     EXACT (forward): the state is kept to fp32, for whoever goes on from it: values times decay enter it in two parts.
-    DOTS: the products of out and `other` of each token are stored, for the gradient of the decay.
+    DOTS: the products of out and `other` of each token before `counted` are stored at `dots` (`[GROUP, T]`, heads
+    `stride_dots` apart), for the gradient of the decay.
     """
     step = tl.arange(0, C)
     dims = tl.arange(0, BA)
     columns = column + tl.arange(0, BV)
     chunks = tl.cdiv(stop - start, C)
-    if not (PER_TOKEN or MASKED):
+    if PER_TOKEN:  # a chunk ahead: the sums of a chunk are what all of its work waits for
+        early = start
+        if KIND >= GRAD_K:
+            early = start + (chunks - 1) * C
+        coming = decays_of(log_decay, early, step, (early + step >= start) & (early + step < stop), stride_decay)
+    elif MASKED:
+        coming = tl.load(log_decay)
+    else:
         rate = log2_decay(tl.load(log_decay))
         inclusive = rate * (step + 1)
     for n in range(0, chunks):
@@ -182,18 +214,23 @@ def sweep(
         ok = begin + step < stop
         real = ok
         if PER_TOKEN or MASKED:
-            inclusive, total, real = running_decay(log_decay, hidden, begin, step, ok, stride_decay, PER_TOKEN, MASKED)
+            given_decay = coming
+            if PER_TOKEN:
+                if KIND >= GRAD_K:
+                    early = begin - C
+                else:
+                    early = begin + C
+                known = (early + step >= start) & (early + step < stop)
+                coming = decays_of(log_decay, early, step, known, stride_decay)
+            inclusive, total, real = summed_decay(given_decay, hidden, begin, step, ok, MASKED)
         else:
             total = rate * tl.minimum(stop - begin, C)
         if KIND >= GRAD_K:
-            distance = tl.where(step[:, None] <= step[None, :], inclusive[None, :] - inclusive[:, None], float("-inf"))
             reach = tl.exp2(tl.minimum(total - inclusive, 0.0))
             source = tl.exp2(inclusive) * scale
         else:
-            distance = tl.where(step[:, None] >= step[None, :], inclusive[:, None] - inclusive[None, :], float("-inf"))
             reach = tl.exp2(inclusive) * scale
             source = tl.exp2(tl.minimum(total - inclusive, 0.0))
-        pair = tl.exp2(distance) * scale
         fade = tl.exp2(total)
         vectors = (begin.to(tl.int64) + step) * stride_head
 
@@ -218,7 +255,7 @@ def sweep(
                         bias = tl.load(delta + vectors + g, mask=real, other=0.0)
                         weights += bias[None, :]
                     weights = weights * inverse[None, :]
-                weights = weights * pair
+                weights = weights * (pair_decay(inclusive, step, KIND >= GRAD_K) * scale)
                 acc = product(weights.to(tile_c.dtype), tile_c, acc, PRECISION)
                 faded = tile_c.to(tl.float32) * given[:, None]
                 if KIND == GRAD_K and NORMALIZE:
@@ -227,9 +264,8 @@ def sweep(
             if MASKED:
                 acc = tl.where(real[:, None], acc, 0.0)
             if DOTS:
-                tile = load_rows(other, begin, stride_other, step, columns, real, V, BV)
-                place = dots + (begin.to(tl.int64) + step) * stride_decay
-                tl.store(place, tl.sum(acc * tile.to(tl.float32), 1), mask=ok)
+                tile = load_rows(other, begin, stride_other, step, columns, real & (begin + step < counted), V, BV)
+                tl.store(dots + begin + step, tl.sum(acc * tile.to(tl.float32), 1), mask=ok & (begin + step < counted))
             place = out + begin.to(tl.int64) * stride_out + step[:, None] * stride_out + columns[None, :]
             store_rows(place, acc, ok, columns, V, BV)
         else:  # GROUP outputs, one source
@@ -237,11 +273,14 @@ def sweep(
             tile_c = load_tile(c, steps_other, 0, begin, stride_c, 0, step, columns, column, real, V, BV, BULK)
             for g in tl.static_range(GROUP):
                 tile_a = load_tile(a, steps_in, g, begin, stride_a, group_in, step, dims, 0, real, A, BA, BULK)
+                if DOTS:
+                    place = other + tl.cast(g, tl.int64) * group_other
+                    tile = load_rows(place, begin, stride_other, step, columns, real & (begin + step < counted), V, BV)
                 weights = tl.dot(tile_a, tl.trans(tile_b), input_precision=PRECISION)
                 if KIND == GRAD_Q and NORMALIZE:
                     bias = tl.load(delta + vectors + g, mask=real, other=0.0)
                     weights += bias[:, None]
-                weights = weights * pair
+                weights = weights * (pair_decay(inclusive, step, KIND >= GRAD_K) * scale)
                 acc = through_state(tile_a, state, PRECISION) * reach[:, None]
                 acc = product(weights.to(tile_c.dtype), tile_c, acc, PRECISION)
                 if KIND == FORWARD and NORMALIZE:
@@ -254,10 +293,8 @@ def sweep(
                     inverse = tl.load(factor + vectors + g, mask=real, other=0.0)
                     acc = (acc + (bias * reach)[:, None] * extra[None, :]) * inverse[:, None]
                 if DOTS:
-                    tile = load_rows(
-                        other + tl.cast(g, tl.int64) * group_other, begin, stride_other, step, columns, real, V, BV
-                    )
-                    tl.store(dots + vectors + g, tl.sum(acc * tile.to(tl.float32), 1), mask=ok)
+                    place = dots + g * stride_dots + begin + step
+                    tl.store(place, tl.sum(acc * tile.to(tl.float32), 1), mask=ok & (begin + step < counted))
                 place = out + g * group_out + begin.to(tl.int64) * stride_out + step[:, None] * stride_out
                 store_rows(place + columns[None, :], acc, ok, columns, V, BV)
             faded = tile_c.to(tl.float32) * source[:, None]

@@ -34,7 +34,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = ("64", "96", "128", "192", "256", "128:64")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-WITHOUT_PRODUCTS = ("scan_kernel", "delta_kernel", "sink_kernel", "step_kernel", "loss_kernel")
+WITHOUT_PRODUCTS = ("scan_kernel", "delta_kernel", "decay_kernel", "sink_kernel", "step_kernel", "loss_kernel")
 
 
 class Target:

@@ -234,6 +234,12 @@ def test_a_prompt_equals_its_parts_and_its_tokens(normalize):
         assert all(relative(x, y) <= EXACT for x, y in pairs)
 
 
+@pytest.mark.parametrize("bounds", [None, [0, 1, 1, 1200]])
+def test_gradient_of_the_decay_over_more_tokens_than_are_added_at_a_time(bounds):
+    case = Case(1200, rows=1, heads=2, shared=1, bounds=bounds, per_token=True, segment=1280, **EVERYTHING)
+    case.compare(5 * EXACT)
+
+
 def test_no_decay_is_exactly_plain_linear_attention():
     """Small integers are summed without rounding, so that a factor of exactly 1 can be told from almost 1."""
     q, k, v = torch.randint(-3, 4, (3, 1, 70, 1, 16)).float().unbind(0)
@@ -333,6 +339,15 @@ def test_on_gpu_any_length(length, kind):
     case = Case(length, rows=1, dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda", heads=4, **options)
     limits = LIMITS[torch.bfloat16] if length > 8 else (5e-3, 8e-3)  # of few tokens no roundings average out
     case.compare(*limits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "hidden"), [(2, False), (4, False), (4, True)])
+@pytest.mark.parametrize("value_dim", [64, 128])
+def test_on_gpu_gradient_of_a_decay_for_every_token(heads, hidden, value_dim):
+    """A sum over the tokens behind each, of products that all but cancel: what bf16 leaves of it."""
+    options = {"per_token": True, "decay": True, "heads": heads, "hidden": hidden, "started": True, "final": True}
+    Case(1500, dim=128, value_dim=value_dim, dtype=torch.bfloat16, device="cuda", **options).compare(5e-3, 3e-2)
 
 
 @pytest.mark.gpu
