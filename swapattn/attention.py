@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from .gates import DecayGate, OutputGate
 from .inputs import LayerInputs, NoRotary, Rotate, layer_inputs, unrotated
 from .masks import unpacked
 from .norms import OUTPUT_NORM_DIMS, HeadNorm, rms_normalized
+from .outside import Leaving, leaving, leaving_cache
 from .rollback import MOST_TOKENS
 
 try:
@@ -56,6 +57,15 @@ class _WindowSizes(TypedDict):
     window: int
     sinks: int
     scale: float | None
+    return_lse: Literal[True]
+
+
+class Parts(NamedTuple):
+    """What a swapped layer mixes: both branches `[B, T, Hq, Dv]`, and the share of the local one, which broadcasts."""
+
+    linear: torch.Tensor
+    local: torch.Tensor | None
+    share: torch.Tensor | None
 
 
 class LightningSwap(nn.Module):
@@ -64,13 +74,19 @@ class LightningSwap(nn.Module):
     o_t = (1 − σ(m)) · g ⊙ u_t ⊙ norm(Σ_{s≤t} λ^{t−s} (φ(q_t)·φ(k_s)) v_s) + σ(m) · local_t
 
     with one decay λ per state, one mix m per head and a per-channel scale g (Lightning Attention-2,
-    arXiv 2401.04658; the window as in Liger, arXiv 2503.01496, and LoLCATs, arXiv 2410.10254). Where the recipe says
-    so, gates that read the input of the attention module give each token its own λ_t and an output factor u_t.
+    arXiv 2401.04658; the window as in Liger, arXiv 2503.01496). Where the recipe says so, gates that read the input
+    of the attention module give each token its own λ_t and an output factor u_t.
+
+    In a joint layer the linear branch sees what has left the window alone, and both stand under one denominator, as
+    all tokens do in softmax (LoLCATs, arXiv 2410.10254): with ℓ_t the log-sum-exp of the window's scores and z_t the
+    sum of the linear branch's weights, the share of the window is σ(ℓ_t − m − a ln z_t − w·q_t) in the place of σ(m).
+    LoLCATs has a = 1 and w = 0; the features of `hedgehog` do not know how long q is, which w·q makes good.
 
     Parameters, all fp32:
         log_slope `[Hs]`: ln of the slope s, λ = exp(−s); −inf means no decay.
         out_scale `[Hq, Dv]`: g.
         mix `[Hq]`: m, only with a local branch.
+        mix_query `[Hq, D]`, mix_sum `[Hq]`: w and a, only of a joint layer.
         q_map, k_map: feature maps.
         q_norm, k_norm: RMS norms before the feature maps, or None.
         decay_gate, output_gate: see `gates`, or None.
@@ -106,7 +122,10 @@ class LightningSwap(nn.Module):
         self.window: int = local["window"] if local else 0
         self.sinks: int = local["sinks"] if local else 0
         share = torch.tensor(float(local["share"] if local else 0.5))
+        self.joint = bool(local) and local.get("mix", "constant") == "joint"
         self.mix = nn.Parameter(torch.logit(share).repeat(heads)) if local else None
+        self.mix_query = nn.Parameter(torch.zeros(heads, shape["head_dim"])) if self.joint else None
+        self.mix_sum = nn.Parameter(torch.ones(heads)) if self.joint else None
         self.decay_gate = DecayGate(shape["hidden_size"], states) if spec["decay"].get("gate") else None
         gate = spec.get("output_gate", "none")
         channels = shape["value_dim"] if gate == "channel" else 1
@@ -161,68 +180,74 @@ class LightningSwap(nn.Module):
         call.softcap, call.sliding_window = given.get("softcap"), given.get("sliding_window")
         return call
 
-    def linear(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
-        """The linear branch before its scale, `[B, T, Hq, Dv]`; reads and advances the cache's state."""
+    def linear(
+        self, call: AttentionCall, cache: LightningCacheLayer | None = None, seen: Leaving | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The linear branch before its scale, `[B, T, Hq, Dv]`; reads and advances the cache's state.
+
+        `seen` are the keys and values of a joint layer; then also ln of the sum of the weights, fp32 `[B, T, Hq]`.
+        """
         root = call.scaling**0.5  # the softmax scale goes into the features, half to each side
-        q, k = call.linear_q, call.linear_k
+        q, k, v, tokens = call.linear_q, call.linear_k, call.v, call.tokens
+        if seen is not None:
+            k, v, tokens = seen.k[..., : k.shape[-1]], seen.v, seen.some  # without the channels of an ALiBi bias
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.q_map(q * root), self.k_map(k * root)
-        normalize = self.normalizer == "sum"
         log_decay = self.log_decay
         if self.decay_gate is not None:
             log_decay = log_decay * self.decay_gate(call.hidden)
+        options: dict[str, Any] = {"scale": 1.0, "mask": tokens, "normalize": self.normalizer == "sum"}
+        options["return_log_sum"] = seen is not None
         past = cache.past() if cache is not None else None
         if past is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
-            o = lightning_attention_step(
-                q, k, call.v, log_decay, past, scale=1.0, mask=call.tokens, normalize=normalize
-            )
+            found = lightning_attention_step(q, k, v, log_decay, past, **options)
+            o, log_sum = found if seen is not None else (found, None)
         else:
-            o, final = lightning_attention(
-                q,
-                k,
-                call.v,
-                log_decay,
-                scale=1.0,
-                initial_state=past,
-                output_final_state=cache is not None,
-                cu_seqlens=call.cu_seqlens,
-                mask=call.tokens,
-                normalize=normalize,
-            )
+            options |= {"initial_state": past, "output_final_state": cache is not None, "cu_seqlens": call.cu_seqlens}
+            o, final, *rest = lightning_attention(q, k, v, log_decay, **options)
+            log_sum = rest[0] if rest else None
             if cache is not None:
                 cache.keep(call.last_states(final))
         dims = OUTPUT_NORM_DIMS.get(self.normalizer)
         o = rms_normalized(o, dims) if dims else o
-        return o * self.output_gate(call.hidden) if self.output_gate is not None else o
+        return (o * self.output_gate(call.hidden) if self.output_gate is not None else o), log_sum
 
-    def local(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
-        """Softmax over the window and the sinks, `[B, T, Hq, Dv]`; reads and advances the cache's ring."""
+    def local(
+        self, call: AttentionCall, cache: LightningCacheLayer | None = None, positions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Softmax over the window and the sinks, `[B, T, Hq, Dv]`, and ln of its denominator, fp32 `[B, T, Hq]`.
+
+        Reads the cache's ring, and puts the new tokens into it at their `positions`.
+        """
         q, k, v = call.q, call.k, call.v
-        sizes: _WindowSizes = {"window": self.window, "sinks": self.sinks, "scale": call.scaling}
-        if cache is None:
+        sizes: _WindowSizes = {"window": self.window, "sinks": self.sinks, "scale": call.scaling, "return_lse": True}
+        if cache is None or positions is None:
             return local_attention(q, k, v, cu_seqlens=call.cu_seqlens, mask=call.tokens, **sizes)
-        positions = cache.positions(call.last, call.rows, call.length, q.device)
         if cache.ring_k is None or cache.ring_v is None or cache.ring_position is None:
-            o = local_attention(q, k, v, cu_seqlens=call.cu_seqlens, mask=call.tokens, **sizes)
+            found = local_attention(q, k, v, cu_seqlens=call.cu_seqlens, mask=call.tokens, **sizes)
         elif call.length <= self.window:
             keys, values = torch.cat((cache.ring_k, k), 1), torch.cat((cache.ring_v, v), 1)
             key_positions = torch.cat((cache.ring_position, positions), 1)
-            o = local_attention_cached(q, keys, values, k_positions=key_positions, q_positions=positions, **sizes)
-        else:
-            o = self._continue(call, cache, positions >= 0, sizes)
+            found = local_attention_cached(q, keys, values, k_positions=key_positions, q_positions=positions, **sizes)
+        else:  # a long continuation: the ring in the order of positions goes before the new tokens, O(T·window)
+            past_k, past_v, position = cache.in_order()
+            keys, values = torch.cat((past_k, k), 1), torch.cat((past_v, v), 1)
+            past = position.shape[1]
+            q = torch.cat((q.new_zeros(q.shape[0], past, *q.shape[2:]), q), 1)
+            mask = torch.cat((position >= 0, positions >= 0), 1)
+            o, lse = local_attention(q, keys, values, mask=mask, **sizes)
+            found = o[:, past:], lse[:, past:]
         cache.remember(call.in_rows(k), call.in_rows(v), positions, self.window, self.sinks)
-        return o
+        return found
 
-    def _continue(
-        self, call: AttentionCall, cache: LightningCacheLayer, tokens: torch.Tensor, sizes: _WindowSizes
-    ) -> torch.Tensor:
-        """A long continuation: the ring in the order of positions goes before the new tokens, O(T·window)."""
-        past_k, past_v, position = cache.in_order()
-        keys, values = torch.cat((past_k, call.k), 1), torch.cat((past_v, call.v), 1)
-        past = position.shape[1]
-        q = torch.cat((call.q.new_zeros(call.q.shape[0], past, *call.q.shape[2:]), call.q), 1)
-        return local_attention(q, keys, values, mask=torch.cat((position >= 0, tokens), 1), **sizes)[:, past:]
+    def outside(
+        self, call: AttentionCall, cache: LightningCacheLayer | None = None, positions: torch.Tensor | None = None
+    ) -> Leaving:
+        """What the linear branch of a joint layer sees: what leaves the window. Before the ring takes new tokens."""
+        if cache is None or positions is None or cache.ring_k is None:
+            return leaving(call.k, call.v, self.window, self.sinks, tokens=call.tokens, cu_seqlens=call.cu_seqlens)
+        return leaving_cache(cache, call.k, call.v, positions, self.window, self.sinks)
 
     def forward(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
         """Both branches mixed, `[B, T, Hq, Dv]` in the dtype of v; recorded where the cache has to roll back."""
@@ -242,16 +267,42 @@ class LightningSwap(nn.Module):
 
     def both(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
         """`forward` without the record."""
-        scale = self.out_scale
-        if self.mix is None:
-            return (self.linear(call, cache) * scale).to(call.v.dtype)
-        if self.branch == "local":
-            return self.local(call, cache)
-        if self.branch == "linear":
-            return (self.linear(call, cache) * scale).to(call.v.dtype)
-        share = torch.sigmoid(self.mix)[:, None]
-        o = self.linear(call, cache) * ((1 - share) * scale) + self.local(call, cache) * share
+        parts = self.parts(call, cache)
+        if self.branch == "local" and parts.local is not None:
+            return parts.local
+        if parts.local is None or parts.share is None or self.branch == "linear":
+            o = parts.linear * self.out_scale
+        else:
+            o = parts.linear * ((1 - parts.share) * self.out_scale) + parts.local * parts.share
         return o.to(call.v.dtype)
+
+    def parts(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> Parts:
+        """Both branches and the share of the local one; reads and advances the cache."""
+        if self.mix is None:
+            return Parts(self.linear(call, cache)[0], None, None)
+        positions = None
+        if cache is not None:
+            positions = cache.positions(call.last, call.rows, call.length, call.q.device)
+        if self.mix_query is None:
+            linear, (local, _) = self.linear(call, cache)[0], self.local(call, cache, positions)
+            return Parts(linear, local, torch.sigmoid(self.mix)[:, None])
+        seen = self.outside(call, cache, positions)
+        linear, log_sum = self.linear(call, cache, seen)
+        local, lse = self.local(call, cache, positions)
+        return Parts(linear, local, self.share(call.q, lse, log_sum, seen.some)[..., None])
+
+    def share(
+        self, q: torch.Tensor, lse: torch.Tensor, log_sum: torch.Tensor | None, some: torch.Tensor
+    ) -> torch.Tensor:
+        """Share `[B, T, Hq]` of the window in the denominator of a joint layer; all of it where nothing is outside."""
+        assert self.mix is not None
+        assert self.mix_query is not None
+        assert self.mix_sum is not None
+        assert log_sum is not None
+        # An ALiBi bias in further channels of q stays out.
+        of_query = torch.einsum("bthd,hd->bth", q[..., : self.mix_query.shape[1]], self.mix_query.to(q.dtype))
+        share = torch.sigmoid(lse - self.mix - self.mix_sum * log_sum - of_query)
+        return torch.where(some[..., None], share, 1)
 
 
 def _softmax_function(base: str, module: nn.Module) -> Callable[..., Any]:

@@ -1,12 +1,14 @@
 """Closed-form start values of the swapped layers, from the teacher's own attention on a little text.
 
-Two measurements on the same text, each with the teacher's softmax deciding what the next layer sees:
+Measurements on the same text, each with the teacher's softmax deciding what the next layer sees:
 1. the decay of each state: its half-life is the mean attention distance of the teacher's heads that share it
-   (Taylor-Calibrate, arXiv 2606.16429); the gains of a q/k norm: the mean norm of the teacher's heads is kept;
-2. scale of the linear branch and share of the local one: the least-squares fit of the teacher's output by both.
+   (Taylor-Calibrate, arXiv 2606.16429), or a multiple; the gains of a q/k norm: the mean norm of the heads is kept;
+2. where both branches share a denominator, the sum of what the linear one stands for: the least-squares fit of its
+   logarithm in the teacher by the query and by the linear branch's own sum;
+3. scale of the linear branch, and a constant share of the local one: the least-squares fit of the teacher's output.
 
-The second needs the results of the first, layer by layer: text that fits into one batch is gone through once, longer
-text twice.
+Each needs the results of the one before, layer by layer: text that fits into one batch is gone through once, longer
+text once for each.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -23,7 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .attention import LightningSwap, Observer, observing, swaps
+from .attention import LightningSwap, observing, swaps
 from .call import AttentionCall
 from .decay import slope_of_distance
 from .errors import TrainingError
@@ -34,7 +36,8 @@ SHARE_RANGE = (0.02, 0.98)  # keeps the gradient of the mix alive
 SCALE_RANGE = (0.0, 10.0)
 BATCH_TOKENS = 4096  # a forward pass: of Llama-7B's shape in fp32, some 600 MB of activations
 ROWS = 2  # measured at a time, because the attention distance materialises [rows, Hq, T, T]
-CALIBRATED = {"log_slope", "out_scale", "mix", "q_norm.gain", "k_norm.gain"}
+CALIBRATED = {"log_slope", "out_scale", "mix", "mix_query", "mix_sum", "q_norm.gain", "k_norm.gain"}
+LEAST_WEIGHT = 1e-3  # of a token in the fit of the denominator, where nothing depends on the mix
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def calibrate_(
     batches: Iterable[torch.Tensor],
     *,
     decay: bool = True,
+    stretch: float = 1.0,
     norms: bool = True,
     output: bool = True,
 ) -> Calibration:
@@ -64,8 +68,9 @@ def calibrate_(
 
     Args:
         model: a converted model.
-        batches: token ids `[B, T]`; a single one is gone through once, several twice.
+        batches: token ids `[B, T]`; a single one is gone through once, several once for each step.
         decay: set the slopes from the teacher's mean attention distance.
+        stretch: half-life of a state over that distance.
         norms: set the gains of q/k norms, where there are any, from the teacher's mean norms.
         output: set scale and mix by least squares.
 
@@ -73,29 +78,20 @@ def calibrate_(
         TrainingError: a fit is not finite.
     """
     batches = list(batches)
-    found = {swap: _Measurement(swap, decay, norms) for swap in swaps(model).values()}
-    steps: list[tuple[str, Observer]] = []
-    if any(layer.wants_inputs for layer in found.values()):
-        steps.append(("queries and keys", lambda swap, call, _: found[swap].measure_inputs(call)))
-    if output:
-        steps.append(("output", lambda swap, call, target: found[swap].measure_output(call, target)))
-    if len(steps) == 2 and len(batches) == 1:
-
-        def both(swap: LightningSwap, call: AttentionCall, target: torch.Tensor) -> None:
-            found[swap].measure_inputs(call)
-            found[swap].set_inputs()
-            found[swap].measure_output(call, target)
-
-        steps = [("in one pass", both)]
-    for title, observer in steps:
-        _run(model, batches, title, observer)
-        if title == "queries and keys":
-            for layer in found.values():
-                layer.set_inputs()
-    if output:
-        for swap, layer in found.items():
-            fit_output_(swap, layer.gram)
+    found = {swap: _Measurement(swap, decay, norms, stretch) for swap in swaps(model).values()}
     layers = list(found.values())
+    steps: list[tuple[str, _Step]] = []
+    if any(layer.wants_inputs for layer in layers):
+        steps.append(("queries and keys", (_Measurement.measure_inputs, _Measurement.set_inputs)))
+    if output and any(layer.swap.joint for layer in layers):
+        steps.append(("denominator", (_Measurement.measure_sum, _Measurement.set_sum)))
+    if output:
+        steps.append(("output", (_Measurement.measure_output, _Measurement.set_output)))
+    # With one batch each layer takes all steps in its turn, with several all layers take each step in its turn.
+    passes = [[step for _, step in steps]] if len(batches) == 1 else [[step] for _, step in steps]
+    titles = ["in one pass"] if len(batches) == 1 else [title for title, _ in steps]
+    for title, taken in zip(titles, passes, strict=True):
+        _run(model, batches, title, found, taken)
     spans = tuple(float(layer.distance.value().mean()) for layer in layers) if decay else ()
     before = tuple(layer.gram.error() for layer in layers) if output else ()
     after = tuple(layer.gram.error(layer.swap) for layer in layers) if output else ()
@@ -105,19 +101,21 @@ def calibrate_(
 class _Measurement:
     """What is measured at one swapped layer, and how its numbers are set by it."""
 
-    def __init__(self, swap: LightningSwap, decay: bool, norms: bool) -> None:
+    def __init__(self, swap: LightningSwap, decay: bool, norms: bool, stretch: float) -> None:
         self.swap = swap
         self.decay = decay
+        self.stretch = stretch
         self.norms = [norm for norm in (swap.q_norm, swap.k_norm) if norms and norm is not None]
         self.distance = _Mean()
         self.sizes = (_Mean(), _Mean())
+        self.sums = _Regression()
         self.gram = _Gram()
 
     @property
     def wants_inputs(self) -> bool:
         return self.decay or bool(self.norms)
 
-    def measure_inputs(self, call: AttentionCall) -> None:
+    def measure_inputs(self, call: AttentionCall, _: torch.Tensor) -> None:
         """Attention distance, and the norms of q and k."""
         for part, _ in _parts(call, call.q):
             if self.decay:
@@ -133,14 +131,55 @@ class _Measurement:
         if self.decay and bool(swap.log_decay.any()):  # without a decay (schedule none) there is none to set
             heads = self.distance.value().log()
             shared = heads.view(swap.log_slope.numel(), -1).mean(1).exp()  # geometric mean over a group
-            swap.log_slope.copy_(slope_of_distance(shared).log())
+            swap.log_slope.copy_(slope_of_distance(self.stretch * shared).log())
+
+    def measure_sum(self, call: AttentionCall, _: torch.Tensor) -> None:
+        """What the linear branch of a joint layer stands for in the teacher's denominator, by query and own sum."""
+        swap = self.swap
+        if swap.mix_query is None:
+            return
+        for part, _ in _parts(call, call.q):
+            seen = swap.outside(part)
+            _, log_sum = swap.linear(part, None, seen)
+            _, lse = swap.local(part)
+            assert log_sum is not None
+            wanted = log_sum_outside(part, swap.window, swap.sinks)
+            mass = torch.sigmoid(wanted - lse)
+            known = seen.some[..., None] & wanted.isfinite()  # a sliding window of the teacher's may hide it all
+            weight = (mass * (1 - mass) + LEAST_WEIGHT) * known
+            q = part.q[..., : swap.mix_query.shape[1]]
+            features = torch.cat((q.float(), torch.ones_like(lse)[..., None], log_sum[..., None].float()), -1)
+            self.sums.add(features, wanted.masked_fill(~known, 0), weight)
+
+    def set_sum(self) -> None:
+        """Set the mix of a joint layer."""
+        swap = self.swap
+        if swap.mix_query is None or not self.sums.filled:  # text too short to leave the window tells nothing
+            return
+        fit = self.sums.solve(swap.layer_idx)
+        assert swap.mix is not None
+        assert swap.mix_sum is not None
+        swap.mix_query.copy_(fit[:, :-2])
+        swap.mix.copy_(fit[:, -2])
+        swap.mix_sum.copy_(fit[:, -1])
 
     def measure_output(self, call: AttentionCall, target: torch.Tensor) -> None:
         """Both branches against the teacher's output."""
         swap = self.swap
         for part, wanted in _parts(call, target):
-            branches = [swap.linear(part)] + ([swap.local(part)] if swap.mix is not None else [])
-            self.gram.add(branches, wanted, swap(part))
+            found = swap.parts(part)
+            if found.local is not None and found.share is not None and swap.joint:
+                window = found.local * found.share
+                self.gram.add([found.linear * (1 - found.share)], wanted, swap(part), window)
+            else:
+                self.gram.add([x for x in found[:2] if x is not None], wanted, swap(part))
+
+    def set_output(self) -> None:
+        """Set the scale, and a constant mix."""
+        fit_output_(self.swap, self.gram)
+
+
+_Step = tuple[Callable[[_Measurement, AttentionCall, torch.Tensor], None], Callable[[_Measurement], None]]
 
 
 def _parts(call: AttentionCall, target: torch.Tensor) -> Iterator[tuple[AttentionCall, torch.Tensor]]:
@@ -157,19 +196,50 @@ def _parts(call: AttentionCall, target: torch.Tensor) -> Iterator[tuple[Attentio
         yield part, target[rows]
 
 
-def _run(model: Any, batches: list[torch.Tensor], title: str, observer: Observer) -> None:
-    layers = swaps(model).values()
-    device = next(iter(layers)).log_slope.device  # the teacher's own parameters may be on the meta device
-    total = len(batches) * len(layers)
+def _run(
+    model: Any, batches: list[torch.Tensor], title: str, found: dict[LightningSwap, _Measurement], steps: list[_Step]
+) -> None:
+    """Measure on all batches, then set; several steps a layer only with one batch."""
+    device = next(iter(found)).log_slope.device  # the teacher's own parameters may be on the meta device
+    total = len(batches) * len(found)
     with tqdm(desc=f"calibrate, {title}", total=total, unit="layer", file=sys.stderr) as bar:
 
         def observe(swap: LightningSwap, call: AttentionCall, output: torch.Tensor) -> None:
-            observer(swap, call, output)
+            for measure, settle in steps:
+                measure(found[swap], call, output)
+                if len(batches) == 1:
+                    settle(found[swap])
             bar.update()
 
         with observing(model, observe):
             for ids in batches:
                 getattr(model, "base_model", model)(input_ids=ids.to(device), use_cache=False)
+    if len(batches) > 1:
+        for layer in found.values():
+            steps[0][1](layer)
+
+
+def _scores(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's scores `[B, Hkv, G, T, T]`, with its softcap and within its sliding window, and the distances."""
+    batch, length, heads, dim = call.q.shape
+    groups = heads // call.k.shape[2]
+    q = call.q.float().view(batch, length, -1, groups, dim)
+    scores = torch.einsum("btkgd,bskd->bkgts", q, call.k.float()) * call.scaling
+    if call.softcap is not None:
+        scores = call.softcap * (scores / call.softcap).tanh()
+    steps = torch.arange(length, device=q.device)
+    back = steps[:, None] - steps[None, :]
+    return scores.masked_fill((back < 0) | (back >= (call.sliding_window or length)), float("-inf")), back
+
+
+def log_sum_outside(call: AttentionCall, window: int, sinks: int) -> torch.Tensor:
+    """ln of the sum of exp(scores) that the teacher gives to tokens outside of window and sinks, fp32 `[B, T, Hq]`.
+
+    Materialises `[B, Hq, T, T]`.
+    """
+    scores, back = _scores(call)
+    inside = (back < window) | (torch.arange(back.shape[0], device=back.device) < sinks)
+    return scores.masked_fill(inside, float("-inf")).logsumexp(-1).flatten(1, 2).transpose(1, 2)
 
 
 def attention_distance(call: AttentionCall) -> torch.Tensor:
@@ -179,16 +249,8 @@ def attention_distance(call: AttentionCall) -> torch.Tensor:
 
     Source: Taylor-Calibrate, arXiv 2606.16429, section 3. Materialises `[B, Hq, T, T]`.
     """
-    batch, length, heads, dim = call.q.shape
-    groups = heads // call.k.shape[2]
-    q = call.q.float().view(batch, length, -1, groups, dim)
-    scores = torch.einsum("btkgd,bskd->bkgts", q, call.k.float()) * call.scaling
-    if call.softcap is not None:
-        scores = call.softcap * (scores / call.softcap).tanh()
-    steps = torch.arange(length, device=q.device)
-    back = steps[:, None] - steps[None, :]
-    hidden = (back < 0) | (back >= (call.sliding_window or length))
-    p = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    scores, back = _scores(call)
+    p = scores.softmax(-1)
     p = p[..., SINKS_LEFT_OUT:]
     back = back[:, SINKS_LEFT_OUT:].clamp(min=0).float()
     mass = p.sum(dim=(0, 3, 4))
@@ -220,27 +282,65 @@ class _Gram:
 
     def __init__(self) -> None:
         self.products: Any = 0.0  # [Hq, n + 1, n + 1], the target last
+        self.power = 0.0
         self.residual = 0.0
 
-    def add(self, branches: list[torch.Tensor], target: torch.Tensor, output: torch.Tensor) -> None:
-        target = target.view(output.shape)
-        stack = torch.stack([*branches, target], dim=-1).double()  # [B, T, H, Dv, n + 1]
+    def add(
+        self,
+        branches: list[torch.Tensor],
+        target: torch.Tensor,
+        output: torch.Tensor,
+        fixed: torch.Tensor | None = None,
+    ) -> None:
+        """Branches, the teacher's output, the layer's, and a part of it that is not fitted, all `[B, T, Hq, Dv]`."""
+        wanted = target.view(output.shape).double()
+        left = wanted if fixed is None else wanted - fixed.double()
+        stack = torch.stack([*branches, left], dim=-1).double()  # [B, T, H, Dv, n + 1]
         self.products = self.products + torch.einsum("bthdi,bthdj->hij", stack, stack).cpu()
-        self.residual += float((output.double() - target.double()).pow(2).sum())
+        self.power += float(wanted.pow(2).sum())
+        self.residual += float((output.double() - wanted).pow(2).sum())
 
     def error(self, swap: LightningSwap | None = None) -> float:
         """Squared error over the target's squared norm: as measured, or of a swap's present scale and mix."""
-        power = float(self.products[:, -1, -1].sum())
         if swap is None:
-            return self.residual / power
+            return self.residual / self.power
         weights = torch.cat((_weights(swap), -torch.ones(self.products.shape[0], 1, dtype=torch.float64)), dim=1)
-        return float(torch.einsum("hi,hij,hj->", weights, self.products, weights)) / power
+        return float(torch.einsum("hi,hij,hj->", weights, self.products, weights)) / self.power
+
+
+class _Regression:
+    """Weighted least squares per head, fp64."""
+
+    def __init__(self) -> None:
+        self.products: Any = 0.0  # [Hq, F, F]
+        self.targets: Any = 0.0  # [Hq, F]
+
+    @property
+    def filled(self) -> bool:
+        """Whether anything had a weight."""
+        return bool(torch.as_tensor(self.products).any())
+
+    def add(self, features: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> None:
+        """Features `[B, T, Hq, F]`, target and weight `[B, T, Hq]`."""
+        features = features.double()
+        weighted = features * weight.double()[..., None]
+        self.products = self.products + torch.einsum("bthi,bthj->hij", weighted, features).cpu()
+        self.targets = self.targets + torch.einsum("bthi,bth->hi", weighted, target.double()).cpu()
+
+    def solve(self, layer: int) -> torch.Tensor:
+        """The coefficients `[Hq, F]`."""
+        size = self.products.shape[-1]
+        ridge = 1e-3 * self.products.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(size).double()
+        fit: torch.Tensor = torch.linalg.solve(self.products + ridge, self.targets)
+        if not torch.isfinite(fit).all():
+            raise TrainingError(f"calibration of layer {layer} is not finite: use other text or more tokens")
+        return fit
 
 
 def _weights(swap: LightningSwap) -> torch.Tensor:
-    """Weight of each branch per head, `[Hq, n]`, for a scale that is the same in every channel."""
+    """Weight of each fitted branch per head, `[Hq, n]`, for a scale that is the same in every channel."""
     scale = swap.out_scale.detach().mean(1).double().cpu()
-    if swap.mix is None:
+    if swap.mix is None or swap.joint:
         return scale[:, None]
     share = swap.mix.detach().sigmoid().double().cpu()
     return torch.stack(((1 - share) * scale, share), dim=1)
@@ -254,7 +354,7 @@ def fit_output_(swap: LightningSwap, gram: _Gram) -> None:
     fit = torch.linalg.solve(a + ridge, b)
     if not torch.isfinite(fit).all():
         raise TrainingError(f"calibration of layer {swap.layer_idx} is not finite: use other text or more tokens")
-    if swap.mix is None:
+    if swap.mix is None or swap.joint:
         scale = fit[:, 0].clamp(*SCALE_RANGE)
     else:
         linear, share = _within_ranges(a + ridge, b, fit).unbind(1)
@@ -285,7 +385,7 @@ def calibrate_stage(model: Any, stage: CalibrateStage, data: Iterable[dict[str, 
     count = max(1, stage.tokens // stage.length)
     windows = torch.stack([item["input_ids"] for item in islice(data, count)])
     batches = torch.split(windows, max(1, BATCH_TOKENS // stage.length))
-    found = calibrate_(model, batches, decay=stage.decay, norms=stage.norms, output=stage.output)
+    found = calibrate_(model, batches, decay=stage.decay, stretch=stage.stretch, norms=stage.norms, output=stage.output)
     names = [n for n, _ in model.named_parameters() if n.partition(".swap.")[2] in CALIBRATED]
     seconds = time.monotonic() - start
     figures: dict[str, Any] = {"stage": "calibrate", "tokens": found.tokens, "seconds": round(seconds, 2)}

@@ -5,6 +5,8 @@ A file of the checkpoint runtime: it imports torch only, so that a saved checkpo
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -80,10 +82,34 @@ class Hedgehog(nn.Module):
         self.out_dim = 2 * dim
         self.weight = nn.Parameter(torch.eye(dim).mul(self.gain).repeat(heads, 1, 1))
 
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """What the features are the softmax of, `[B, T, H, D]`."""
+        return torch.einsum("bthd,hdf->bthf", x, self.weight.to(x.dtype))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[B, T, H, D]`; the features of a head sum to one."""
-        y = torch.einsum("bthd,hdf->bthf", x, self.weight.to(x.dtype))
+        y = self.project(x)
         return torch.cat((y, -y), dim=-1).softmax(dim=-1, dtype=torch.float32).to(x.dtype)
+
+
+class HedgehogMLP(Hedgehog):
+    """Hedgehog of y = xW + silu(xA)B: two more layers per head, D -> 2D -> D, B = 0 at the start.
+
+    `[B, T, H, D] -> [B, T, H, 2D]`. A linear map in front of a softmax imitates sharp attention badly; MLPs as feature
+    maps are in Hedgehog's section 3 (arXiv 2402.04347) and LoLCATs' code.
+    """
+
+    def __init__(self, heads: int, dim: int) -> None:
+        super().__init__(heads, dim)
+        # Rows of a cosine transform: orthogonal, of the size of random ones, and the same in every conversion.
+        angle = torch.arange(0.5, dim)[:, None] * torch.arange(0.5, 2 * dim) * (math.pi / (2 * dim))
+        self.up = nn.Parameter((angle.cos() * (2 / dim) ** 0.5).repeat(heads, 1, 1))
+        self.down = nn.Parameter(torch.zeros(heads, 2 * dim, dim))
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """What the features are the softmax of, `[B, T, H, D]`."""
+        hidden = F.silu(torch.einsum("bthd,hdf->bthf", x, self.up.to(x.dtype)))
+        return super().project(x) + torch.einsum("bthf,hfd->bthd", hidden, self.down.to(x.dtype))
 
 
 class T2R(nn.Module):
@@ -112,5 +138,6 @@ FEATURE_MAPS: dict[str, type[Identity] | type[Hedgehog] | type[T2R]] = {
     "exp": Exp,
     "softmax": SoftmaxFeatures,
     "hedgehog": Hedgehog,
+    "hedgehog_mlp": HedgehogMLP,
     "t2r": T2R,
 }

@@ -322,7 +322,8 @@ def _lengths(lab: Lab, backward: bool) -> Callable[[], Found]:
             bounds = F.pad(lengths.cumsum(0), (1, 0)).to(lab.device, torch.int32)
 
             def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return lightning_attention(q, k, v, decay, cu_seqlens=bounds)[0]
+                o: Tensor = lightning_attention(q, k, v, decay, cu_seqlens=bounds)[0]
+                return o
 
             return lab.time(_work(lab, packed, tensors, backward))
 

@@ -43,6 +43,7 @@ RUNTIME = (
     "gates.py",
     "inputs.py",
     "masks.py",
+    "outside.py",
     "errors.py",
 )
 KERNEL_RUNTIME = (

@@ -20,6 +20,8 @@ _NEW_GROUPS = {
     "q_map": "feature_map",
     "k_map": "feature_map",
     "mix": "mix",
+    "mix_query": "mix",
+    "mix_sum": "mix",
     "out_scale": "scale",
     "q_norm": "qk_norm",
     "k_norm": "qk_norm",

@@ -22,10 +22,10 @@ from .text import TAGS, Text, TextSpec
 
 SCHEMA_VERSION = 1
 
-FeatureMapName = Literal["identity", "silu", "elu1", "relu", "exp", "softmax", "hedgehog", "t2r"]
+FeatureMapName = Literal["identity", "silu", "elu1", "relu", "exp", "softmax", "hedgehog", "hedgehog_mlp", "t2r"]
 NormalizerName = Literal["none", "sum", "rms", "rms_all"]
 ScheduleName = Literal["alibi", "transnormer", "minimax", "retnet", "none"]
-POSITIVE_MAPS: frozenset[str] = frozenset({"elu1", "relu", "exp", "softmax", "hedgehog", "t2r"})
+POSITIVE_MAPS: frozenset[str] = frozenset({"elu1", "relu", "exp", "softmax", "hedgehog", "hedgehog_mlp", "t2r"})
 
 
 class DecaySpec(Section):
@@ -64,12 +64,17 @@ class RopeSpec(Section):
 class LocalSpec(Section):
     """The softmax branch beside the linear one: the last `window` and the first `sinks` tokens.
 
-    `share` is the share of the local branch in each head's output before calibration. Sources: window and mix as in
-    LoLCATs, arXiv 2410.10254, and Liger, arXiv 2503.01496; sinks as in StreamingLLM, arXiv 2309.17453.
+    mix: `joint`: the linear branch sees what has left the window alone, and both stand under one denominator, as in
+        LoLCATs, arXiv 2410.10254. `constant`: it sees all tokens, and each head mixes by one number, as in Liger,
+        arXiv 2503.01496.
+    share: where to start from: of a constant mix the share of the local branch in each head's output; of a joint one
+        its share where both sums are equal. Calibration replaces it.
+    Sinks as in StreamingLLM, arXiv 2309.17453.
     """
 
     window: int = Field(64, ge=1)
     sinks: int = Field(4, ge=0)
+    mix: Literal["joint", "constant"] = "constant"
     share: float = Field(0.5, gt=0, lt=1)
 
 
@@ -146,6 +151,20 @@ class ConvertSpec(Section):
                 f"normalizer 'sum' divides by the sum of the weights, which the feature map {self.feature_map!r} "
                 f"may make negative; use one of {', '.join(sorted(POSITIVE_MAPS))} or normalizer 'rms'"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _joint_needs_one_denominator(self) -> Self:
+        if self.local is not None and self.local.mix == "joint":
+            if self.normalizer != "sum":
+                raise ValueError(
+                    f"local.mix: joint needs the sum of weights, normalizer 'sum', not {self.normalizer!r}"
+                )
+            if self.rope.linear == "drop":
+                raise ValueError(
+                    "local.mix: joint takes the keys from the window, which has them rotated: not with "
+                    "rope.linear: drop"
+                )
         return self
 
     @model_validator(mode="after")

@@ -19,14 +19,16 @@ OWN_GROUPS = frozenset({"attention", "mlp", "norms", "embeddings", "lora"})
 class CalibrateStage(Section):
     """Closed-form start values from the teacher.
 
-    `decay` sets the slopes from its attention distance, `norms` the gains of a q/k norm (where the recipe has one) so
-    that the mean norms of its queries and keys are kept, `output` scale and share by least squares.
+    `decay` sets the slopes from its attention distance: the half-life of a state is `stretch` times the mean distance.
+    `norms` sets the gains of a q/k norm (where the recipe has one) so that the mean norms of its queries and keys are
+    kept, `output` scale and mix by least squares.
     """
 
     stage: Literal["calibrate"]
     tokens: int = Field(4096, gt=0)
     length: int = Field(512, gt=1)
     decay: bool = True
+    stretch: float = Field(1.0, gt=0)
     norms: bool = True
     output: bool = True
 

@@ -102,7 +102,7 @@ class SwapPlan:
         total = 0
         for site in self.swap:
             states = site.kv_heads if self.spec.decay.per == "kv_head" else site.heads
-            features = site.head_dim * (2 if self.spec.feature_map == "hedgehog" else 1)
+            features = site.head_dim * (2 if self.spec.feature_map.startswith("hedgehog") else 1)
             total += 4 * states * features * (site.value_dim + (self.spec.normalizer == "sum"))
             if self.spec.local:
                 slots = self.spec.local.window + self.spec.local.sinks + 1

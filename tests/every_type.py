@@ -40,7 +40,9 @@ def tiny_model(kind, **overrides):
 
 def swapped(kind, keep=(), window=5, **overrides):
     model = tiny_model(kind, **overrides)
-    spec = ConvertSpec.model_validate({"local": {"window": window, "sinks": 2, "share": 0.4}, "keep_softmax": keep})
+    spec = ConvertSpec.model_validate(
+        {"local": {"window": window, "sinks": 2, "share": 0.4, "mix": "joint"}, "keep_softmax": keep}
+    )
     apply_(model, plan(families.tiny_config(kind, **overrides), spec))  # composite types give the model another
     return model.double()
 

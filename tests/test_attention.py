@@ -217,6 +217,43 @@ def test_the_mixed_layer_is_its_formula():
     assert not torch.allclose(swap(call), expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_the_joint_layer_is_its_formula(sinks):
+    q, k, v, call = call_of()
+    swap = layer(feature_map="elu1", normalizer="sum", local={"window": 4, "sinks": sinks, "mix": "joint"})
+    generator = torch.Generator().manual_seed(6)
+    for parameter in (swap.mix_query, swap.mix_sum):
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    phi = lambda x: torch.where(x > 0, x + 1, x.exp())  # noqa: E731
+    expected = torch.zeros(2, 13, 4, 8, dtype=torch.float64)
+    t = torch.arange(13)
+    back = t[:, None] - t
+    inside = (back >= 0) & ((back < 4) | (t < sinks))
+    outside = (back >= 4) & (t >= sinks)
+    for h in range(4):
+        scores = 0.3 * q[:, h] @ k[:, h // 2].mT
+        window = scores.masked_fill(~inside, -torch.inf).exp()
+        slope = swap.log_slope[h // 2].float().exp().double()
+        fade = (-slope * (back - 4).clamp(min=0)).exp()
+        weights = phi(q[:, h] * 0.3**0.5) @ phi(k[:, h // 2] * 0.3**0.5).mT * fade * outside
+        total = weights.sum(-1, keepdim=True)
+        linear = swap.out_scale[h] * (weights @ v[:, h // 2] / total.masked_fill(total == 0, 1))
+        beyond = (swap.mix[h] + (q[:, h] * swap.mix_query[h]).sum(-1, keepdim=True)).exp() * total ** swap.mix_sum[h]
+        beyond = beyond.masked_fill(total == 0, 0)
+        both = window @ v[:, h // 2] + beyond * linear
+        expected[:, :, h] = both / (window.sum(-1, keepdim=True) + beyond)
+    assert torch.allclose(swap(call), expected, rtol=0, atol=1e-7)
+
+
+def test_a_joint_layer_is_the_window_alone_while_nothing_has_left_it():
+    _, _, _, call = call_of(length=13)
+    swap = layer(feature_map="elu1", normalizer="sum", local={"window": 9, "sinks": 2, "mix": "joint"})
+    both = swap(call)
+    swap.branch = "local"
+    assert torch.equal(swap(call)[:, :11], both[:, :11])
+    assert not torch.allclose(swap(call)[:, 11:], both[:, 11:], rtol=0, atol=1e-3)
+
+
 def test_only_branch_computes_one_branch_at_full_weight(llama):
     model = swapped(llama)
     ids = ids_of(1, 25)

@@ -131,7 +131,7 @@ def test_calibration_leaves_norms_alone_when_told_to(tiny_family):
     assert all(bool((swap.q_norm.gain == 1).all()) for swap in swaps(model).values())
 
 
-@pytest.mark.parametrize("local", [None, {"window": 6, "sinks": 2}])
+@pytest.mark.parametrize("local", [None, {"window": 6, "sinks": 2}, {"window": 6, "sinks": 2, "mix": "joint"}])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2", "mistral", "gpt_neox"])
 def test_the_error_of_every_layer_goes_down(tiny_family, name, local):
     model = build(tiny_family, name, local=local)
@@ -144,7 +144,9 @@ def test_the_error_of_every_layer_goes_down(tiny_family, name, local):
     again = calibrate_(model, ids.split(2), decay=False)
     assert again.error_before == pytest.approx(found.error_after, rel=1e-3)
     for key, value in model.state_dict().items():
-        assert key.endswith((".log_slope", ".out_scale", ".mix")) or torch.equal(value, before[key]), key
+        assert key.endswith((".log_slope", ".out_scale", ".mix", ".mix_query", ".mix_sum")) or torch.equal(
+            value, before[key]
+        ), key
 
 
 def test_scale_and_share_are_the_least_squares_fit(tiny_family):

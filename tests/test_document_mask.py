@@ -30,7 +30,10 @@ def _short_documents(monkeypatch):
 
 
 def build(model, **values):
-    apply_(model, plan(model.config, ConvertSpec.model_validate({"local": {"window": 6, "sinks": 2}, **values})))
+    apply_(
+        model,
+        plan(model.config, ConvertSpec.model_validate({"local": {"window": 6, "sinks": 2, "mix": "joint"}, **values})),
+    )
     return model.double()
 
 

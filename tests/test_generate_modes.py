@@ -1,4 +1,4 @@
-"""Every mode of `generate`, for four layouts of swapped and kept layers: one result, however the tokens come."""
+"""Every mode of `generate`, for five layouts of swapped and kept layers: one result, however the tokens come."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ LAYOUTS = {
     "linear": ("llama", {}, {"local": None}),
     "kept": ("llama", {}, {"local": None, "keep_softmax": (1,)}),
     "window": ("llama", {}, {"local": WINDOW}),
+    "joint": ("llama", {}, {"local": {**WINDOW, "mix": "joint"}}),
     "sliding": ("gemma3_text", SLIDING, {"local": WINDOW, "keep_softmax": (1, 2)}),
 }
 

@@ -27,10 +27,13 @@ except ImportError as error:
 
 @triton.jit(do_not_specialize=["length", "tokens"])
 def delta_kernel(
-    o, do, delta, length, heads, tokens, stride_row, stride, stride_head,
-    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    o, do, delta, inverse, d_inverse, length, heads, tokens, stride_row, stride, stride_head,
+    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """-(do . o) of every token and head, o contiguous: what reaches the sum of the weights."""
+    """z times the gradient of the sum z of the weights, for every token and head, o contiguous.
+
+    Through o = N / z that is -(do . o); with SUM the caller has a use of 1/z of its own.
+    """
     first = tl.program_id(0).to(tl.int64) * C
     place = first + tl.arange(0, C)
     columns = tl.arange(0, BV)
@@ -40,7 +43,11 @@ def delta_kernel(
     other = token // length * stride_row + token % length * stride + head * stride_head
     x = tl.load(o + place[:, None] * V + columns[None, :], mask=keep, other=0.0).to(tl.float32)
     y = tl.load(do + other[:, None] + columns[None, :], mask=keep, other=0.0).to(tl.float32)
-    tl.store(delta + place, -tl.sum(x * y, 1), mask=ok)
+    reached = -tl.sum(x * y, 1)
+    if SUM:
+        used = tl.load(inverse + place, mask=ok, other=0.0) * tl.load(d_inverse + place, mask=ok, other=0.0)
+        reached -= used
+    tl.store(delta + place, reached, mask=ok)
 
 
 @triton.jit
@@ -201,8 +208,8 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor, shape: Shape, *, scale: float,
     entering: tuple[Tensor | None, Tensor | None] = (None, None),
     behind: tuple[Tensor | None, Tensor | None] = (None, None),
-    output: tuple[Tensor, Tensor] | None = None, first: bool = False, decay: bool = False,
-    at_end: Tensor | None = None,
+    output: tuple[Tensor, Tensor] | None = None, d_inverse: Tensor | None = None,
+    first: bool = False, decay: bool = False, at_end: Tensor | None = None,
     cu_seqlens: Tensor | None = None, mask: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     """Launch the backward pass; arguments as `forward`.
@@ -212,6 +219,7 @@ def backward(
         entering: the states entering each segment, as `forward` returned them.
         behind: gradients of the final state and sum state, fp32, contiguous.
         output: o and 1/z if the output was normalised.
+        d_inverse: fp32 `[B, T, Hq]`, contiguous, what reaches 1/z other than through o.
         first: compute the gradient of the initial state.
         decay: compute that of the decay.
         at_end: what reaches the sum of all log decays of a sequence besides, `[N, Hs]` contiguous.
@@ -223,8 +231,9 @@ def backward(
         delta = torch.empty_like(factor)
         tokens, tile = delta.numel(), padded(shape.value_dim)
         delta_kernel[(triton.cdiv(tokens, 32),)](
-            o, do, delta, shape.length, shape.query_heads, tokens, do.stride(0), do.stride(1), do.stride(2),
-            V=shape.value_dim, BV=tile, C=32,
+            o, do, delta, factor, factor if d_inverse is None else d_inverse,
+            shape.length, shape.query_heads, tokens, do.stride(0), do.stride(1), do.stride(2),
+            V=shape.value_dim, BV=tile, C=32, SUM=d_inverse is not None,
         )  # fmt: skip
     reversed_entering = entering_states(
         q, do, log_decay, mask, cu_seqlens, behind, shape, config,

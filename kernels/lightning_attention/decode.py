@@ -50,13 +50,13 @@ _SIZES = ["scale", "length", "heads", "shared", "states", "stride_decay_row", "s
 
 @triton.jit(do_not_specialize=_SIZES)
 def step_kernel(
-    q, k, v, o, log_decay, state, sums, slots, hidden, scale, length, heads, shared, states,
+    q, k, v, o, log_sum, log_decay, state, sums, slots, hidden, scale, length, heads, shared, states,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
     stride_decay_row, stride_decay, stride_slot, stride_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr,
-    SLOTS: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr,
+    SLOTS: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr, LOG_SUM: tl.constexpr,
 ):  # fmt: skip
-    """o `[B, T, Hq, V]` contiguous; the states of the named slots change in place."""
+    """o `[B, T, Hq, V]` and (LOG_SUM) ln z `[B, T, Hq]`, contiguous; the states of the named slots change in place."""
     blocks = tl.cdiv(V, BV)
     pid = tl.program_id(0)
     block, head, row = pid % blocks, pid // blocks % states, (pid // (blocks * states)).to(tl.int64)
@@ -97,7 +97,10 @@ def step_kernel(
             out = tl.sum(query[:, None] * tile, 0)
             if NORMALIZE:
                 total = tl.sum(query * norm, 0)
-                out = out / tl.where(total == 0, 1.0, total)
+                total = tl.where(total == 0, 1.0, total)
+                out = out / total
+                if LOG_SUM:
+                    tl.store(log_sum + (row * length + t) * heads + first + g, tl.log(total))
             else:
                 out = out * scale
             target = o + ((row * length + t) * heads + first + g) * V + columns
@@ -110,29 +113,33 @@ def step_kernel(
 @torch.library.custom_op(f"{_NAMESPACE}::step", mutates_args=("state", "sums"))
 def _step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, sums: _Maybe, scale: float,
-    slots: _Maybe, mask: _Maybe,
-) -> Tensor:  # fmt: skip
+    slots: _Maybe, mask: _Maybe, wants_log_sum: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o, and ln z where it is wanted, else an empty tensor."""
     rows, length, heads, dim = q.shape
     value_dim, states = v.shape[3], log_decay.shape[-1]
     o = torch.empty(rows, length, heads, value_dim, dtype=v.dtype, device=v.device)
+    log_sum = torch.empty(o.shape[:3] if wants_log_sum else (0,), dtype=torch.float32, device=v.device)
     config = step_config(rows * states, dim, value_dim, sums is not None, q.device)
     per_token = log_decay.stride()[:2] if log_decay.dim() == 3 else (0, 0)
     step_kernel[(-(-value_dim // config.columns) * states * rows,)](
-        q, k, v, o, log_decay, state, *(state if x is None else x for x in (sums, slots, mask)),
+        q, k, v, o, log_sum, log_decay, state, *(state if x is None else x for x in (sums, slots, mask)),
         scale, length, heads, k.shape[2], states,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *per_token, state.stride(0), state.stride(1),
         D=dim, V=value_dim, BD=padded(dim), BV=config.columns, GROUP=heads // states,
-        SLOTS=slots is not None, MASKED=mask is not None, NORMALIZE=sums is not None, num_warps=config.warps,
+        SLOTS=slots is not None, MASKED=mask is not None, NORMALIZE=sums is not None, LOG_SUM=wants_log_sum,
+        num_warps=config.warps,
     )  # fmt: skip
-    return o
+    return o, log_sum
 
 
 @_step.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, sums: _Maybe, scale: float,
-    slots: _Maybe, mask: _Maybe,
-) -> Tensor:  # fmt: skip
-    return v.new_empty(*q.shape[:3], v.shape[3])
+    slots: _Maybe, mask: _Maybe, wants_log_sum: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    o = v.new_empty(*q.shape[:3], v.shape[3])
+    return o, q.new_empty(o.shape[:3] if wants_log_sum else (0,), dtype=torch.float32)
 
 
 def step_possible(*pools: Tensor) -> bool:
@@ -153,11 +160,13 @@ def lightning_attention_step_kernel(
     scale: float | None = None,
     slots: _Maybe = None,
     mask: _Maybe = None,
-) -> Tensor:
-    """`lightning_attention_step` by one kernel; arguments checked by the caller, `step_possible`."""
+    log_sum: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`lightning_attention_step` by one kernel, o and ln z or nothing; arguments checked, `step_possible`."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     hidden = None if mask is None else mask.contiguous().view(torch.uint8)
     held = log_decay if log_decay.stride(-1) == 1 else log_decay.contiguous()
-    o: Tensor = _step(q, k, v, held, state, sums, scale, None if slots is None else slots.contiguous(), hidden)
-    return o
+    slots = None if slots is None else slots.contiguous()
+    results: tuple[Tensor, Tensor] = _step(q, k, v, held, state, sums, scale, slots, hidden, log_sum)
+    return results

@@ -91,13 +91,14 @@ def _backward(
     first: bool,
     decay: bool,
     at_end: Maybe,
+    d_inverse: Maybe,
 ) -> list[Tensor]:
     """dq, dk, dv, gradients of the initial state and sum state, and that of the log decay of every token."""
     shape = shape_of(q, k, v, log_decay, cu_seqlens, mask is not None, inverse is not None, segment or None)
     gradients = backward(
         q, k, v, do, log_decay, shape,
         scale=scale, entering=(entering, entering_sum), behind=(behind, behind_sum),
-        output=(o, inverse) if o is not None and inverse is not None else None,
+        output=(o, inverse) if o is not None and inverse is not None else None, d_inverse=d_inverse,
         first=first, decay=decay, at_end=at_end, cu_seqlens=cu_seqlens, mask=mask,
     )  # fmt: skip
     return [q.new_empty(0, dtype=torch.float32) if x is None else x for x in gradients]
@@ -123,6 +124,7 @@ def _(
     first: bool,
     decay: bool,
     at_end: Maybe,
+    d_inverse: Maybe,
 ) -> list[Tensor]:
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     heads = log_decay.shape[-1]
@@ -146,19 +148,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         entering if split else state, (entering_sum if split else sums) if normalize else None,
         o if normalize else None, inverse if normalize else None, leaving, leaving_sum,
     )  # fmt: skip
+    ctx.set_materialize_grads(False)  # a sum without a gradient is not read
     ctx.scale, ctx.segment, ctx.final, ctx.normalize = scale, segment, final, normalize
     ctx.started = state is not None
 
 
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     q, k, v, log_decay, cu_seqlens, mask, entering, entering_sum, o, inverse, final, final_sum = ctx.saved_tensors
-    do, behind, behind_sum = grads[0], grads[2], grads[3]
+    do, d_inverse, behind, behind_sum = grads[:4]
     if do is None:
         do = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
     if not ctx.final:
         behind = behind_sum = None
     if not ctx.normalize:
-        behind_sum = None
+        d_inverse = behind_sum = None
     behind, behind_sum = (None if x is None else x.contiguous() for x in (behind, behind_sum))
     if behind is not None and ctx.normalize and behind_sum is None:
         behind_sum = torch.zeros_like(final_sum)
@@ -172,6 +175,7 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     dq, dk, dv, state, sums, decay = _backward(
         q, k, v, _rows(do.to(v.dtype)), log_decay, ctx.scale, entering, entering_sum, behind, behind_sum, o, inverse,
         cu_seqlens, mask, ctx.segment, ctx.started, ctx.needs_input_grad[3], at_end,
+        None if d_inverse is None else d_inverse.contiguous(),
     )  # fmt: skip
     if not ctx.needs_input_grad[3]:
         decay = None
@@ -198,8 +202,9 @@ def lightning_attention_kernel(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     normalize: bool = False,
+    return_log_sum: bool = False,
     segment: int | None = None,
-) -> tuple[Tensor, Any]:
+) -> tuple[Any, ...]:
     """`lightning_attention` by the Triton kernels; arguments checked by the caller.
 
     `segment`: tokens handled by one program, None for what suits the device; the result differs in rounding only.
@@ -217,7 +222,7 @@ def lightning_attention_kernel(
     final = None
     if output_final_state:
         final = (results[2], results[3]) if normalize else results[2]
-    return results[0].to(v.dtype), final
+    return results[0].to(v.dtype), final, *([-results[1].log()] if return_log_sum else [])
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -32,8 +32,9 @@ def lightning_attention(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     normalize: bool = False,
+    return_log_sum: bool = False,
     group: torch.distributed.ProcessGroup | None = None,
-) -> tuple[Tensor, State | None]:
+) -> tuple[Any, ...]:
     """Causal linear attention with one exponential decay per head, at a cost linear in T.
 
     o_t = scale * sum_{s <= t} exp(sum_{r = s+1..t} log_decay_r) (q_t . k_s) v_s. Differentiable in q, k, v, log_decay
@@ -58,6 +59,8 @@ def lightning_attention(
         mask: `[B, T]` bool; a False token neither writes to the state nor decays it, and its output is 0.
         normalize: divide by the sum of the weights (q_t . k_s) times decay; meant for features >= 0. A token whose
             sum is exactly 0 is not divided.
+        return_log_sum: with `normalize`, return ln of that sum, too, differentiable: what another attention, such as
+            `local_attention` with its `lse`, needs to share one denominator with this one.
         group: processes of torch.distributed that hold one sequence, in the order of its tokens; q, k, v, the mask and
             a decay for every token are those of this process, whose number of tokens (at least 1) may be its own.
             The initial state is that before the first process's tokens and the final state that behind the last
@@ -66,12 +69,14 @@ def lightning_attention(
 
     Returns:
         The output `[B, T, Hq, Dv]` in the dtype of v, and the final state or None. States are float32 (float64 for
-        float64 inputs).
+        float64 inputs). With `return_log_sum` also ln Σ_s decay · (q_t . k_s), without the scale, `[B, T, Hq]` in the
+        dtype of the states; 0 where the sum is 0.
 
     Raises:
         ValueError: naming the argument that does not fit, what was expected and what was found.
     """
     _check_tokens(q, k, v, log_decay)
+    _check_log_sum(return_log_sum, normalize)
     _check_devices(q, initial_state, k=k, v=v, log_decay=log_decay, mask=mask, cu_seqlens=cu_seqlens)
     rows, length = q.shape[:2]
     if group is not None:
@@ -84,7 +89,7 @@ def lightning_attention(
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         _check_state("initial_state", initial_state, sequences, k, v, log_decay, normalize)
-    attention: Callable[..., tuple[Tensor, State | None]] = chunked_attention
+    attention: Callable[..., tuple[Any, ...]] = chunked_attention
     if q.numel() > 0 and on_kernels(q, k, v):
         from .linear_op import lightning_attention_kernel
 
@@ -101,8 +106,11 @@ def lightning_attention(
         assert own is not None
         initial_state, behind = across(own, total, initial_state, group)
     final = output_final_state and group is None
-    out, state = attention(q, k, v, log_decay, initial_state=initial_state, output_final_state=final, **options)
-    return out, behind if output_final_state and group is not None else state
+    out, state, *log_sum = attention(
+        q, k, v, log_decay, initial_state=initial_state, output_final_state=final, return_log_sum=return_log_sum,
+        **options,
+    )  # fmt: skip
+    return out, behind if output_final_state and group is not None else state, *log_sum
 
 
 @torch.no_grad()
@@ -117,7 +125,8 @@ def lightning_attention_step(
     slots: Tensor | None = None,
     mask: Tensor | None = None,
     normalize: bool = False,
-) -> Tensor:
+    return_log_sum: bool = False,
+) -> Any:
     """`lightning_attention` for one or a few new tokens, in place on a pool of states. Not differentiable.
 
     Args:
@@ -131,15 +140,17 @@ def lightning_attention_step(
         slots: `[B]` integer, the state of each row; -1 marks a padding row: its output is 0, nothing is written. No
             other slot may occur twice. None: row b has state b, and P is B.
         mask: `[B, T]` bool, as in `lightning_attention`.
-        normalize: as in `lightning_attention`.
+        normalize, return_log_sum: as in `lightning_attention`.
 
     Returns:
-        The output `[B, T, Hq, Dv]` in the dtype of v. Nothing is read on the host.
+        The output `[B, T, Hq, Dv]` in the dtype of v, with `return_log_sum` a pair with ln of the sum of weights
+        `[B, T, Hq]`. Nothing is read on the host.
 
     Raises:
         ValueError: naming the argument that does not fit, what was expected and what was found.
     """
     _check_tokens(q, k, v, log_decay)
+    _check_log_sum(return_log_sum, normalize)
     _check_devices(q, state, k=k, v=v, log_decay=log_decay, mask=mask, slots=slots)
     rows, length = q.shape[:2]
     if mask is not None:
@@ -157,14 +168,17 @@ def lightning_attention_step(
         from .decode import lightning_attention_step_kernel, step_possible
 
         if step_possible(*pools):
-            return lightning_attention_step_kernel(q, k, v, log_decay, *pools, scale=scale, slots=slots, mask=mask)
+            o, log_sum = lightning_attention_step_kernel(
+                q, k, v, log_decay, *pools, scale=scale, slots=slots, mask=mask, log_sum=return_log_sum
+            )
+            return (o, log_sum) if return_log_sum else o
     own: Tensor | None = None
     if slots is not None:
         own = slots.long()
         real = (own >= 0)[:, None].expand(rows, length)
         mask = real if mask is None else mask & real
     held = tuple(pool if own is None else pool[own.clamp(min=0)] for pool in pools)
-    out, new = recurrent_attention(
+    out, new, *rest = recurrent_attention(
         q,
         k,
         v,
@@ -174,11 +188,12 @@ def lightning_attention_step(
         output_final_state=True,
         mask=mask,
         normalize=normalize,
+        return_log_sum=return_log_sum,
     )
     assert new is not None
     for pool, rows_of_pool in zip(pools, new if isinstance(new, tuple) else (new,), strict=True):
         _write(pool, rows_of_pool, own)
-    return out
+    return (out, *rest) if return_log_sum else out
 
 
 def _write(pool: Tensor, new: Tensor, slots: Tensor | None) -> None:
@@ -221,6 +236,11 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
         raise ValueError(
             f"log_decay: expected shape [{shared}] or [{heads}], alone or after [{rows}, {length}], found {list(found)}"
         )
+
+
+def _check_log_sum(wanted: bool, normalize: bool) -> None:
+    if wanted and not normalize:
+        raise ValueError("return_log_sum: expected normalize=True beside it, found normalize=False")
 
 
 def _check_devices(q: Tensor, state: State | None, **others: Tensor | None) -> None:

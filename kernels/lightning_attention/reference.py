@@ -15,7 +15,7 @@ N sequences (B, or the number of packed ones).
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,10 +79,11 @@ def quadratic_attention(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     normalize: bool = False,
-) -> tuple[Tensor, State | None]:
+    return_log_sum: bool = False,
+) -> tuple[Any, ...]:
     """The definition, with all T x T weights: the oracle of the other forms. Arguments as `lightning_attention`."""
     dtype = accumulation_dtype(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _scale(q, scale, normalize)
     rows, length = q.shape[:2]
     with no_autocast(q):
         x = _inputs(q, k, v, log_decay, mask, dtype)
@@ -91,15 +92,17 @@ def quadratic_attention(
         owner, sequences = _token_owner(cu_seqlens, rows, length, q.device)
         visible = (owner[:, :, None] == owner[:, None, :]).tril()
         before, after = visible.to(dtype) @ decay, visible.tril(-1).to(dtype).mT @ decay
-        total = decay.cumsum(1)
-        pair = (total[:, :, None] - total[:, None]).masked_fill(~visible[..., None], -torch.inf).exp()
+        running = decay.cumsum(1)
+        pair = (running[:, :, None] - running[:, None]).masked_fill(~visible[..., None], -torch.inf).exp()
         weights = torch.einsum("bihgd,bjhd,bijh->bijhg", queries, keys, pair)
         first, first_sum = _start_states(initial_state, sequences, x, dtype, normalize)
         carried = queries * before.exp()[..., None, None]
         out = torch.einsum("bijhg,bjhe->bihge", weights, values)
         out = out + torch.einsum("bihgd,bihde->bihge", carried, first[owner])
+        log_sum = None
         if first_sum is not None:
-            out = _divide(out, weights.sum(2) + torch.einsum("bihgd,bihd->bihg", carried, first_sum[owner]))
+            total = weights.sum(2) + torch.einsum("bihgd,bihd->bihg", carried, first_sum[owner])
+            out, log_sum = _divide(out, total)
         member = (owner == torch.arange(sequences, device=q.device)[:, None, None]).to(dtype)
         kept = torch.einsum("nbt,bth->nh", member, decay).exp()
         keys = keys * after.exp()[..., None]
@@ -108,7 +111,7 @@ def quadratic_attention(
         if first_sum is not None:
             state_sum = kept[..., None] * first_sum + torch.einsum("nbt,bthd->nhd", member, keys)
     final = _pair(state, state_sum) if output_final_state else None
-    return out.flatten(2, 3).to(v.dtype), final
+    return _results(out.flatten(2, 3).to(v.dtype), final, log_sum, return_log_sum)
 
 
 def recurrent_attention(
@@ -123,13 +126,14 @@ def recurrent_attention(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     normalize: bool = False,
-) -> tuple[Tensor, State | None]:
+    return_log_sum: bool = False,
+) -> tuple[Any, ...]:
     """One state update a token: the form of decoding. Arguments as `lightning_attention`.
 
     With `cu_seqlens` the boundaries are read on the host, which waits for the device.
     """
     dtype = accumulation_dtype(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _scale(q, scale, normalize)
     with no_autocast(q):
         x = _inputs(q, k, v, log_decay, mask, dtype)
         bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
@@ -141,11 +145,13 @@ def recurrent_attention(
             first_sum = None if sums is None else sums[own]
             walked.append(_walk(x, bounds[i], bounds[i + 1], states[own], first_sum, scale))
     out = torch.cat([piece[0] for piece in walked], 1).flatten(2, 3).to(v.dtype)
-    if not output_final_state:
-        return out, None
-    state = torch.cat([piece[1] for piece in walked])
-    state_sum = torch.cat([piece[2] for piece in walked if piece[2] is not None]) if normalize else None
-    return out, _pair(state, state_sum)
+    log_sum = torch.cat([piece[3] for piece in walked if piece[3] is not None], 1) if normalize else None
+    final = None
+    if output_final_state:
+        state = torch.cat([piece[1] for piece in walked])
+        state_sum = torch.cat([piece[2] for piece in walked if piece[2] is not None]) if normalize else None
+        final = _pair(state, state_sum)
+    return _results(out, final, log_sum, return_log_sum)
 
 
 def chunked_attention(
@@ -160,9 +166,10 @@ def chunked_attention(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     normalize: bool = False,
+    return_log_sum: bool = False,
     chunk_size: int = 64,
     matmul_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, State | None]:
+) -> tuple[Any, ...]:
     """Quadratic within chunks of `chunk_size` tokens, a state between them: cost linear in T, no loop over tokens.
 
     Other arguments as `lightning_attention`. `matmul_dtype` is the dtype of the matmuls on q, k, v; None takes
@@ -171,7 +178,7 @@ def chunked_attention(
     """
     dtype = accumulation_dtype(q, k, v)
     matmul_dtype = _matmul_dtype(q, k, v) if matmul_dtype is None else matmul_dtype
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _scale(q, scale, normalize)
     length = q.shape[1]
     # A short input is one short chunk rather than a padded one.
     chunk = max(1, min(chunk_size, length))
@@ -194,16 +201,17 @@ def chunked_attention(
         state_dtype = dtype if matmul_dtype == torch.float16 else matmul_dtype
         carried = torch.unflatten(queries.to(state_dtype) @ entering.to(state_dtype), 3, heads)
         out = torch.addcmul(out, carried.to(dtype), reach[..., None])
-        state_sum = None
+        state_sum = log_sum = None
         if normalize:
             added = keys.to(dtype).mT @ decay.to_end[..., None].expand(*keys.shape[:-1], 1)
             first = None if first_sum is None else first_sum[..., None]
             entering, state_sum = _enter(added, decay.total, first, sequences, packing)
             carried = torch.unflatten((queries.to(dtype) @ entering).squeeze(-1), 3, heads)
-            out = _divide(out, torch.addcmul(weights.sum(-1), carried, reach))
+            out, log_sum = _divide(out, torch.addcmul(weights.sum(-1), carried, reach))
+            log_sum = _join(log_sum[..., None], length, packing).squeeze(-1)
             state_sum = state_sum.squeeze(-1)
     final = _pair(state, state_sum) if output_final_state else None
-    return _join(out.to(v.dtype), length, packing), final
+    return _results(_join(out.to(v.dtype), length, packing), final, log_sum, return_log_sum)
 
 
 def _matmul_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
@@ -243,9 +251,26 @@ def _pair(state: Tensor, state_sum: Tensor | None) -> State:
     return state if state_sum is None else (state, state_sum)
 
 
-def _divide(out: Tensor, total: Tensor) -> Tensor:
-    """Divide by the sum of weights; a token that saw nothing has sum and output 0 and keeps gradients finite."""
-    return out / total.masked_fill(total == 0, 1)[..., None]
+def _scale(q: Tensor, scale: float | None, normalize: bool) -> float:
+    """Of a normalised output it cancels, and the sum of weights is taken without."""
+    return 1.0 if normalize else q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _results(out: Tensor, final: State | None, log_sum: Tensor | None, wanted: bool) -> tuple[Any, ...]:
+    if not wanted:
+        return out, final
+    if log_sum is None:
+        raise ValueError("return_log_sum: needs normalize=True")
+    return out, final, log_sum.flatten(2) if log_sum.dim() == 4 else log_sum
+
+
+def _divide(out: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide by the sum of weights, and its logarithm.
+
+    A token that saw nothing has sum, output and logarithm 0 and keeps gradients finite.
+    """
+    total = total.masked_fill(total == 0, 1)
+    return out / total[..., None], total.log()
 
 
 def _token_owner(cu_seqlens: Tensor | None, rows: int, length: int, device: torch.device) -> tuple[Tensor, int]:
@@ -258,10 +283,10 @@ def _token_owner(cu_seqlens: Tensor | None, rows: int, length: int, device: torc
 
 def _walk(
     x: _Inputs, start: int, stop: int, state: Tensor, state_sum: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     dtype = state.dtype
     fixed = x.log_decay.exp()[:, None, None] if x.log_decay.dim() == 1 else None
-    outputs = []
+    outputs, logs = [], []
     for t in range(start, stop):
         query, key, value = x.q[:, t].to(dtype) * scale, x.k[:, t].to(dtype), x.v[:, t].to(dtype)
         decay = x.log_decay[:, t].exp()[..., None, None] if fixed is None else fixed
@@ -269,10 +294,14 @@ def _walk(
         out = query @ state
         if state_sum is not None:
             state_sum = state_sum * decay[..., 0] + key
-            out = _divide(out, (query @ state_sum[..., None]).squeeze(-1))
+            out, log = _divide(out, (query @ state_sum[..., None]).squeeze(-1))
+            logs.append(log)
         outputs.append(out)
     shape = (x.q.shape[0], 0, *x.q.shape[2:4], x.v.shape[-1])
-    return torch.stack(outputs, 1) if outputs else state.new_zeros(shape), state, state_sum
+    log_sum = None
+    if state_sum is not None:
+        log_sum = torch.stack(logs, 1) if logs else state.new_zeros(shape[:4])
+    return torch.stack(outputs, 1) if outputs else state.new_zeros(shape), state, state_sum, log_sum
 
 
 def _pack(cu_seqlens: Tensor, length: int, chunk: int) -> _Packing:

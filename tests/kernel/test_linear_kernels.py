@@ -48,7 +48,7 @@ class Case:
 
     def __init__(self, length, *, rows=2, heads=2, shared=2, dim=16, value_dim=16, states="shared", per_token=False,
                  hidden=False, normalize=False, started=False, final=False, bounds=None, decay=False, scale=None,
-                 dtype=torch.float32, device="cpu", segment=None, slopes=SLOPES, layout="plain", seed=0):  # fmt: skip
+                 dtype=torch.float32, device="cpu", segment=None, slopes=SLOPES, layout="plain", seed=0, log_sum=None):  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
 
         def random(*size):
@@ -78,7 +78,9 @@ class Case:
             "mask": mask,
             "normalize": normalize,
             "output_final_state": final,
+            "return_log_sum": normalize if log_sum is None else log_sum,
         }
+        self.of_sum = random(rows, length, heads)
         self.do, self.decay, self.segment = placed(random(rows, length, heads, value_dim), layout), decay, segment
         self.leaving = [random(count, held, dim, value_dim), random(count, held, dim)]
 
@@ -89,13 +91,15 @@ class Case:
         log_decay = self.log_decay.to(single).requires_grad_(self.decay)
         states = [x.to(single).requires_grad_() for x in self.states]
         initial = None if not states else states[0] if len(states) == 1 else tuple(states)
-        out, final = form(*leaves, log_decay, initial_state=initial, **self.options, **more)
+        out, final, *log_sum = form(*leaves, log_decay, initial_state=initial, **self.options, **more)
         finals = [] if final is None else list(final) if isinstance(final, tuple) else [final]
         loss = (out.to(single) * self.do.to(single)).sum()
         for x, y in zip(finals, self.leaving, strict=False):
             loss = loss + (x * y.to(single)).sum()
+        for x in log_sum:
+            loss = loss + (x * self.of_sum.to(single)).sum()
         wanted = [*leaves, *([log_decay] if self.decay else []), *states]
-        return [x.detach() for x in (out, *finals, *torch.autograd.grad(loss, wanted))]
+        return [x.detach() for x in (out, *finals, *log_sum, *torch.autograd.grad(loss, wanted))]
 
     def compare(self, limit, limit_gradient=None):
         more = {}
@@ -109,7 +113,7 @@ class Case:
         outputs = len(found) - 3 - self.decay - len(self.states)
         for i, (x, y) in enumerate(zip(found, wanted, strict=True)):
             bound = limit if i < outputs else limit_gradient or limit
-            if 0 < i < outputs:  # a state, `[N, Hs, ...]`
+            if 0 < i < outputs - self.options["return_log_sum"]:  # a state, `[N, Hs, ...]`
                 x, y, bound = x.flatten(2)[:, None], y.flatten(2)[:, None], min(limit, 1e-3)
             assert relative(x, y) <= bound, (i, relative(x, y))
 
@@ -287,7 +291,7 @@ def test_operators_pass_the_checks_of_torch(normalize, per_token, segment):
     )  # fmt: skip
     row = [x.detach()[:, :1] for x in (q, k, v)]
     pools = torch.rand(3, 1, 16, 16), torch.rand(3, 1, 16) if normalize else None
-    arguments = (*row, -torch.rand(1), *pools, 0.25, torch.tensor([2]), None)
+    arguments = (*row, -torch.rand(1), *pools, 0.25, torch.tensor([2]), None, normalize)
     torch.library.opcheck(decode._step, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
