@@ -190,10 +190,12 @@ class LightningSwap(nn.Module):
         root = call.scaling**0.5  # the softmax scale goes into the features, half to each side
         q, k, v, tokens = call.linear_q, call.linear_k, call.v, call.tokens
         if seen is not None:
-            k, v, tokens = seen.k[..., : k.shape[-1]], seen.v, seen.some  # without the channels of an ALiBi bias
+            k, v, tokens = seen.k[..., : k.shape[-1]], seen.v, seen.tokens  # without the channels of an ALiBi bias
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.q_map(q * root), self.k_map(k * root)
+        if seen is not None and seen.tokens is None:
+            k = k * seen.some[..., None, None]
         log_decay = self.log_decay
         if self.decay_gate is not None:
             log_decay = log_decay * self.decay_gate(call.hidden)

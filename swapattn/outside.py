@@ -23,11 +23,15 @@ class Leaving(NamedTuple):
     Attributes:
         k, v: `[B, T, Hkv, D]` and `[B, T, Hkv, Dv]`; anything where nothing is pushed out.
         some: bool `[B, T]`, where something is; from the first such token on there always is, until the sequence ends.
+        tokens: bool `[B, T]`, False for tokens that neither change a state nor decay it; None where each row is one
+            sequence from its start, for there is no state before the first that is pushed out: features of 0 do as
+            well, and leave the fast path of the kernels open.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     some: torch.Tensor
+    tokens: torch.Tensor | None
 
 
 def leaving(
@@ -45,7 +49,7 @@ def leaving(
     if tokens is None and cu_seqlens is None:
         back = min(window, length)
         k, v = (F.pad(x[:, : length - back], (0, 0, 0, 0, back, 0)) for x in (k, v))
-        return Leaving(k, v, (step >= window + sinks).expand(batch, length))
+        return Leaving(k, v, (step >= window + sinks).expand(batch, length), None)
     real = tokens if tokens is not None else torch.ones(batch, length, dtype=torch.bool, device=k.device)
     number = real.long().cumsum(1) - 1  # of each real token in its row
     first = torch.zeros_like(number)
@@ -57,7 +61,8 @@ def leaving(
     place = place.scatter(1, torch.where(real, number, length), step.expand(batch, length))
     source = place.gather(1, (number - window).clamp(min=0))
     rows = torch.arange(batch, device=k.device)[:, None]
-    return Leaving(k[rows, source], v[rows, source], real & (number - first >= window + sinks))
+    some = real & (number - first >= window + sinks)
+    return Leaving(k[rows, source], v[rows, source], some, some)
 
 
 def leaving_cache(
@@ -75,9 +80,9 @@ def leaving_cache(
         slot = sinks + (positions - sinks) % window
         assert cache.ring_k is not None
         assert cache.ring_v is not None
-        return Leaving(cache.ring_k[rows, slot], cache.ring_v[rows, slot], some)
+        return Leaving(cache.ring_k[rows, slot], cache.ring_v[rows, slot], some, some)
     past_k, past_v, position = cache.in_order()
     past = position.shape[1]
     tokens = torch.cat((position >= 0, positions >= 0), 1)
     found = leaving(torch.cat((past_k, k), 1), torch.cat((past_v, v), 1), window, sinks, tokens=tokens)
-    return Leaving(found.k[:, past:], found.v[:, past:], some)
+    return Leaving(found.k[:, past:], found.v[:, past:], some, some)

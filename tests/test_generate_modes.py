@@ -1,4 +1,4 @@
-"""Every mode of `generate`, for five layouts of swapped and kept layers: one result, however the tokens come."""
+"""Every mode of `generate`, for four layouts of swapped and kept layers: one result, however the tokens come."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from swapattn.modeling import swap_classes
 from swapattn.recipe import ConvertSpec
 from swapattn.surgery import apply_, plan
 
-WINDOW = {"window": 6, "sinks": 2, "share": 0.4}
+WINDOW = {"window": 6, "sinks": 2, "share": 0.4, "mix": "joint"}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 LAYOUTS = {
     "linear": ("llama", {}, {"local": None}),
     "kept": ("llama", {}, {"local": None, "keep_softmax": (1,)}),
     "window": ("llama", {}, {"local": WINDOW}),
-    "joint": ("llama", {}, {"local": {**WINDOW, "mix": "joint"}}),
     "sliding": ("gemma3_text", SLIDING, {"local": WINDOW, "keep_softmax": (1, 2)}),
 }
 

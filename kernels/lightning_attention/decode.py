@@ -165,7 +165,7 @@ def lightning_attention_step_kernel(
     """`lightning_attention_step` by one kernel, o and ln z or nothing; arguments checked, `step_possible`."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    hidden = None if mask is None else mask.contiguous().view(torch.uint8)
+    hidden = None if mask is None else mask.contiguous().to(torch.uint8)
     held = log_decay if log_decay.stride(-1) == 1 else log_decay.contiguous()
     slots = None if slots is None else slots.contiguous()
     results: tuple[Tensor, Tensor] = _step(q, k, v, held, state, sums, scale, slots, hidden, log_sum)

@@ -217,7 +217,7 @@ def lightning_attention_kernel(
     q, k, w = (_rows(x.to(dtype)) for x in (q, k, v))
     results = _forward(
         q, k, w, log_decay.float().contiguous(), factor, kept[0], kept[1], output_final_state, cu_seqlens,
-        None if mask is None else mask.contiguous().view(torch.uint8), normalize, segment or 0,
+        None if mask is None else mask.contiguous().to(torch.uint8), normalize, segment or 0,
     )  # fmt: skip
     final = None
     if output_final_state:

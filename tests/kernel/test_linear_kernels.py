@@ -48,7 +48,8 @@ class Case:
 
     def __init__(self, length, *, rows=2, heads=2, shared=2, dim=16, value_dim=16, states="shared", per_token=False,
                  hidden=False, normalize=False, started=False, final=False, bounds=None, decay=False, scale=None,
-                 dtype=torch.float32, device="cpu", segment=None, slopes=SLOPES, layout="plain", seed=0, log_sum=None):  # fmt: skip
+                 dtype=torch.float32, device="cpu", segment=None, slopes=SLOPES, layout="plain", seed=0,
+                 log_sum=None):  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
 
         def random(*size):
