@@ -18,15 +18,6 @@ _TRAINING_TEXT = [
 ]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """The default set on two cores, a file to a worker; `-n 0` keeps it in one process, as a debugger wants it."""
-    whole = not config.getoption("file_or_dir") and config.getoption("markexpr").startswith("not real")
-    if whole and config.getoption("numprocesses", 0) is None and not config.getoption("usepdb"):
-        config.option.numprocesses, config.option.dist = 2, "loadfile"
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a worker; two threads each would wait for each other
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Without a GPU Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported."""
     if "not gpu" in config.getoption("markexpr"):
