@@ -350,12 +350,14 @@ def fit_output_(swap: LightningSwap, gram: _Gram) -> None:
     """Set scale and mix of a layer to the least-squares fit, within the ranges that keep training possible."""
     products = gram.products
     a, b = products[:, :-1, :-1], products[:, :-1, -1]
-    ridge = 1e-6 * a.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(a.shape[1], dtype=a.dtype)
+    ridge = (1e-6 * a.diagonal(dim1=1, dim2=2).mean(1)).clamp(min=torch.finfo(a.dtype).tiny)
+    ridge = ridge[:, None, None] * torch.eye(a.shape[1], dtype=a.dtype)
     fit = torch.linalg.solve(a + ridge, b)
     if not torch.isfinite(fit).all():
         raise TrainingError(f"calibration of layer {swap.layer_idx} is not finite: use other text or more tokens")
     if swap.mix is None or swap.joint:
-        scale = fit[:, 0].clamp(*SCALE_RANGE)
+        seen = a.diagonal(dim1=1, dim2=2).amax(1) > 0  # text that never leaves the window tells nothing of the scale
+        scale = fit[:, 0].clamp(*SCALE_RANGE).where(seen, swap.out_scale.detach().mean(1).double().cpu())
     else:
         linear, share = _within_ranges(a + ridge, b, fit).unbind(1)
         scale = linear / (1 - share)

@@ -421,7 +421,8 @@ def _misread_heads(
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    length = 7
+    # A joint layer has no linear branch before the first tokens have left the window.
+    length = 7 + swap.window + swap.sinks
     q, k, v = draw(1, heads, length, width), draw(1, kv_heads, length, width), draw(1, kv_heads, length, value_dim)
     hidden = draw(1, length, shape["hidden_size"]) if swap.decay_gate or swap.output_gate else None
     owners = torch.arange(kv_heads).repeat_interleave(heads // kv_heads)  # as transformers' repeat_kv

@@ -22,6 +22,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Without a GPU Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported."""
     if "not gpu" in config.getoption("markexpr"):
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with two threads each fight for two cores
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: the other process runs all the others beside it."""
+    items.sort(key=lambda item: item.path.name != "test_real_model.py")
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from swapattn.recipe import load_recipe
 from swapattn.shards import INDEX, SINGLE
 from swapattn.unpickling import as_safetensors
 
-SPEC = ["convert.local={window: 5, sinks: 2}"]
+SPEC = ["convert.local={window: 5, sinks: 2, mix: joint}"]
 
 
 def tensors(folder):
@@ -114,8 +114,8 @@ def test_new_parameters_are_counted(tiny_teacher, converted):
     new = tensors(converted.path).keys() - tensors(tiny_teacher).keys()
     stored = tensors(converted.path)
     assert converted.new_parameters == sum(stored[key].numel() for key in new)
-    # slopes 2, scales 4 x 8, mixes 4, feature maps (4 + 2) x 8 x 8, in each of 2 layers
-    assert converted.new_parameters == 2 * (2 + 32 + 4 + 384)
+    # slopes 2, scales 4 x 8, mixes 4 x (1 + 1 + 8), feature maps (4 + 2) x (8 x 8 + 2 x 8 x 16), in each of 2 layers
+    assert converted.new_parameters == 2 * (2 + 32 + 40 + 1920)
 
 
 def test_the_model_type_is_never_the_teachers(converted):
@@ -154,7 +154,7 @@ def test_calibrate_sets_the_numbers_and_leaves_the_other_new_parameters(tiny_tea
     result = convert(tiny_teacher, tmp_path / "c", recipe="smoke", overrides=overrides, calibrate=True)
     found = tensors(result.path)
     trained = read(result.path).record["trained"]
-    assert {name.rsplit(".", 1)[1] for name in trained} == {"log_slope", "out_scale", "mix"}
+    assert {name.rsplit(".", 1)[1] for name in trained} == {"log_slope", "out_scale", "mix", "mix_query", "mix_sum"}
     for key, tensor in found.items():
         assert torch.equal(tensor, static[key]) == (key not in trained), key
     assert_taken_over(tiny_teacher, result.path)

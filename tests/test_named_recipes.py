@@ -15,7 +15,7 @@ from swapattn.loading import load
 from swapattn.recipe import load_recipe, parse_recipe, recipe_folder, recipe_names, recipe_text
 from swapattn.stages import CalibrateStage
 
-LENGTH, BATCH = 32, 2
+LENGTH, BATCH = 96, 2  # longer than the windows
 BUDGETS = {"short": 40e6, "standard": 100e6, "long": 701e6}  # tokens of all stages
 
 
@@ -49,7 +49,7 @@ def test_every_named_recipe_runs(name, tiny_teacher, tmp_path):
     assert [stage["stage"] for stage in found.stages] == [stage.stage for stage in recipe.distill.stages]
     model, _ = load(found.path)
     assert len(swaps(model)) == 2 - len(made.plan.keep)
-    ids = torch.arange(2, 40)[None]
+    ids = torch.arange(2, 2 + LENGTH)[None]
     with torch.no_grad():
         before, after = (load(path)[0](input_ids=ids).logits for path in (made.path, found.path))
     assert torch.isfinite(after).all()

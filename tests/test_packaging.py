@@ -29,6 +29,7 @@ LAYERS = (
         "surgery",
         "calibration",
         "attention",
+        "outside",
         "call",
         "adapters",
         "modeling",

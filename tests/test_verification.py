@@ -20,7 +20,8 @@ from swapattn.surgery import apply_, plan
 from swapattn.verification import verify
 from swapattn.wheels import sha256_of
 
-SPEC = ["convert.local={window: 5, sinks: 2}"]
+SPEC = ["convert.local={window: 5, sinks: 2, mix: joint}"]
+CONSTANT = ["convert.local.mix=constant"]
 ROWS = ["files", "loads", "weights", "linear in length", "decay", "cached = uncached", "padded = alone", "GQA mapping"]
 RELOADS = ["reload", "reload, swapattn blocked"]
 
@@ -62,7 +63,7 @@ def edit_json(path, edit):
     "overrides",
     [
         ["convert.keep_softmax=[0]", "convert.decay.per=query_head"],
-        ["convert.normalizer=rms_all", "convert.feature_map=silu", "convert.decay.gate=true"],
+        [*CONSTANT, "convert.normalizer=rms_all", "convert.feature_map=silu", "convert.decay.gate=true"],
         ["convert.local=null", "convert.rope.linear=drop", "convert.output_gate=channel", "convert.qk_norm=rms"],
     ],
     ids=["kept", "gated", "linear-only"],
@@ -173,11 +174,8 @@ def test_padding_that_counts_is_found(checkpoint, monkeypatch):
 def test_heads_on_the_wrong_keys_are_found(checkpoint, monkeypatch):
     linear = LightningSwap.linear
 
-    def swapped(self, call, cache=None):
-        call.v = call.v.flip(2)
-        found = linear(self, call, cache)
-        call.v = call.v.flip(2)
-        return found
+    def swapped(self, call, cache=None, seen=None):
+        return linear(self, call, cache, seen._replace(v=seen.v.flip(2)))
 
     monkeypatch.setattr(LightningSwap, "linear", swapped)
     assert failed(checkpoint) == ["GQA mapping"]
@@ -236,9 +234,7 @@ def test_the_command_reloads_in_two_processes_and_prints_a_table(checkpoint, mon
 def test_code_that_was_changed_runs_only_when_asked_and_is_caught(checkpoint, monkeypatch):
     monkeypatch.setattr(common, "_quiet_libraries", lambda: None)
     code = checkpoint / "attention.py"
-    code.write_text(
-        code.read_text().replace("share = torch.sigmoid(self.mix)", "share = 0.5 * torch.sigmoid(self.mix)")
-    )
+    code.write_text(code.read_text().replace("share = torch.sigmoid(lse", "share = 0.5 * torch.sigmoid(lse"))
     result = CliRunner().invoke(main, ["verify", str(checkpoint), "--json"])
     assert result.exit_code == 3
     rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
