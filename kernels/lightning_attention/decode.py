@@ -1,7 +1,10 @@
 """One or a few new tokens on a pool of states: the traffic of the state, read and written once, is all there is to it.
 
 A program holds a tile of one state in registers, all D rows by some of the Dv columns, so that no sum crosses
-programs. The query heads of a group that share the state share the program.
+programs. The query heads of a group that share the state share the program, which reads their queries before it
+computes: a store keeps later reads from being moved in front of it, and each would wait for memory anew.
+
+Where the device can (Hopper and later), a launch begins while its predecessor ends (programmatic dependent launch).
 
 Dimensions: B rows, T new tokens, Hq query heads, Hkv key/value heads, Hs heads of the decay and of the state, P states
 in the pool, D features of q and k, V of v, BD and BV their tiles.
@@ -15,12 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import processors
+from .launch import dependent_launch, processors
 from .shape import padded
 
 try:  # in a try block: transformers demands what the files of a checkpoint import outside one
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError as error:
     raise ImportError("the kernels of lightning_attention need triton") from error
 
@@ -36,13 +40,14 @@ class StepConfig(NamedTuple):
     warps: int
 
 
-def step_config(states: int, dim: int, value_dim: int, normalize: bool, device: torch.device) -> StepConfig:
-    """Launch parameters for so many states: tiles small enough to fill the device, rows of at least 64 bytes."""
+def step_config(states: int, dim: int, value_dim: int, group: int, normalize: bool, device: torch.device) -> StepConfig:
+    """Launch parameters for so many states, each of `group` query heads: tiles small enough to fill the device."""
     wide = padded(value_dim)
     if normalize:  # every program would need the sum state that one of them changes
         return StepConfig(wide, 8 if padded(dim) * wide > 8192 else 4)
-    few = states * wide // 32 < 2 * processors(device)
-    return StepConfig(min(16 if few else 32, wide), 4)
+    if states * wide // 32 < 2 * processors(device):
+        return StepConfig(min(16, wide), 4)
+    return StepConfig(min(64, wide), 4) if group == 1 else StepConfig(min(32, wide), 2)
 
 
 _SIZES = ["scale", "length", "heads", "shared", "states", "stride_decay_row", "stride_decay"]
@@ -54,9 +59,12 @@ def step_kernel(
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
     stride_decay_row, stride_decay, stride_slot, stride_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr,
-    SLOTS: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr, LOG_SUM: tl.constexpr,
+    SLOTS: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr, LOG_SUM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """o `[B, T, Hq, V]` and (LOG_SUM) ln z `[B, T, Hq]`, contiguous; the states of the named slots change in place."""
+    if EARLY:  # let the next launch begin, and wait for the end of the one before
+        gdc_launch_dependents()
+        gdc_wait()
     blocks = tl.cdiv(V, BV)
     pid = tl.program_id(0)
     block, head, row = pid % blocks, pid // blocks % states, (pid // (blocks * states)).to(tl.int64)
@@ -88,12 +96,15 @@ def step_kernel(
         key = tl.load(here, mask=some, other=0.0).to(tl.float32)
         here = v + row * stride_v_row + t * stride_v + pair * stride_v_head + columns
         value = tl.load(here, mask=columns < tl.where(real, V, 0), other=0.0).to(tl.float32)
+        queries = ()
+        for g in tl.static_range(GROUP):
+            here = q + row * stride_q_row + t * stride_q + (first + g) * stride_q_head + dims
+            queries = queries + (tl.load(here, mask=some, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
         tile = tile * fade + key[:, None] * value[None, :]
         if NORMALIZE:
             norm = norm * fade + key
         for g in tl.static_range(GROUP):
-            here = q + row * stride_q_row + t * stride_q + (first + g) * stride_q_head + dims
-            query = tl.load(here, mask=some, other=0.0).to(tl.float32)
+            query = queries[g].to(tl.float32)  # type: ignore[var-annotated]
             out = tl.sum(query[:, None] * tile, 0)
             if NORMALIZE:
                 total = tl.sum(query * norm, 0)
@@ -120,15 +131,17 @@ def _step(
     value_dim, states = v.shape[3], log_decay.shape[-1]
     o = torch.empty(rows, length, heads, value_dim, dtype=v.dtype, device=v.device)
     log_sum = torch.empty(o.shape[:3] if wants_log_sum else (0,), dtype=torch.float32, device=v.device)
-    config = step_config(rows * states, dim, value_dim, sums is not None, q.device)
+    group = heads // states
+    config = step_config(rows * states, dim, value_dim, group, sums is not None, q.device)
+    early = {"EARLY": True, "launch_pdl": True} if dependent_launch(q.device) else {"EARLY": False}
     per_token = log_decay.stride()[:2] if log_decay.dim() == 3 else (0, 0)
     step_kernel[(-(-value_dim // config.columns) * states * rows,)](
         q, k, v, o, log_sum, log_decay, state, *(state if x is None else x for x in (sums, slots, mask)),
         scale, length, heads, k.shape[2], states,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *per_token, state.stride(0), state.stride(1),
-        D=dim, V=value_dim, BD=padded(dim), BV=config.columns, GROUP=heads // states,
+        D=dim, V=value_dim, BD=padded(dim), BV=config.columns, GROUP=group,
         SLOTS=slots is not None, MASKED=mask is not None, NORMALIZE=sums is not None, LOG_SUM=wants_log_sum,
-        num_warps=config.warps,
+        num_warps=config.warps, **early,
     )  # fmt: skip
     return o, log_sum
 

@@ -48,6 +48,13 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@cache
+def dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may begin while the one before it ends (programmatic dependent launch)."""
+    cuda = device.type == "cuda" and torch.version.hip is None
+    return cuda and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def segment_length(length: int, programs: int, sequences: int, device: torch.device) -> int:
     """Tokens of a segment: the whole sequence if there are programs enough, else a part that fills the device.
 

@@ -62,6 +62,8 @@ def compiling(arch: int) -> Iterator[dict[str, tuple[str, Any]]]:
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         if arch < 90 and "BULK" in options:
             options["BULK"] = False  # what `bulk_copies` finds on such a device
+        if "EARLY" in options:
+            options["EARLY"] = arch >= 90  # as `dependent_launch`
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
         found[kernel.hash] = self.__name__, kernel
         return kernel

@@ -123,3 +123,37 @@ def test_on_gpu_a_captured_step_follows_its_slots():
     graph.replay()
     assert torch.equal(out, wanted)
     assert torch.equal(pool, wanted_pool)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "shared"), [(1, 8), (64, 8), (64, 2)])
+def test_on_gpu_no_launch_reads_what_the_one_before_has_not_written(rows, shared):
+    """Forty steps in a graph, each on the output of the last; a launch may begin before its predecessor has ended."""
+    heads, dim = 8, 128
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.rand(rows, 1, h, dim, generator=generator).cuda() for h in (heads, shared, shared))
+    decay, start = torch.full((shared,), -0.1, device="cuda"), torch.zeros(rows, shared, dim, dim, device="cuda")
+    pool = start.clone()
+
+    def steps(step, pool, q, k, v):
+        for _ in range(40):
+            q = step(q, k, v, pool)
+            q = q / q.norm(dim=-1, keepdim=True)
+            k = q[:, :, : k.shape[2]]
+        return q
+
+    def plain(q, k, v, pool):
+        pool.mul_(decay.to(pool).exp()[:, None, None]).add_(k[:, 0, :, :, None] * v[:, 0, :, None])
+        return torch.einsum("bhd,bhdv->bhv", q[:, 0], pool.repeat_interleave(heads // shared, 1))[:, None] * dim**-0.5
+
+    def kernel(q, k, v, pool):
+        return lightning_attention_step(q, k, v, decay, pool)
+
+    kernel(q, k, v, pool)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pool.copy_(start)
+        out = steps(kernel, pool, q, k, v)
+    graph.replay()
+    wanted = steps(plain, start.double(), *(x.double() for x in (q, k, v)))
+    assert (out - wanted).norm() <= 1e-4 * wanted.norm()
