@@ -269,6 +269,8 @@ class LightningSwap(nn.Module):
 
     def both(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
         """`forward` without the record."""
+        if self.branch == "local" and self.mix is not None and cache is None:
+            return self.local(call)[0].to(call.v.dtype)
         parts = self.parts(call, cache)
         if self.branch == "local" and parts.local is not None:
             return parts.local

@@ -12,7 +12,7 @@ from torch import nn
 
 from .attention import swaps
 from .errors import RecipeError
-from .stages import OWN_GROUPS, TrainStage
+from .stages import OWN_GROUPS, DistillStage, TrainStage
 
 # The first part of a parameter's name inside a swap.
 _NEW_GROUPS = {
@@ -75,7 +75,7 @@ def trainable_parameters(model: nn.Module, stage: TrainStage, title: str = "stag
 
     `new` is every parameter of the swaps, but slopes that are not learnable; `attention` adds the rest of the
     attention modules that were swapped; `all` everything; `lora` the adapters, where the model has any. Whatever has a
-    learning rate of 0 is left out.
+    learning rate of 0 is left out, and everything new where the stage trains the window alone.
 
     Raises:
         RecipeError: a group of `learning_rates` has no parameter that the stage could train.
@@ -88,7 +88,7 @@ def trainable_parameters(model: nn.Module, stage: TrainStage, title: str = "stag
     groups = {"lora"} if stage.train == "lora" else set()  # before they are there
     for name, parameter in model.named_parameters():
         group = group_of(name)
-        wanted = name not in fixed
+        wanted = name not in fixed and not (isinstance(stage, DistillStage) and stage.branch == "local")
         if group in OWN_GROUPS:
             attention = stage.train == "attention" and name.startswith(owners)
             wanted = (group == "lora") if stage.train == "lora" else stage.train == "all" or attention

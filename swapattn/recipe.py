@@ -17,7 +17,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from .errors import RecipeError
 from .section import Section
-from .stages import Stage
+from .stages import DistillStage, Stage
 from .text import TAGS, Text, TextSpec
 
 SCHEMA_VERSION = 1
@@ -211,6 +211,13 @@ class Recipe(Section):
     convert: ConvertSpec = ConvertSpec()
     distill: DistillSpec = DistillSpec()
     eval: EvalSpec = EvalSpec()
+
+    @model_validator(mode="after")
+    def _window_to_train(self) -> Self:
+        alone = [s for s in self.distill.stages if isinstance(s, DistillStage) and s.branch == "local"]
+        if alone and self.convert.local is None:
+            raise ValueError("distill.stages: branch: local needs a softmax window, and convert.local is null")
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain JSON-able values, every default spelled out."""

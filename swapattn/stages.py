@@ -141,7 +141,8 @@ class DistillStage(TrainStage):
 
     `losses` are weights, of which those left out are 0; without it the loss is the forward KL. `chunk` is how many
     tokens' logits exist at a time; null chooses as many as 512 MiB hold (on a CPU 64 MiB). `teacher` is null for the
-    model that the checkpoint was made from.
+    model that the checkpoint was made from. `branch` `local` trains the window-only control: swapped layers are their
+    softmax window alone while the stage runs, and only the teacher's own parameters are trained.
     """
 
     stage: Literal["distill"]
@@ -149,6 +150,7 @@ class DistillStage(TrainStage):
     temperature: float = Field(1.0, gt=0)
     chunk: int | None = Field(None, gt=0)
     teacher: TeacherSpec | None = None
+    branch: Literal["both", "local"] = "both"
 
     @model_validator(mode="after")
     def _written_logits_are_what_they_are(self) -> Self:
@@ -156,6 +158,8 @@ class DistillStage(TrainStage):
             raise ValueError("temperature is 1 with teacher.logits: what was written cannot be tempered any more")
         if self.teacher is not None and not self.needs_teacher:
             raise ValueError("teacher.logits is of no use to a loss without a divergence")
+        if self.branch == "local" and self.train == "new":
+            raise ValueError("branch: local leaves the new parameters out, so train must be attention, all or lora")
         return self
 
     @property

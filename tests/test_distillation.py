@@ -18,12 +18,12 @@ import swapattn.estimate
 import swapattn.progress
 import swapattn.reporting
 import swapattn.training
-from swapattn.attention import swaps
+from swapattn.attention import only_branch, swaps
 from swapattn.checkpoint import read
 from swapattn.conversion import convert
 from swapattn.distillation import distill
 from swapattn.errors import CheckpointError, RecipeError, SwapattnError, TrainingError, UsageError
-from swapattn.loading import load
+from swapattn.loading import load, load_teacher
 from swapattn.recipe import parse_recipe
 
 CALIBRATE = {"stage": "calibrate", "tokens": 256, "length": 64}
@@ -407,6 +407,36 @@ def test_a_dry_run_checks_the_request(converted, work, changes, message):
     with pytest.raises(SwapattnError, match=message):
         distill(converted, recipe=recipe(CALIBRATE), dry_run=True, **{"device": "cpu", **changes})
     assert not (work / ".out.run").exists()
+
+
+def test_the_window_alone_is_trained_as_a_control(converted, work):
+    what = recipe({**EVERYTHING, "branch": "local"})
+    result = distill(recipe=what, device="cpu")
+    changed = differing(converted, result.path)
+    assert changed
+    assert not any(".swap." in name for name in changed)
+    ids = torch.arange(5, 35)[None]
+    teacher = load_teacher(read(converted))[0](input_ids=ids).logits.log_softmax(-1)
+    errors = []
+    for path in (converted, result.path):
+        model, _ = load(path)
+        with torch.no_grad(), only_branch(model, "local"):
+            found = model(input_ids=ids).logits.log_softmax(-1)
+        errors.append(float((teacher.exp() * (teacher - found)).sum(-1).mean()))
+    assert errors[1] < errors[0]
+    assert result.stages[0]["first_loss"] == pytest.approx(errors[0], rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "local", "words"),
+    [
+        ({**DISTILL, "branch": "local"}, {"window": 8}, "leaves the new parameters out"),
+        ({**EVERYTHING, "branch": "local"}, None, "needs a softmax window"),
+    ],
+)
+def test_a_window_alone_that_trains_nothing_is_refused(stage, local, words):
+    with pytest.raises(RecipeError, match=words):
+        recipe(stage, local=local)
 
 
 def test_every_option_of_the_layer_is_trained_and_stored(tiny_teacher, work):
