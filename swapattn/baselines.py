@@ -183,7 +183,8 @@ def _perplexity(compared: Mapping[str, Any]) -> dict[str, Any]:
     ]
     far = own["far"]["perplexity"] if own["far"] else None
     found = {"text": compared["text"], "perplexity": own["perplexity"], "far_perplexity": far}
-    return {**found, **{name: compared[name] for name in names}, "bins": bins}
+    windows = {name: own[name] for name in ("window_nats", "window_far_nats")}  # to pair with another run's
+    return {**found, **{name: compared[name] for name in names}, "bins": bins, **windows}
 
 
 def title(role: str) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,11 @@ class Checkpoint:
     def teacher_path(self) -> Path:
         """Folder of the original model."""
         return Path(self.record["teacher"]["path"])
+
+    def with_teacher(self, folder: Path) -> Checkpoint:
+        """The same with another folder in the place of the recorded one, which may have moved."""
+        taught = {**self.record["teacher"], "path": str(folder.resolve())}
+        return replace(self, record={**self.record, "teacher": taught})
 
     @property
     def teacher_note(self) -> str:

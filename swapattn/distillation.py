@@ -162,7 +162,7 @@ def _check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str
     taught = [isinstance(stage, DistillStage) and stage.runs_teacher for stage in recipe.distill.stages]
     needed = named or any(run and not mine for run, mine in zip(taught, own, strict=True))
     if needed and not (teacher / "config.json").is_file():
-        raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; convert again, or name another")
+        raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; name it with --teacher FOLDER")
     if named:
         check_same_vocabulary(teacher, start.path)
     check_wanted_logits(recipe, start.path)

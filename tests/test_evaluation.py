@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -360,6 +361,34 @@ def test_a_teacher_that_is_gone(found: Any, mirror: Path, tmp_path: Path) -> Non
     (found.checkpoint.path / "swapattn.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=r"no longer at .*gone.*--no-teacher"):
         evaluate(tasks=["piqa"], data=str(mirror))
+
+
+def test_a_teacher_that_has_moved_is_named(found: Any, mirror: Path, tmp_path: Path) -> None:
+    place = found.checkpoint.teacher_path
+    there = evaluate(tasks=["piqa"], data=str(mirror), output=tmp_path / "there.json")
+    shutil.copytree(place, tmp_path / "moved")
+    record = json.loads((found.checkpoint.path / "swapattn.json").read_text())
+    record["teacher"]["path"] = str(tmp_path / "gone")
+    (found.checkpoint.path / "swapattn.json").write_text(json.dumps(record))
+    report = evaluate(tasks=["piqa"], data=str(mirror), teacher=str(tmp_path / "moved"))
+    assert report.teacher == str(tmp_path / "moved")
+    assert report.rows[0].teacher.value == there.rows[0].teacher.value
+    assert f"--teacher {tmp_path / 'moved'}" in report.command
+    with pytest.raises(CheckpointError, match=r"no longer at .*nowhere.*--teacher FOLDER"):
+        evaluate(tasks=["piqa"], data=str(mirror), teacher=tmp_path / "nowhere")
+
+
+def test_no_tasks_but_what_stands_beside_them(found: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The old clockmaker wound the tower clock again, and it rang all night. " * 60)
+    report = evaluate(tasks=["none"], perplexity=text)
+    assert report.rows == ()
+    assert report.kept is None
+    assert report.text_perplexity["ratio"] > 0
+    assert "perplexity" in report.to_table()
+    assert shlex.split(report.command)[3:5] == ["--tasks", "none"]
+    with pytest.raises(UsageError, match="leaves nothing to measure"):
+        evaluate(tasks=["none"])
 
 
 def test_tasks_of_the_recipe(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:

