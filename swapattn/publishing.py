@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from . import sources
+from .checkpoint import RECORD
 from .environment import say
 from .errors import SourceError, UsageError
 
@@ -34,22 +38,33 @@ def check_push(repository: str) -> None:
 def push(folder: Path, repository: str) -> str:
     """Upload a checkpoint folder, creating the repository where needed; returns its address.
 
+    Its record goes there without the paths of this machine.
+
     Raises:
         SourceError: the hub refuses; the folder stays.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    contents = {name: path for name, path in files.items() if not name.startswith(".") and name != RECORD}
+    adds = [CommitOperationAdd(name, path) for name, path in contents.items()]
+    adds.append(CommitOperationAdd(RECORD, json.dumps(without_paths(record), indent=2).encode()))
     say(f"uploading {folder} to {repository}")
     try:
         url = api.create_repo(repository, exist_ok=True)
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            commit_message="Add a model converted by swapattn",
-            ignore_patterns=[".*"],
-        )
+        api.create_commit(repository, adds, commit_message="Add a model converted by swapattn")
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise SourceError(f"uploading {folder} to {repository} failed: {reason}; the folder itself is whole") from error
     return str(url)
+
+
+def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's record with the hub's names, or the bare names of folders, in the place of local paths."""
+    teacher = dict(record["teacher"])
+    public = teacher.get("hub_id") or Path(teacher["path"]).name
+    teacher |= {"path": public, "given": public}
+    parent = {"parent": {**record["parent"], "path": Path(record["parent"]["path"]).name}} if "parent" in record else {}
+    return {**record, "teacher": teacher, **parent}

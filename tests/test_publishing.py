@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -20,6 +22,7 @@ class FakeHub:
 
     logged_in = True
     refuses = False
+    uploaded: ClassVar[dict[str, bytes]] = {}
 
     def __init__(self):
         self.calls = calls
@@ -34,11 +37,16 @@ class FakeHub:
         self.calls.append(("create", repository, exist_ok))
         return f"https://hub/{repository}"
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message, ignore_patterns):
+    def create_commit(self, repo_id, operations, *, commit_message):
         if self.refuses:
             raise RuntimeError("403\nForbidden")
-        names = sorted(path.name for path in folder_path.iterdir())
-        self.calls.append(("upload", repo_id, names))
+        self.calls.append(("upload", repo_id, sorted(operation.path_in_repo for operation in operations)))
+        self.uploaded |= {operation.path_in_repo: read(operation) for operation in operations}
+
+
+def read(operation):
+    with operation.as_file() as file:
+        return file.read()
 
 
 calls = []
@@ -108,6 +116,15 @@ def test_a_whole_checkpoint_is_uploaded(tiny_teacher, tmp_path, hub):
     names = sorted(path.name for path in folder.iterdir())
     assert {"README.md", "config.json", "swapattn.json", "teacher.safetensors", "modeling_swapattn.py"} <= set(names)
     assert hub == ["whoami", ("create", "me/tiny", True), ("upload", "me/tiny", names)]
+    assert all(FakeHub.uploaded[name] == (folder / name).read_bytes() for name in names if name != "swapattn.json")
+    record, public = (
+        json.loads(text) for text in ((folder / "swapattn.json").read_text(), FakeHub.uploaded["swapattn.json"])
+    )
+    assert record["teacher"]["path"] == str(tiny_teacher), "here it is what finds the teacher again"
+    assert public["teacher"]["path"] == tiny_teacher.name
+    assert str(tmp_path) not in json.dumps(public)
+    assert str(tiny_teacher) not in json.dumps(public)
+    assert public["recipe"] == record["recipe"]
 
 
 @pytest.mark.parametrize("problem", ["no hub", "no login", "no name"])
