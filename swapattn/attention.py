@@ -82,11 +82,17 @@ class LightningSwap(nn.Module):
     sum of the linear branch's weights, the share of the window is σ(ℓ_t − m − a ln z_t − w·q_t) in the place of σ(m).
     LoLCATs has a = 1 and w = 0; the features of `hedgehog` do not know how long q is, which w·q makes good.
 
+    With further half-lives a head has several linear branches, each with feature maps and a state of its own, under
+    one denominator: o_t = Σ_i e^{c_it} z_it o_it / Σ_i e^{c_it} z_it with z_it the sum of the weights of branch i and
+    c_it = m_i + w_i·q_t, 0 for the first. One decay cannot follow both the last few tokens and the far ones.
+
     Parameters, all fp32:
         log_slope `[Hs]`: ln of the slope s, λ = exp(−s); −inf means no decay.
         out_scale `[Hq, Dv]`: g.
         mix `[Hq]`: m, only with a local branch.
         mix_query `[Hq, D]`, mix_sum `[Hq]`: w and a, only of a joint layer.
+        merge `[n − 1, Hq]`, merge_query `[n − 1, Hq, D]`: m_i and w_i, only with n > 1 linear branches. Their heads and
+            states are those of all branches, one branch after another: n·Hq, n·Hkv and n·Hs.
         q_map, k_map: feature maps.
         q_norm, k_norm: RMS norms before the feature maps, or None.
         decay_gate, output_gate: see `gates`, or None.
@@ -106,14 +112,16 @@ class LightningSwap(nn.Module):
         super().__init__()
         self.layer_idx = shape["layer_idx"]
         heads, kv_heads = shape["heads"], shape["kv_heads"]
-        states = kv_heads if spec["decay"]["per"] == "kv_head" else heads
+        further = len(spec["decay"].get("half_lives", ()))
+        self.linear_branches = 1 + further
+        states = self.linear_branches * (kv_heads if spec["decay"]["per"] == "kv_head" else heads)
         self.normalizer: str = spec["normalizer"]
         normed = spec.get("qk_norm", "none") == "rms"
         self.q_norm = HeadNorm(heads) if normed else None
         self.k_norm = HeadNorm(kv_heads) if normed else None
         feature_map = FEATURE_MAPS[spec["feature_map"]]
-        self.q_map = feature_map(heads, shape["head_dim"])
-        self.k_map = feature_map(kv_heads, shape["head_dim"])
+        self.q_map = feature_map(self.linear_branches * heads, shape["head_dim"])
+        self.k_map = feature_map(self.linear_branches * kv_heads, shape["head_dim"])
         slopes = torch.ones(states) if slopes is None else slopes
         self.learnable_decay = bool(spec["decay"]["learnable"])
         self.log_slope = nn.Parameter(slopes.log(), requires_grad=self.learnable_decay)
@@ -126,6 +134,8 @@ class LightningSwap(nn.Module):
         self.mix = nn.Parameter(torch.logit(share).repeat(heads)) if local else None
         self.mix_query = nn.Parameter(torch.zeros(heads, shape["head_dim"])) if self.joint else None
         self.mix_sum = nn.Parameter(torch.ones(heads)) if self.joint else None
+        self.merge = nn.Parameter(torch.zeros(further, heads)) if further else None
+        self.merge_query = nn.Parameter(torch.zeros(further, heads, shape["head_dim"])) if further else None
         self.decay_gate = DecayGate(shape["hidden_size"], states) if spec["decay"].get("gate") else None
         gate = spec.get("output_gate", "none")
         channels = shape["value_dim"] if gate == "channel" else 1
@@ -193,6 +203,9 @@ class LightningSwap(nn.Module):
             k, v, tokens = seen.k[..., : k.shape[-1]], seen.v, seen.tokens  # without the channels of an ALiBi bias
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        asked = q
+        if self.linear_branches > 1:
+            q, k, v = (x.repeat(1, 1, self.linear_branches, 1) for x in (q, k, v))
         q, k = self.q_map(q * root), self.k_map(k * root)
         if seen is not None and seen.tokens is None:
             k = k * seen.some[..., None, None]
@@ -200,20 +213,36 @@ class LightningSwap(nn.Module):
         if self.decay_gate is not None:
             log_decay = log_decay * self.decay_gate(call.hidden)
         options: dict[str, Any] = {"scale": 1.0, "mask": tokens, "normalize": self.normalizer == "sum"}
-        options["return_log_sum"] = seen is not None
+        options["return_log_sum"] = wants_sum = seen is not None or self.linear_branches > 1
         past = cache.past() if cache is not None else None
         if past is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
             found = lightning_attention_step(q, k, v, log_decay, past, **options)
-            o, log_sum = found if seen is not None else (found, None)
+            o, log_sum = found if wants_sum else (found, None)
         else:
             options |= {"initial_state": past, "output_final_state": cache is not None, "cu_seqlens": call.cu_seqlens}
             o, final, *rest = lightning_attention(q, k, v, log_decay, **options)
             log_sum = rest[0] if rest else None
             if cache is not None:
                 cache.keep(call.last_states(final))
+        if self.linear_branches > 1:
+            o, log_sum = self.merged(o, log_sum, asked)
         dims = OUTPUT_NORM_DIMS.get(self.normalizer)
         o = rms_normalized(o, dims) if dims else o
         return (o * self.output_gate(call.hidden) if self.output_gate is not None else o), log_sum
+
+    def merged(
+        self, o: torch.Tensor, log_sum: torch.Tensor | None, q: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All linear branches `[B, T, n·Hq, Dv]`, and ln of their sums, as one; q `[B, T, Hq, D]`."""
+        assert self.merge is not None
+        assert self.merge_query is not None
+        assert log_sum is not None
+        of_query = torch.einsum("bthd,nhd->btnh", q, self.merge_query.to(q.dtype)) + self.merge
+        batch, length, heads = q.shape[:3]
+        sums = log_sum.view(batch, length, -1, heads)
+        sums = torch.cat((sums[:, :, :1], sums[:, :, 1:] + of_query), 2)
+        o = o.view(batch, length, -1, heads, o.shape[-1]) * sums.softmax(2)[..., None]
+        return o.sum(2), sums.logsumexp(2)
 
     def local(
         self, call: AttentionCall, cache: LightningCacheLayer | None = None, positions: torch.Tensor | None = None

@@ -128,10 +128,11 @@ class _Measurement:
         for norm, mean in zip(self.norms, self.sizes, strict=False):  # both norms or none
             norm.gain.copy_(mean.value())
         swap = self.swap
-        if self.decay and bool(swap.log_decay.any()):  # without a decay (schedule none) there is none to set
+        own = swap.log_slope[: swap.log_slope.numel() // swap.linear_branches]  # further half-lives are the recipe's
+        if self.decay and bool(own.isfinite().any()):  # without a decay (schedule none) there is none to set
             heads = self.distance.value().log()
-            shared = heads.view(swap.log_slope.numel(), -1).mean(1).exp()  # geometric mean over a group
-            swap.log_slope.copy_(slope_of_distance(self.stretch * shared).log())
+            shared = heads.view(own.numel(), -1).mean(1).exp()  # geometric mean over a group
+            own.copy_(slope_of_distance(self.stretch * shared).log())
 
     def measure_sum(self, call: AttentionCall, _: torch.Tensor) -> None:
         """What the linear branch of a joint layer stands for in the teacher's denominator, by query and own sum."""

@@ -22,6 +22,8 @@ _NEW_GROUPS = {
     "mix": "mix",
     "mix_query": "mix",
     "mix_sum": "mix",
+    "merge": "mix",
+    "merge_query": "mix",
     "out_scale": "scale",
     "q_norm": "qk_norm",
     "k_norm": "qk_norm",

@@ -32,13 +32,15 @@ class DecaySpec(Section):
     """The exponential decay of each head; `calibrate` may replace the schedule's numbers by measured ones.
 
     `learnable` trains the slopes, as Mamba-2 its A (arXiv 2405.21060); `gate` gives each token a decay of its own that
-    starts as that of the slopes (`gates.DecayGate`).
+    starts as that of the slopes (`gates.DecayGate`). Each of the `half_lives`, in tokens, adds a linear branch with
+    states and feature maps of its own to every head, under one denominator with the first.
     """
 
     schedule: ScheduleName = "alibi"
     per: Literal["kv_head", "query_head"] = "kv_head"
     learnable: bool = False
     gate: bool = False
+    half_lives: tuple[Annotated[float, Field(gt=0)], ...] = ()
 
     @model_validator(mode="after")
     def _something_to_change(self) -> Self:
@@ -154,6 +156,12 @@ class ConvertSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _branches_need_one_denominator(self) -> Self:
+        if self.decay.half_lives and self.normalizer != "sum":
+            raise ValueError(f"decay.half_lives needs the sum of weights, normalizer 'sum', not {self.normalizer!r}")
+        return self
+
+    @model_validator(mode="after")
     def _joint_needs_one_denominator(self) -> Self:
         if self.local is not None and self.local.mix == "joint":
             if self.normalizer != "sum":
@@ -179,6 +187,7 @@ class ConvertSpec(Section):
         extras += [f"output gate per {self.output_gate}"] if self.output_gate != "none" else []
         extras += ["no RoPE"] if self.rope.linear == "drop" else []
         decay = f"decay {self.decay.schedule} per {self.decay.per}" + (", gated" if self.decay.gate else "")
+        decay += "".join(f" and half-life {half_life:g}" for half_life in self.decay.half_lives)
         return ", ".join([self.feature_map, f"normalizer {self.normalizer}", decay, *extras])
 
 

@@ -7,6 +7,7 @@ whoever calls it is an attention layer, whatever its module is called. Nothing d
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -89,19 +90,20 @@ class SwapPlan:
 
     def slopes(self) -> dict[str, torch.Tensor]:
         """Start slopes of every swapped layer by the recipe's schedule, fp32 `[Hs]`."""
-        per_kv = self.spec.decay.per == "kv_head"
-        return {
-            site.path: decay_slopes(
-                self.spec.decay.schedule, site.kv_heads if per_kv else site.heads, site.layer_idx, self.layers
-            )
-            for site in self.swap
-        }
+        decay, found = self.spec.decay, {}
+        for site in self.swap:
+            states = site.kv_heads if decay.per == "kv_head" else site.heads
+            own = decay_slopes(decay.schedule, states, site.layer_idx, self.layers)
+            further = [own.new_full((states,), math.log(2) / half_life) for half_life in decay.half_lives]
+            found[site.path] = torch.cat((own, *further))
+        return found
 
     def state_bytes(self) -> int:
         """Bytes of state and window that one sequence needs in the swapped layers (fp32 state, bf16 window)."""
         total = 0
         for site in self.swap:
             states = site.kv_heads if self.spec.decay.per == "kv_head" else site.heads
+            states *= 1 + len(self.spec.decay.half_lives)
             features = site.head_dim * (2 if self.spec.feature_map.startswith("hedgehog") else 1)
             total += 4 * states * features * (site.value_dim + (self.spec.normalizer == "sum"))
             if self.spec.local:

@@ -95,9 +95,10 @@ def test_cache_holds_the_same_bytes_after_16_and_1000_tokens(tiny_family, normal
     assert len(sizes[0]) == 3
 
 
-def test_plan_states_the_bytes_that_the_state_takes(tiny_family):
+@pytest.mark.parametrize("half_lives", [(), (3,)])
+def test_plan_states_the_bytes_that_the_state_takes(tiny_family, half_lives):
     model = tiny_family("llama")
-    spec = ConvertSpec.model_validate({"local": {"window": 6, "sinks": 2}})
+    spec = ConvertSpec.model_validate({"local": {"window": 6, "sinks": 2}, "decay": {"half_lives": half_lives}})
     planned = plan(model.config, spec)
     apply_(model, planned)
     model.to(torch.bfloat16)

@@ -86,6 +86,16 @@ def test_slopes_halve_at_the_measured_distance(tiny_family, per):
         assert torch.allclose(-swap.log_decay, math.log(2) / distance, rtol=1e-4)
 
 
+def test_further_half_lives_stay_as_the_recipe_says(tiny_family):
+    first = build(tiny_family)
+    model = build(tiny_family, decay={"half_lives": [3, 1.5]})
+    for each in (first, model):
+        calibrate_(each, [ids_of(2, 40)], output=False)
+    for swap, alone in zip(swaps(model).values(), swaps(first).values(), strict=True):
+        expected = [*alone.log_decay.tolist(), *[-math.log(2) / 3] * 2, *[-math.log(2) / 1.5] * 2]
+        assert torch.allclose(swap.log_decay, torch.tensor(expected))
+
+
 @pytest.mark.parametrize("name", ["llama", "opt", "gemma2"])
 def test_a_qk_norm_keeps_the_teachers_mean_norms(tiny_family, name):
     model = build(tiny_family, name, qk_norm="rms")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from swapattn.attention import LightningSwap, observing, only_branch, swaps
@@ -33,6 +34,12 @@ OPTIONS = {
     "channel_gate": {"feature_map": "silu", "normalizer": "rms", "output_gate": "channel", "local": None},
     "joint": {"feature_map": "hedgehog_mlp", "local": {**LOCAL, "mix": "joint"}},
     "joint_gates": {"feature_map": "elu1", "decay": {"gate": True}, "local": {**LOCAL, "mix": "joint", "sinks": 0}},
+    "half_lives": {"feature_map": "hedgehog", "decay": {"half_lives": [3]}, "local": None},
+    "joint_half_lives": {
+        "feature_map": "elu1",
+        "decay": {"gate": True, "per": "query_head", "half_lives": [2.5]},
+        "local": {**LOCAL, "mix": "joint"},
+    },
     "rope_linear": {"feature_map": "elu1", "rope": {"linear": "drop"}, "local": LOCAL},
     "rope_both": {
         "feature_map": "elu1",
@@ -272,6 +279,21 @@ def test_the_decay_gate_is_the_step_size_of_mamba_2(per):
             expected[:, t, h] = 0.3 * (call.q[:, t, h, None] @ memory)[:, 0]
     assert torch.allclose(swap(call), expected, atol=1e-7)
     assert float(step.detach().std()) > 0.1
+
+
+def test_further_half_lives_are_attentions_under_one_denominator():
+    call = call_of()
+    swap = layer((0.2, 0.7, 0.05, 0.05, 1.1, 1.1), feature_map="elu1", normalizer="sum", decay={"half_lives": [9, 0.6]})
+    merge, query = filled(swap.merge), filled(swap.merge_query, seed=8)
+    root, above, below = 0.3**0.5, 0.0, 0.0
+    q, k = (F.elu(root * x) + 1 for x in (call.q, call.k))
+    for branch, slopes in enumerate(((0.2, 0.7), (0.05, 0.05), (1.1, 1.1))):
+        factor = 1.0
+        if branch:
+            factor = (merge[branch - 1] + torch.einsum("bthd,hd->bth", call.q, query[branch - 1])).exp()[..., None]
+        above = above + factor * plain(q, k, call.v, slopes, 1.0)
+        below = below + factor * plain(q, k, torch.ones_like(call.v), slopes, 1.0)
+    assert torch.allclose(swap(call), above / below, atol=1e-6)
 
 
 @pytest.mark.parametrize("values", [{"decay": {"gate": True}}, {"output_gate": "head"}, {"output_gate": "channel"}])

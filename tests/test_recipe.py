@@ -28,7 +28,7 @@ def with_stage(**changes):
 def test_every_shipped_recipe_is_valid_and_named_after_its_file():
     names = recipe_names()
     assert {"short", "smoke"} <= set(names)
-    assert sorted(path.stem for path in recipe_folder().rglob("*.yaml")) == names
+    assert sorted(path.stem for path in recipe_folder().glob("*.yaml")) == names
     for name in names:
         loaded = load_recipe(name)
         assert loaded.name == name
@@ -82,6 +82,11 @@ def test_an_unknown_key_is_named_with_its_path(sections, path):
         ({"convert": {"output_gate": "silu"}}, "convert.output_gate"),
         ({"convert": {"decay": {"schedule": "none", "gate": True}}}, "convert.decay: gate: true cannot change"),
         ({"convert": {"decay": {"schedule": "none", "learnable": True}}}, "convert.decay: learnable: true cannot"),
+        ({"convert": {"decay": {"half_lives": [0]}}}, "convert.decay.half_lives.0"),
+        (
+            {"convert": {"normalizer": "rms", "local": None, "decay": {"half_lives": [3]}}},
+            "decay.half_lives needs the sum of weights",
+        ),
         ({"convert": {"local": {"window": 0}}}, "convert.local.window"),
         ({"convert": {"local": {"share": 1.0}}}, "convert.local.share"),
         ({"distill": {"text": {"embedded": True, "hub": "a/b"}}}, "exactly one"),

@@ -65,8 +65,9 @@ def edit_json(path, edit):
         ["convert.keep_softmax=[0]", "convert.decay.per=query_head"],
         [*CONSTANT, "convert.normalizer=rms_all", "convert.feature_map=silu", "convert.decay.gate=true"],
         ["convert.local=null", "convert.rope.linear=drop", "convert.output_gate=channel", "convert.qk_norm=rms"],
+        ["convert.local=null", "convert.decay.half_lives=[4]"],
     ],
-    ids=["kept", "gated", "linear-only"],
+    ids=["kept", "gated", "linear-only", "half-lives"],
 )
 def test_a_good_checkpoint_passes(tiny_teacher, tmp_path, overrides):
     assert failed(made(tiny_teacher, tmp_path / "c", *SPEC, *overrides)) == []
