@@ -106,7 +106,7 @@ def _window_only(found: Checkpoint, spec: Mapping[str, Any], **options: Any) -> 
     model, tokenizer = load_teacher(found, **options)
     apply_(model, plan(model.config, ConvertSpec.model_validate(spec)))
     set_branch(model, "local")
-    return model.eval(), tokenizer
+    return model.to(model.device).eval(), tokenizer  # with a cache a layer runs both branches, on one device
 
 
 def _other(folder: Path, **options: Any) -> tuple[Any, Any]:
