@@ -139,10 +139,11 @@ def measure_kernels(groups: Sequence[str] = GROUPS, *, seconds: float = 120, dev
     device = device or default_device()
     if device != "cpu" and not torch.cuda.is_available():
         raise UsageError(f"no device {device} here: PyTorch sees no GPU; use --device cpu to try the rows")
-    begun = time.perf_counter()
     lab = Lab(device)
+    say("checking the kernels and the peers against float64")
     errors = lab.check()
     bandwidth = lab.bandwidth
+    begun = time.perf_counter()  # the check compiles the kernels of all peers, which may take minutes
     rows = []
     for case in cases(lab):
         if case.group not in groups:
@@ -170,6 +171,7 @@ def _row(case: Case, late: bool, seconds: float) -> dict[str, Any]:
     row |= {"figure_text": case.target.text(found.figure), "reached": case.target.reached(found.figure)}
     if isinstance(fla, float) and found.milliseconds:
         row["fla_speedup"] = fla / found.milliseconds
+    say(f"  {row['figure_text']}, target {row['target_text']}")  # an interrupted run has told what it found
     return row
 
 

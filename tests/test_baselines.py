@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from swapattn import baselines, loading, positions
 from swapattn.attention import only_branch
+from swapattn.checkpoint import find
 from swapattn.cli import main
 from swapattn.conversion import convert
 from swapattn.errors import UsageError
@@ -33,6 +34,17 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("".join(f"It is a truth universally acknowledged {i}. " for i in range(150)))
     return path
+
+
+def test_all_of_the_window_only_teacher_is_on_one_device(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = loading.load_teacher
+    monkeypatch.setattr(
+        loading, "load_teacher", lambda *a, **k: (load(*a, **k)[0].to("meta"), None)
+    )  # as good as a GPU
+    model, _ = baselines._window_only(
+        find(student.parent, student), find(student.parent, student).recipe.convert.model_dump()
+    )
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 def test_one_command_measures_every_branch(student: Path, mirror: Path, text: Path) -> None:

@@ -78,7 +78,11 @@ def train_command(
     help="Of forward, backward, few, decay, both, gqa, dims, varlen, decode, memory; by default all.",
 )
 @click.option(
-    "--seconds", type=click.FloatRange(min=0), default=120, show_default=True, help="Begin no row after that."
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=120,
+    show_default=True,
+    help="Begin no row after that; the check before them is not counted.",
 )
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one. cpu: tiny shapes.")
 def kernel_command(rows: str | None, seconds: float, device: str | None, as_json: bool) -> None:
