@@ -14,6 +14,7 @@ from swapattn.recipe import load_recipe, recipe_folder
 MEASURE = recipe_folder() / "measure.py"
 FILES = sorted((recipe_folder() / "runs").glob("*.yaml"))
 WINDOW = "convert.local={window: 8, sinks: 2, mix: joint}"
+EVALS = {"text": ["--tasks", "none", "--perplexity", "HELDOUT", "--branches"]}
 STAGE = (
     "{stage: distill, tokens: 512, length: 32, batch: 2, learning_rate: 1.0e-3, train: all, "
     "backbone_learning_rate: 1.0e-3"
@@ -23,7 +24,10 @@ STAGE = (
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_every_run_is_a_recipe_and_an_ablation_has_the_same_tokens(file):
     described = yaml.safe_load(file.read_text())
-    recipes = {name: load_recipe(run["recipe"], run.get("set", ())) for name, run in described["runs"].items()}
+    recipes = {
+        name: load_recipe(run["recipe"], [*described.get("set", ()), *run.get("set", ())])
+        for name, run in described["runs"].items()
+    }
     if file.stem == "ablation":
         assert len({recipe.to_yaml() for recipe in recipes.values()}) == len(recipes)
         tokens = [sum(stage.tokens for stage in recipe.distill.stages) for recipe in recipes.values()]
@@ -34,6 +38,7 @@ def test_every_run_is_a_recipe_and_an_ablation_has_the_same_tokens(file):
 def test_runs_and_controls_are_measured_once_and_a_failure_is_named(tiny_teacher, tmp_path):
     stages = f"distill.stages=[{STAGE}}}]"
     runs = {
+        "converted": {"recipe": "smoke", "set": [WINDOW], "distill": False},
         "plain": {"recipe": "smoke", "set": [WINDOW, stages]},
         "window": {
             "recipe": "smoke",
@@ -43,7 +48,7 @@ def test_runs_and_controls_are_measured_once_and_a_failure_is_named(tiny_teacher
         "tuned": {"recipe": "smoke", "set": [WINDOW, stages], "finetune": True},
         "broken": {"recipe": "nonesuch"},
     }
-    (tmp_path / "runs.yaml").write_text(yaml.safe_dump({"eval": ["--tasks", "none"], "runs": runs}, sort_keys=False))
+    (tmp_path / "runs.yaml").write_text(yaml.safe_dump({"evals": EVALS, "runs": runs}, sort_keys=False))
     text = tmp_path / "text.txt"
     text.write_text("The old clockmaker wound the tower clock again, and it rang for the rest of the night. " * 100)
 
@@ -56,16 +61,19 @@ def test_runs_and_controls_are_measured_once_and_a_failure_is_named(tiny_teacher
     assert done.returncode == 1
     assert "broken: convert ended with 2" in done.stderr
     lines = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in done.stdout.splitlines()[2:]}
-    assert list(lines) == ["plain", "window", "tuned"]
+    assert list(lines) == ["converted", "plain", "window", "tuned"]
+    assert lines["converted"][1:3] == ["0.0", "0"]
     found = json.loads((tmp_path / "out" / "plain.json").read_text())
-    report = found["eval"]["printed"]
+    report = found["eval text"]["printed"]
+    said = {name: (tmp_path / "out" / name / "eval text.err").read_text() for name in ("converted", "plain")}
+    assert ["measuring the teacher model" in text for text in said.values()] == [True, False]
     assert lines["plain"][4] == f"{report['text_perplexity']['ratio']:.3f}"
     assert lines["plain"][7] == f"{report['baselines']['linear-off']['text_perplexity']['ratio']:.3f}"
-    control = json.loads((tmp_path / "out" / "window.json").read_text())["eval"]["printed"]["baselines"]
+    control = json.loads((tmp_path / "out" / "window.json").read_text())["eval text"]["printed"]["baselines"]
     own, teacher = (control[name]["text_perplexity"]["perplexity"] for name in ("linear-off", "teacher"))
     assert lines["window"][4] == f"{own / teacher:.3f}"
     assert float(lines["tuned"][4]) < 1  # the text's own cross-entropy
     again = run("--only", "plain", "--only", "tuned")
     assert again.returncode == 0
     assert again.stdout.splitlines()[2] == " | ".join(lines["plain"])
-    assert "| plain" not in again.stderr
+    assert json.loads((tmp_path / "out" / "plain.json").read_text()) == found, "it was measured again"
