@@ -15,7 +15,7 @@ from swapattn.loading import load
 from swapattn.recipe import load_recipe, parse_recipe, recipe_folder, recipe_names, recipe_text
 from swapattn.stages import CalibrateStage
 
-LENGTH, BATCH = 96, 2  # longer than the windows
+LENGTH, BATCH = 160, 2  # longer than the windows
 BUDGETS = {"short": 40e6, "standard": 100e6, "long": 701e6}  # tokens of all stages
 
 

@@ -22,6 +22,7 @@ LINES = (
     ("eval", "--tasks", "hellaswag,piqa", "--limit", "50"),
 )
 PROMPT = "Once upon a time in a small village there lived an old clockmaker who"
+LONG = " ".join([PROMPT] * 10)  # the linear branch has no token before the window of 128 and the sinks are full
 
 
 class Lines:
@@ -96,7 +97,8 @@ def test_the_distilled_model_beats_window_and_conversion(lines: Lines, distilled
 
 def test_greedy_generation_equals_recomputing(distilled: tuple[Any, Any]) -> None:
     model, tokenizer = distilled
-    ids = ids_of(tokenizer)
+    ids = ids_of(tokenizer, LONG)
+    assert ids.shape[1] > 132
     out = model.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False)
     with torch.no_grad():
         logits = model(out[:, :-1], use_cache=False).logits[:, ids.shape[1] - 1 :]
@@ -108,9 +110,9 @@ def test_greedy_generation_equals_recomputing(distilled: tuple[Any, Any]) -> Non
 def test_a_left_padded_row_equals_the_prompt_alone(distilled: tuple[Any, Any]) -> None:
     model, tokenizer = distilled
     tokenizer.padding_side = "left"
-    batch = tokenizer([PROMPT, PROMPT * 8], return_tensors="pt", padding=True)
+    batch = tokenizer([LONG, LONG + PROMPT], return_tensors="pt", padding=True)
     padded = model.generate(**batch, max_new_tokens=16, min_new_tokens=16, do_sample=False)
-    alone = model.generate(ids_of(tokenizer), max_new_tokens=16, min_new_tokens=16, do_sample=False)
+    alone = model.generate(ids_of(tokenizer, LONG), max_new_tokens=16, min_new_tokens=16, do_sample=False)
     assert torch.equal(padded[0, -16:], alone[0, -16:])
 
 
@@ -135,7 +137,7 @@ def test_reloading_changes_no_logit(distilled: tuple[Any, Any], tmp_path: Path) 
     model.save_pretrained(tmp_path)
     again, _ = load(tmp_path)
     with torch.no_grad():
-        assert torch.equal(model(ids_of(tokenizer)).logits, again(ids_of(tokenizer)).logits)
+        assert torch.equal(model(ids_of(tokenizer, LONG)).logits, again(ids_of(tokenizer, LONG)).logits)
 
 
 def test_the_teachers_weights_are_taken_over_bit_for_bit(lines: Lines) -> None:
