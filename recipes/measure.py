@@ -227,7 +227,7 @@ def row(name: str, options: dict[str, Any], found: dict[str, Any]) -> str:
     cells = [name, f"{tokens:.1f}", f"{distill['seconds']:.0f}"]
     tasks = own["tasks"]
     kept = [tasks[task] for task in (KEPT if set(KEPT) <= tasks.keys() else tasks) if tasks[task][1] is not None]
-    error = math.hypot(*(one[2] or math.nan for one in kept)) / max(len(kept), 1)
+    error = math.hypot(*(math.nan if one[2] is None else one[2] for one in kept)) / max(len(kept), 1)
     cells.append(f"{statistics.mean(one[1] for one in kept):.3f} ± {error:.3f}" if kept else "-")
     cells += ratios(own, teacher)
     lambada = [model["tasks"].get("lambada_openai") for model in (own, teacher)]

@@ -62,9 +62,7 @@ def push(folder: Path, repository: str) -> str:
 
 
 def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's record with the hub's names, or the bare names of folders, in the place of local paths."""
-    teacher = dict(record["teacher"])
+    """A conversion's record with the teacher's name on the hub, or its folder's, in the place of its path here."""
+    teacher = record["teacher"]
     public = teacher.get("hub_id") or Path(teacher["path"]).name
-    teacher |= {"path": public, "given": public}
-    parent = {"parent": {**record["parent"], "path": Path(record["parent"]["path"]).name}} if "parent" in record else {}
-    return {**record, "teacher": teacher, **parent}
+    return {**record, "teacher": {**teacher, "path": public, "given": public}}

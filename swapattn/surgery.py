@@ -89,7 +89,7 @@ class SwapPlan:
         return [site.path for site in self.keep] if self.spec.rope.kept == "drop" else []
 
     def slopes(self) -> dict[str, torch.Tensor]:
-        """Start slopes of every swapped layer by the recipe's schedule, fp32 `[Hs]`."""
+        """Start slopes of every swapped layer, fp32, one for each state: by the schedule, then by each half-life."""
         decay, found = self.spec.decay, {}
         for site in self.swap:
             states = site.kv_heads if decay.per == "kv_head" else site.heads
@@ -100,10 +100,9 @@ class SwapPlan:
 
     def state_bytes(self) -> int:
         """Bytes of state and window that one sequence needs in the swapped layers (fp32 state, bf16 window)."""
-        total = 0
+        total, slopes = 0, self.slopes()
         for site in self.swap:
-            states = site.kv_heads if self.spec.decay.per == "kv_head" else site.heads
-            states *= 1 + len(self.spec.decay.half_lives)
+            states = slopes[site.path].numel()
             features = site.head_dim * (2 if self.spec.feature_map.startswith("hedgehog") else 1)
             total += 4 * states * features * (site.value_dim + (self.spec.normalizer == "sum"))
             if self.spec.local:

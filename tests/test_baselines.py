@@ -37,13 +37,9 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_all_of_the_window_only_teacher_is_on_one_device(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = loading.load_teacher
-    monkeypatch.setattr(
-        loading, "load_teacher", lambda *a, **k: (load(*a, **k)[0].to("meta"), None)
-    )  # as good as a GPU
-    model, _ = baselines._window_only(
-        find(student.parent, student), find(student.parent, student).recipe.convert.model_dump()
-    )
+    load, found = loading.load_teacher, find(student.parent, student)
+    monkeypatch.setattr(loading, "load_teacher", lambda *a, **k: (load(*a, **k)[0].to("meta"), None))  # for a GPU
+    model, _ = baselines._window_only(found, found.recipe.convert.model_dump())
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 

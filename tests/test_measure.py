@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -32,6 +33,23 @@ def test_every_run_is_a_recipe_and_an_ablation_has_the_same_tokens(file):
         assert len({recipe.to_yaml() for recipe in recipes.values()}) == len(recipes)
         tokens = [sum(stage.tokens for stage in recipe.distill.stages) for recipe in recipes.values()]
         assert max(tokens) < 1.12 * min(tokens)
+
+
+def test_a_row_takes_its_figures_from_all_evaluations():
+    measure = runpy.run_path(str(MEASURE))
+    texts = {"perplexity": 12.0, "far": {"perplexity": 11.0}}, {"perplexity": 10.0, "far": {"perplexity": 10.0}}
+    shares = {"piqa": (0.9, 0.0), "hellaswag": (1.0, 0.0), "arc_easy": (0.8, 0.0), "lambada_openai": (0.5, 0.04)}
+    rows = [
+        {"task": task, "student": {"value": 0.3}, "teacher": {"value": 0.6}, "kept": kept, "kept_stderr": error}
+        for task, (kept, error) in (shares | {"boolq": (3.0, 9.0)}).items()
+    ]
+    whole = {"kind": "distilled", "baselines": None, "rows": rows, "probes": None, "text_perplexity": None}
+    text = {**whole, "rows": [], "text_perplexity": dict(zip(("student", "teacher"), texts, strict=True))}
+    off = {"tasks": [], "text_perplexity": {"perplexity": 18.0, "far_perplexity": 22.0}}
+    beside = {**whole, "rows": [], "baselines": {"linear-off": off}}
+    found = {name: {"printed": report} for name, report in (("eval a", whole), ("eval b", text), ("eval c", beside))}
+    cells = measure["row"]("mine", {}, found).split(" | ")
+    assert cells == ["| mine", "0.0", "0", "0.800 ± 0.010", "1.200", "1.100", "0.500", "1.500", "2.000", "-", "- |"]
 
 
 @pytest.mark.slow
