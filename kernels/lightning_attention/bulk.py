@@ -12,6 +12,7 @@ from .shape import Shape, padded
 
 try:  # in a try block: transformers demands what the files of a checkpoint import outside one
     import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor as TensorDescriptor
 except ImportError as error:
     raise ImportError("the kernels of lightning_attention need triton") from error
 
@@ -24,20 +25,32 @@ def bulk_copies(shape: Shape, config: SweepConfig, group: int, tensors: Sequence
     """
     if shape.masked or shape.length == 0 or (shape.split and shape.segment % config.chunk):
         return False
-    for x in tensors:
-        if x.stride(1) < x.shape[3] or x.data_ptr() % 16 or any(x.stride(i) * x.element_size() % 16 for i in range(3)):
-            return False
-        if group > 1 and not _matrix(x):
-            return False
+    if not all(_aligned(x) for x in tensors) or (group > 1 and not all(_matrix(x) for x in tensors)):
+        return False
     if group > 1:
         whole = not shape.packed and shape.length % config.chunk == 0
         if not whole or padded(shape.dim) != shape.dim or padded(shape.value_dim) != shape.value_dim:
             return False
     device = tensors[0].device
-    if device.type != "cuda":
-        return True
-    triton.set_allocator(_scratch)
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    if device.type == "cuda":
+        triton.set_allocator(_scratch)
+    return _capable(device)
+
+
+def bulk_tensors(tensors: Sequence[Tensor]) -> bool:
+    """Whether descriptors of these tensors `[B, T, H, D]` may be made on the host: nothing is expanded."""
+    whole = all(x.numel() > 0 and min(x.stride()[:3]) >= x.shape[3] and _aligned(x) for x in tensors)
+    return whole and _capable(tensors[0].device)
+
+
+def _aligned(x: Tensor) -> bool:
+    steps = (x.stride(i) * x.element_size() for i in range(3))
+    return x.stride(1) >= x.shape[3] and x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps)
+
+
+def _capable(device: torch.device) -> bool:
+    """Whether it has bulk copies; the interpreter has."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _matrix(x: Tensor) -> bool:

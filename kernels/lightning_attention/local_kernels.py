@@ -20,6 +20,8 @@ try:  # in a try block: transformers demands what the files of a checkpoint impo
 except ImportError as error:
     raise ImportError("the kernels of local_attention need triton") from error
 
+from .sweep import load_rows, store_rows
+
 NOWHERE = tl.constexpr(2147483647)  # `begin` of a number that no token has: no key is seen from there
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -55,51 +57,79 @@ def _load(pointer, offsets, valid, dims, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def _tile(
-    pointer, index, valid, place, row, length, stride_row, stride, dims,
+    pointer, begin, index, valid, place, row, head, length, strides, dims,
     D: tl.constexpr, BD: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
-    """Tokens `index` of one head, 0 where not valid."""
-    return _load(pointer, _offsets(index, valid, place, row, length, stride_row, stride, PLACED), valid, dims, D, BD)
+    """Tokens `index` (from `begin` on) of one head, 0 where not valid; offsets between them fit 32 bits."""
+    if PLACED:
+        there = _offsets(index, valid, place, row, length, strides[0], strides[1], PLACED)
+        tile = _load(pointer + head * strides[2], there, valid, dims, D, BD)
+    else:
+        pointer += row * strides[0] + head * strides[2]
+        tile = load_rows(pointer, tl.cast(begin, tl.int64), strides[1], index - begin, dims, valid, D, BD)
+    return tile
+
+
+@triton.jit
+def _step(
+    source, begin, index, valid, place, row, head, length, strides, dims,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PLACED: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """As `_tile`, for a loop. BULK: `source` is a descriptor, whose tiles read 0 beyond the last token and D.
+
+    The loop keeps its copies in flight; outside one a bulk copy would be waited for before the next begins.
+    """
+    if BULK:
+        tile = source.load([row.to(tl.int32), head.to(tl.int32), begin, 0]).reshape(BN, BD)
+    else:
+        tile = _tile(source, begin, index, valid, place, row, head, length, strides, dims, D, BD, PLACED)
+    return tile
 
 
 @triton.jit
 def _put(pointer, offsets, x, valid, dims, D: tl.constexpr, BD: tl.constexpr):
-    keep = valid[:, None] & (dims < D)[None, :]
-    tl.store(pointer + offsets[:, None] + dims[None, :], x.to(pointer.dtype.element_ty), mask=keep)
+    store_rows(pointer + offsets[:, None] + dims[None, :], x, valid, dims, D, BD)
 
 
 @triton.jit
-def _near(i, start, j, block, window, sinks, SINKS: tl.constexpr):
-    """Whether query i sees key j among the keys that its block (first token `block`) loops over; shapes broadcast."""
-    seen = i - j < window
+def _reach(j, begin, total, window, sinks, BM: tl.constexpr, STREAM: tl.constexpr, SINKS: tl.constexpr):
+    """First query that no longer sees each key among those that its block of BM loops over.
+
+    The last block that loops over a sink, for the window of its first query, sees it to its end.
+    """
+    reach = j + window
     if SINKS:
-        seen = seen | ((j - start < sinks) & (j > block - window))
-    return seen & (j <= i) & (j >= start)
+        sink = j - _starts(j, begin, total, STREAM) < sinks
+        reach = tl.where(sink, ((reach - 1) // BM + 1) * BM, reach)
+    return reach
 
 
 @triton.jit
-def _at(lse, index, valid, place, row, head, length, tokens, LSE: tl.constexpr, PLACED: tl.constexpr):
-    """Where the `lse` of the tokens of a head lies, or its gradient."""
+def _near(i, start, j, reach, STREAM: tl.constexpr):
+    """Whether query i sees key j among the keys that its block loops over; shapes broadcast."""
+    seen = (i >= j) & (i < reach)
+    if STREAM:
+        seen = seen & (j >= start)
+    return seen
+
+
+@triton.jit
+def _work(blocks, kinds, HEADS_FIRST: tl.constexpr):
+    """Kind (head), block and row of a program."""
+    pid = tl.program_id(0)
+    if HEADS_FIRST:
+        kind, block = pid % kinds, pid // kinds % blocks
+    else:
+        kind, block = pid // blocks % kinds, pid % blocks
+    return kind.to(tl.int64), block, (pid // (kinds * blocks)).to(tl.int64)
+
+
+@triton.jit
+def _at(index, valid, place, row, length, LSE: tl.constexpr, PLACED: tl.constexpr):
+    """Where in the `lse` of a head that of its tokens lies, or its gradient."""
     if LSE and PLACED:
         index = tl.load(place + index, mask=valid, other=0)
-    return lse + head * tokens + row * length + index
-
-
-@triton.jit
-def _row_sums(
-    output, gradient, lse, dlse, index, valid, place, row, head, length, tokens,
-    LSE: tl.constexpr, DLSE: tl.constexpr, PLACED: tl.constexpr,
-):  # fmt: skip
-    """`lse` in base 2, and what the softmax subtracts from the gradient of its weights: sum(o * do) - dlse."""
-    delta = tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
-    there = _at(lse, index, valid, place, row, head, length, tokens, LSE, PLACED)
-    weight = tl.load(there, mask=valid, other=0.0)
-    if LSE:
-        weight *= LOG2_E
-    if DLSE:
-        there = _at(dlse, index, valid, place, row, head, length, tokens, LSE, PLACED)
-        delta -= tl.load(there, mask=valid, other=0.0)
-    return weight, delta
+    return row * length + index
 
 
 @triton.jit
@@ -118,23 +148,16 @@ def _softmax_step(acc, top, total, q, k, v, seen, factor, PRECISION: tl.constexp
 
 @triton.jit(do_not_specialize=["scale", "length", "total", "tokens", "window", "sinks"])
 def forward_kernel(
-    q, k, v, o, lse, begin, place,
-    scale, length, total, tokens, window, sinks, query_heads, group,
-    stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
+    q, k, v, k_steps, v_steps, o, lse, begin, place,
+    scale, length, total, tokens, window, sinks, query_heads, group, strides_q, strides_k, strides_v,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BS: tl.constexpr, STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
-    LSE: tl.constexpr,
+    HEADS_FIRST: tl.constexpr, BULK: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """o and `lse`, by one program per block of queries and head."""
-    blocks = tl.cdiv(total, BM)
-    pid = tl.program_id(0)
-    head, block, row = (
-        (pid % query_heads).to(tl.int64),
-        pid // query_heads % blocks,
-        (pid // (query_heads * blocks)).to(tl.int64),
-    )
+    head, block, row = _work(tl.cdiv(total, BM), query_heads, HEADS_FIRST)
     first_token = block * BM
-    count, first = total, 0
+    count, first = total, block * 0
     if STREAM:
         count, first = tl.load(begin + total), tl.load(begin + first_token)
         if first > first_token:  # only hidden tokens are left
@@ -143,116 +166,111 @@ def forward_kernel(
     start = _starts(i, begin, total, STREAM)
     real = start <= i
     dims, columns, places = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BS)
-    head_k, head_v = k + head // group * stride_k_head, v + head // group * stride_v_head
-    queries = _tile(q + head * stride_q_head, i, real, place, row, length, stride_q_row, stride_q, dims, D, BD, PLACED)
+    shared = head // group
+    low, high = tl.maximum(first_token - window + 1, first), tl.minimum(first_token + BM, count)
+    queries = _tile(q, first_token, i, real, place, row, head, length, strides_q, dims, D, BD, PLACED)
     factor = scale * LOG2_E
     acc = tl.zeros([BM, BV], tl.float32)
     top, weight = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
-    low, high = tl.maximum(first_token - window + 1, first), tl.minimum(first_token + BM, count)
-    if SINKS:
-        if low > first:  # the sinks among the keys below are seen there
-            j = first + places
-            valid = (places < sinks) & (j < low)
-            keys = _tile(head_k, j, valid, place, row, length, stride_k_row, stride_k, dims, D, BD, PLACED)
-            values = _tile(head_v, j, valid, place, row, length, stride_v_row, stride_v, columns, V, BV, PLACED)
-            seen = valid[None, :] & (j[None, :] >= start[:, None])
-            acc, top, weight = _softmax_step(acc, top, weight, queries, keys, values, seen, factor, PRECISION)
-    for key in range(low, high, BN):
+    if SINKS:  # those among the keys below the loop; read ahead of it, seen after it, so that none waits for another
+        sink = first + places
+        present = (places < sinks) & (sink < low)
+        sink_keys = _tile(k, first, sink, present, place, row, shared, length, strides_k, dims, D, BD, PLACED)
+        sink_values = _tile(v, first, sink, present, place, row, shared, length, strides_v, columns, V, BV, PLACED)
+    for key in range(low // BN * BN, high, BN):
         j = key + tl.arange(0, BN)
         valid = j < high
-        keys = _tile(head_k, j, valid, place, row, length, stride_k_row, stride_k, dims, D, BD, PLACED)
-        values = _tile(head_v, j, valid, place, row, length, stride_v_row, stride_v, columns, V, BV, PLACED)
-        seen = _near(i[:, None], start[:, None], j[None, :], first_token, window, sinks, SINKS)
+        keys = _step(k_steps, key, j, valid, place, row, shared, length, strides_k, dims, D, BD, BN, PLACED, BULK)
+        values = _step(v_steps, key, j, valid, place, row, shared, length, strides_v, columns, V, BV, BN, PLACED, BULK)
+        reach = _reach(j, begin, total, window, sinks, BM, STREAM, SINKS)
+        seen = _near(i[:, None], start[:, None], j[None, :], reach[None, :], STREAM)
         acc, top, weight = _softmax_step(acc, top, weight, queries, keys, values, seen, factor, PRECISION)
+    if SINKS:
+        if low > first:
+            seen = present[None, :] & (sink[None, :] >= start[:, None])
+            acc, top, weight = _softmax_step(acc, top, weight, queries, sink_keys, sink_values, seen, factor, PRECISION)
     weight = tl.where(real, weight, 1.0)
     there = _offsets(i, real, place, row, length, length.to(tl.int64) * query_heads * V, query_heads * V, PLACED)
     _put(o + head * V, there, acc / weight[:, None], real, columns, V, BV)
-    there = _at(lse, i, real, place, row, head, length, tokens, LSE, PLACED)
     logarithm = top + tl.log2(weight)
     if LSE:
         logarithm *= LN_2
-    tl.store(there, logarithm, mask=real)
+    tl.store(lse + head * tokens + _at(i, real, place, row, length, LSE, PLACED), logarithm, mask=real)
+
+
+@triton.jit(do_not_specialize=["length", "total", "tokens"])
+def row_kernel(
+    o, do, lse, dlse, sums, begin, place,
+    length, total, tokens, heads, strides_o, strides_do,
+    V: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, STREAM: tl.constexpr, PLACED: tl.constexpr,
+    LSE: tl.constexpr, DLSE: tl.constexpr,
+):  # fmt: skip
+    """`sums` `[2, Hq, B * T]` in the order of the stream: `lse` in base 2, and what the softmax subtracts from the
+    gradient of its weights, sum(o * do) - dlse.
+    """
+    head, block, row = _work(tl.cdiv(total, BM), heads, True)
+    i = block * BM + tl.arange(0, BM)
+    real = _starts(i, begin, total, STREAM) <= i
+    columns = tl.arange(0, BV)
+    output = _tile(o, block * BM, i, real, place, row, head, length, strides_o, columns, V, BV, PLACED)
+    gradient = _tile(do, block * BM, i, real, place, row, head, length, strides_do, columns, V, BV, PLACED)
+    delta = tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
+    there = head * tokens + _at(i, real, place, row, length, LSE, PLACED)
+    weight = tl.load(lse + there, mask=real, other=0.0)
+    if LSE:
+        weight *= LOG2_E
+    if DLSE:
+        delta -= tl.load(dlse + there, mask=real, other=0.0)
+    here = sums + head * tokens + row * length + i
+    tl.store(here, weight, mask=real)
+    tl.store(here + heads.to(tl.int64) * tokens, delta, mask=real)
 
 
 @triton.jit
 def _key_side(
-    q, k, v, o, do, lse, dlse, dk, dv, near, begin, owner, place,
-    head, first_token, row, count, scale, length, total, tokens, window, sinks, query_heads, group, shared,
-    stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
-    stride_do_row, stride_do, stride_do_head,
+    k, v, q_steps, do_steps, sums, dk, dv, near, begin, owner, place,
+    head, first_token, row, count, scale, length, total, tokens, window, sinks, query_heads, shared,
+    strides_q, strides_k, strides_v, strides_do,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
-    LSE: tl.constexpr, DLSE: tl.constexpr,
+    STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys from the queries that loop over it; those of sinks go to `near`."""
     j = first_token + tl.arange(0, BM)
     start_j = _starts(j, begin, total, STREAM)
     real = start_j <= j
     dims, columns = tl.arange(0, BD), tl.arange(0, BV)
-    keys = _tile(k + head * stride_k_head, j, real, place, row, length, stride_k_row, stride_k, dims, D, BD, PLACED)
-    values = _tile(
-        v + head * stride_v_head, j, real, place, row, length, stride_v_row, stride_v, columns, V, BV, PLACED
-    )
-    sink = real & (j - start_j < sinks)
-    high = first_token + BM - 1 + window
-    if SINKS:  # the rest of a block that loops over a sink still sees it
-        if tl.max(sink.to(tl.int32), 0) > 0:
-            high = ((high - 1) // BM + 1) * BM
-    high = tl.minimum(high, count)
+    keys = _tile(k, first_token, j, real, place, row, head, length, strides_k, dims, D, BD, PLACED)
+    values = _tile(v, first_token, j, real, place, row, head, length, strides_v, columns, V, BV, PLACED)
+    reach = _reach(j, begin, total, window, sinks, BM, STREAM, SINKS)
+    high = tl.minimum(tl.max(tl.where(real, reach, 0), 0), count)
     acc_k, acc_v = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BV], tl.float32)
     factor = scale * LOG2_E
-    stride_o = query_heads * V
-    wide_o = length.to(tl.int64) * stride_o
-    for member in range(0, group):
-        query_head = head * group + member
-        for query in range(first_token, high, BN):
-            i = query + tl.arange(0, BN)
-            start = _starts(i, begin, total, STREAM)
-            valid = start <= i
-            queries = _tile(
-                q + query_head * stride_q_head,
-                i,
-                valid,
-                place,
-                row,
-                length,
-                stride_q_row,
-                stride_q,
-                dims,
-                D,
-                BD,
-                PLACED,
-            )
-            gradient = _tile(
-                do + query_head * stride_do_head,
-                i,
-                valid,
-                place,
-                row,
-                length,
-                stride_do_row,
-                stride_do,
-                columns,
-                V,
-                BV,
-                PLACED,
-            )
-            output = _tile(o + query_head * V, i, valid, place, row, length, wide_o, stride_o, columns, V, BV, PLACED)
-            weight, delta = _row_sums(
-                output, gradient, lse, dlse, i, valid, place, row, query_head, length, tokens,
-                LSE, DLSE, PLACED,
-            )  # fmt: skip
-            # Transposed scores by a dot of their own: a transposed accumulator as operand is miscompiled on sm_90.
-            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * factor - weight[None, :]
-            block = i // BM * BM
-            seen = _near(i[None, :], start[None, :], j[:, None], block[None, :], window, sinks, SINKS)
-            p = tl.exp2(tl.where(seen, scores, float("-inf")))
-            acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v, input_precision=PRECISION)
-            slope = tl.dot(values, tl.trans(gradient), input_precision=PRECISION) - delta[None, :]
-            acc_k = tl.dot((p * slope).to(queries.dtype), queries, acc_k, input_precision=PRECISION)
+    group, steps = query_heads // shared, tl.cdiv(high - first_token, BN)
+    for n in range(0, group * steps):
+        query_head, query = head * group + n // steps, first_token + n % steps * BN
+        i = query + tl.arange(0, BN)
+        start = _starts(i, begin, total, STREAM)
+        valid = start <= i
+        queries = _step(
+            q_steps, query, i, valid, place, row, query_head, length, strides_q, dims, D, BD, BN, PLACED, BULK
+        )
+        gradient = _step(
+            do_steps, query, i, valid, place, row, query_head, length, strides_do, columns, V, BV, BN, PLACED, BULK
+        )
+        there = sums + query_head * tokens + row * length + i
+        weight = tl.load(there, mask=valid, other=0.0)
+        delta = tl.load(there + query_heads.to(tl.int64) * tokens, mask=valid, other=0.0)
+        # Transposed scores by a dot of their own: a transposed accumulator as operand is miscompiled on sm_90.
+        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * factor - weight[None, :]
+        seen = _near(i[None, :], start[None, :], j[:, None], reach[:, None], STREAM)
+        p = tl.exp2(tl.where(seen, scores, float("-inf")))
+        acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v, input_precision=PRECISION)
+        slope = tl.dot(values, tl.trans(gradient), input_precision=PRECISION) - delta[None, :]
+        acc_k = tl.dot((p * slope).to(queries.dtype), queries, acc_k, input_precision=PRECISION)
     acc_k *= scale
     plain = real
     if SINKS:
+        sink = real & (j - start_j < sinks)
         plain = real & (sink == 0)
         if tl.max(sink.to(tl.int32), 0) > 0:
             sequence = row + tl.zeros([BM], tl.int64)
@@ -269,105 +287,94 @@ def _key_side(
 
 @triton.jit
 def _query_side(
-    q, k, v, o, do, lse, dlse, dq, far, begin, place,
+    q, k, v, do, k_steps, v_steps, sums, dq, far, begin, place,
     head, first_token, first, slot, row, count, scale, length, total, tokens, window, sinks, query_heads, group,
-    stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
-    stride_do_row, stride_do, stride_do_head,
+    strides_q, strides_k, strides_v, strides_do,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BS: tl.constexpr, STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
-    LSE: tl.constexpr, DLSE: tl.constexpr,
+    BULK: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries, and its part of the dk and dv of sinks before the keys it loops over, to `far`."""
     i = first_token + tl.arange(0, BM)
     start = _starts(i, begin, total, STREAM)
     real = start <= i
     dims, columns, places = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BS)
-    head_k, head_v = k + head // group * stride_k_head, v + head // group * stride_v_head
-    queries = _tile(q + head * stride_q_head, i, real, place, row, length, stride_q_row, stride_q, dims, D, BD, PLACED)
-    gradient = _tile(
-        do + head * stride_do_head, i, real, place, row, length, stride_do_row, stride_do, columns, V, BV, PLACED
-    )
-    stride_o = query_heads * V
-    wide_o = length.to(tl.int64) * stride_o
-    output = _tile(o + head * V, i, real, place, row, length, wide_o, stride_o, columns, V, BV, PLACED)
-    weight, delta = _row_sums(output, gradient, lse, dlse, i, real, place, row, head, length, tokens, LSE, DLSE, PLACED)
+    shared = head // group
+    queries = _tile(q, first_token, i, real, place, row, head, length, strides_q, dims, D, BD, PLACED)
+    gradient = _tile(do, first_token, i, real, place, row, head, length, strides_do, columns, V, BV, PLACED)
+    own = sums + head * tokens + row * length + i
+    weight = tl.load(own, mask=real, other=0.0)
+    delta = tl.load(own + query_heads.to(tl.int64) * tokens, mask=real, other=0.0)
     factor = scale * LOG2_E
     acc = tl.zeros([BM, BD], tl.float32)
     low, high = tl.maximum(first_token - window + 1, first), tl.minimum(first_token + BM, count)
-    if SINKS:
-        if low > first:
-            j = first + places
-            valid = (places < sinks) & (j < low)
-            keys = _tile(head_k, j, valid, place, row, length, stride_k_row, stride_k, dims, D, BD, PLACED)
-            values = _tile(head_v, j, valid, place, row, length, stride_v_row, stride_v, columns, V, BV, PLACED)
-            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor - weight[:, None]
-            seen = valid[None, :] & (j[None, :] >= start[:, None])
-            p = tl.exp2(tl.where(seen, scores, float("-inf")))
-            slope = tl.dot(gradient, tl.trans(values), input_precision=PRECISION) - delta[:, None]
-            acc = tl.dot((p * slope).to(keys.dtype), keys, acc, input_precision=PRECISION)
-            # The same transposed, by dots of their own.
-            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * factor - weight[None, :]
-            seen = valid[:, None] & (j[:, None] >= start[None, :])
-            p = tl.exp2(tl.where(seen, scores, float("-inf")))
-            slope = tl.dot(values, tl.trans(gradient), input_precision=PRECISION) - delta[None, :]
-            part_v = tl.dot(p.to(gradient.dtype), gradient, input_precision=PRECISION)
-            part_k = tl.dot((p * slope).to(queries.dtype), queries, input_precision=PRECISION) * scale
-            there = ((slot * query_heads + head) * sinks + places) * (D + V)
-            _put(far, there, part_k, places < sinks, dims, D, BD)
-            _put(far + D, there, part_v, places < sinks, columns, V, BV)
-    for key in range(low, high, BN):
+    if SINKS:  # those among the keys below the loop; read ahead of it, seen after it, so that none waits for another
+        sink = first + places
+        present = (places < sinks) & (sink < low)
+        sink_keys = _tile(k, first, sink, present, place, row, shared, length, strides_k, dims, D, BD, PLACED)
+        sink_values = _tile(v, first, sink, present, place, row, shared, length, strides_v, columns, V, BV, PLACED)
+    for key in range(low // BN * BN, high, BN):
         j = key + tl.arange(0, BN)
         valid = j < high
-        keys = _tile(head_k, j, valid, place, row, length, stride_k_row, stride_k, dims, D, BD, PLACED)
-        values = _tile(head_v, j, valid, place, row, length, stride_v_row, stride_v, columns, V, BV, PLACED)
+        keys = _step(k_steps, key, j, valid, place, row, shared, length, strides_k, dims, D, BD, BN, PLACED, BULK)
+        values = _step(v_steps, key, j, valid, place, row, shared, length, strides_v, columns, V, BV, BN, PLACED, BULK)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor - weight[:, None]
-        seen = _near(i[:, None], start[:, None], j[None, :], first_token, window, sinks, SINKS)
+        reach = _reach(j, begin, total, window, sinks, BM, STREAM, SINKS)
+        seen = _near(i[:, None], start[:, None], j[None, :], reach[None, :], STREAM)
         p = tl.exp2(tl.where(seen, scores, float("-inf")))
         slope = tl.dot(gradient, tl.trans(values), input_precision=PRECISION) - delta[:, None]
         acc = tl.dot((p * slope).to(keys.dtype), keys, acc, input_precision=PRECISION)
+    if SINKS:
+        if low > first:
+            scores = tl.dot(queries, tl.trans(sink_keys), input_precision=PRECISION) * factor - weight[:, None]
+            seen = present[None, :] & (sink[None, :] >= start[:, None])
+            p = tl.exp2(tl.where(seen, scores, float("-inf")))
+            slope = tl.dot(gradient, tl.trans(sink_values), input_precision=PRECISION) - delta[:, None]
+            acc = tl.dot((p * slope).to(sink_keys.dtype), sink_keys, acc, input_precision=PRECISION)
+            # Transposed results instead of transposed scores: no dot of their own, and q and do lie in memory once.
+            part_k = tl.dot(tl.trans(queries), (p * slope).to(queries.dtype), input_precision=PRECISION) * scale
+            part_v = tl.dot(tl.trans(gradient), p.to(gradient.dtype), input_precision=PRECISION)
+            there = ((slot * query_heads + head) * sinks + places) * (D + V)
+            _put(far, there, tl.trans(part_k), places < sinks, dims, D, BD)
+            _put(far + D, there, tl.trans(part_v), places < sinks, columns, V, BV)
     there = _offsets(i, real, place, row, length, length.to(tl.int64) * query_heads * D, query_heads * D, PLACED)
     _put(dq + head * D, there, acc * scale, real, dims, D, BD)
 
 
 @triton.jit(do_not_specialize=["scale", "length", "total", "tokens", "window", "sinks"])
 def backward_kernel(
-    q, k, v, o, do, lse, dlse, dq, dk, dv, near, far, begin, owner, place,
+    q, k, v, do, q_steps, k_steps, v_steps, do_steps, sums, dq, dk, dv, near, far, begin, owner, place,
     scale, length, total, tokens, window, sinks, query_heads, shared,
-    stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
-    stride_do_row, stride_do, stride_do_head,
+    strides_q, strides_k, strides_v, strides_do,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BS: tl.constexpr, STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
-    LSE: tl.constexpr, DLSE: tl.constexpr,
+    HEADS_FIRST: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """All gradients: programs of a block of keys and of a block of queries side by side, so that both find in the
-    L2 cache what the other has read.
+    L2 cache what the other has read. BN divides BM.
     """
-    blocks = tl.cdiv(total, BM)
-    pid = tl.program_id(0)
-    kinds, group = query_heads + shared, query_heads // shared
-    kind, block, row = (pid % kinds).to(tl.int64), pid // kinds % blocks, (pid // (kinds * blocks)).to(tl.int64)
+    blocks, group = tl.cdiv(total, BM), query_heads // shared
+    kind, block, row = _work(blocks, query_heads + shared, HEADS_FIRST)
     first_token = block * BM
-    count, first = total, 0
+    count, first = total, block * 0
     if STREAM:
         count, first = tl.load(begin + total), tl.load(begin + first_token)
         if first > first_token:
             return
     if kind < shared:
         _key_side(
-            q, k, v, o, do, lse, dlse, dk, dv, near, begin, owner, place,
-            kind, first_token, row, count, scale, length, total, tokens, window, sinks, query_heads, group, shared,
-            stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head,
-            stride_v_row, stride_v, stride_v_head, stride_do_row, stride_do, stride_do_head,
-            D, V, BD, BV, BM, BN, STREAM, PLACED, SINKS, PRECISION, LSE, DLSE,
+            k, v, q_steps, do_steps, sums, dk, dv, near, begin, owner, place,
+            kind, first_token, row, count, scale, length, total, tokens, window, sinks, query_heads, shared,
+            strides_q, strides_k, strides_v, strides_do,
+            D, V, BD, BV, BM, BN, STREAM, PLACED, SINKS, PRECISION, BULK,
         )  # fmt: skip
     else:
         _query_side(
-            q, k, v, o, do, lse, dlse, dq, far, begin, place,
+            q, k, v, do, k_steps, v_steps, sums, dq, far, begin, place,
             kind - shared, first_token, first, row * blocks + block, row, count,
             scale, length, total, tokens, window, sinks, query_heads, group,
-            stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head,
-            stride_v_row, stride_v, stride_v_head, stride_do_row, stride_do, stride_do_head,
-            D, V, BD, BV, BM, BN, BS, STREAM, PLACED, SINKS, PRECISION, LSE, DLSE,
+            strides_q, strides_k, strides_v, strides_do,
+            D, V, BD, BV, BM, BN, BS, STREAM, PLACED, SINKS, PRECISION, BULK,
         )  # fmt: skip
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .local_kernels import NOWHERE, backward_kernel, cached_kernel, forward_kernel, sink_kernel
+from .bulk import TensorDescriptor, bulk_tensors
+from .local_kernels import NOWHERE, backward_kernel, cached_kernel, forward_kernel, row_kernel, sink_kernel
 
+LARGEST_BLOCK = 128
 _Maybe = Tensor | None
 # Of this copy of the file: the one that travels with a checkpoint may be loaded beside the installed one.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
@@ -27,6 +29,7 @@ class LocalConfig(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None  # most that a thread may have, None for as many as there are
+    heads_first: bool = True  # neighbouring programs share a block, not a head
 
 
 def local_config(kind: str, dim: int, value_dim: int, dtype: torch.dtype) -> LocalConfig:
@@ -89,6 +92,7 @@ def _constants(q: Tensor, v: Tensor, config: LocalConfig, begin: _Maybe, place: 
         "STREAM": begin is not None,
         "PLACED": place is not None,
         "SINKS": sinks > 0,
+        "HEADS_FIRST": config.heads_first,
         "num_warps": config.warps,
         "num_stages": config.stages,
         "maxnreg": config.registers,
@@ -101,8 +105,19 @@ def _sizes(q: Tensor, v: Tensor) -> dict[str, Any]:
     return {"D": dim, "V": value_dim, "BD": padded(dim), "BV": padded(value_dim), "PRECISION": precision}
 
 
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(stride for x in tensors for stride in x.stride()[:3])
+def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
+    return [x.stride()[:3] for x in tensors]
+
+
+def _steps(bulk: bool, step: int, *tensors: Tensor) -> list[Any]:
+    """What the loops read tiles of `step` tokens of one head from: tensors, or descriptors for bulk copies.
+
+    A program is over too soon to pay for descriptors that it makes itself.
+    """
+    if not bulk:
+        return list(tensors)
+    heads_first = [x.transpose(1, 2) for x in tensors]
+    return [TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, step, padded(x.shape[3])]) for x in heads_first]
 
 
 def _extent(q: Tensor, begin: _Maybe, block: int) -> tuple[int, int, int]:
@@ -128,10 +143,11 @@ def _forward(
     o = fill(rows, length, heads, v.shape[3])
     lse = (fill if return_lse else v.new_empty)(heads, rows * length, dtype=torch.float32)
     total, blocks, streams = _extent(q, begin, config.block)
+    bulk = place is None and bulk_tensors((k, v))
     forward_kernel[(heads * blocks * streams,)](
-        q, k, v, o, lse, o if begin is None else begin, o if place is None else place,
+        q, k, v, *_steps(bulk, config.step, k, v), o, lse, o if begin is None else begin, o if place is None else place,
         scale, length, total, rows * length, window, sinks, heads, heads // k.shape[2], *_strides(q, k, v),
-        **_constants(q, v, config, begin, place, sinks), LSE=return_lse,
+        **_constants(q, v, config, begin, place, sinks), BULK=bulk, LSE=return_lse,
     )  # fmt: skip
     return o, lse
 
@@ -163,21 +179,28 @@ def _backward(
     sequences = rows if starts is None else starts.shape[0] - 1
     near = q.new_empty((sequences, shared, sinks, dim + value_dim), dtype=torch.float32)
     far = q.new_empty((streams * blocks, heads, sinks, dim + value_dim), dtype=torch.float32)
-    constants = _constants(q, v, config, begin, place, sinks)
     # What is not read still has to be a pointer.
     table = [o if x is None else x for x in (begin, owner, starts, place)]
     given = lse if dlse is None else dlse.contiguous()
+    sums = lse.new_empty(2, *lse.shape)
+    stream = {"STREAM": begin is not None, "PLACED": place is not None}
+    row_kernel[(heads * -(-total // 32) * streams,)](
+        o, do, lse, given, sums, table[0], table[3], length, total, rows * length, heads, *_strides(o, do),
+        V=value_dim, BV=padded(value_dim), BM=32, **stream, LSE=return_lse, DLSE=dlse is not None, num_warps=4,
+    )  # fmt: skip
+    bulk = place is None and bulk_tensors((q, k, v, do))
     backward_kernel[((heads + shared) * blocks * streams,)](
-        q, k, v, o, do, lse, given, dq, dk, dv, near, far, table[0], table[1], table[3],
-        scale, length, total, rows * length, window, sinks, heads, shared, *_strides(q, k, v, do), **constants,
-        LSE=return_lse, DLSE=dlse is not None,
+        q, k, v, do, *_steps(bulk, config.step, q, k, v, do), sums, dq, dk, dv, near, far,
+        table[0], table[1], table[3],
+        scale, length, total, rows * length, window, sinks, heads, shared, *_strides(q, k, v, do),
+        **_constants(q, v, config, begin, place, sinks), BULK=bulk,
     )  # fmt: skip
     if sinks:
         columns = 128
         sink_kernel[(-(-sinks * (dim + value_dim) // columns) * shared * sequences,)](
             near, far, dk, dv, table[2], table[3], length, blocks, window, sinks, heads, shared,
             D=dim, V=value_dim, BM=config.block, PARTS=16, COLUMNS=columns,
-            STREAM=begin is not None, PLACED=place is not None, num_warps=4,
+            **stream, num_warps=4,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -222,8 +245,8 @@ def _cached(
     lse = [v.new_empty(rows, length, heads, dtype=torch.float32)] if return_lse else []
     cached_kernel[(-(-length * group // config.block) * shared * rows,)](
         q, k, v, o, *(lse or [o]), q_positions, k_positions, scale, length, k.shape[1], window, sinks, heads, group,
-        *_strides(q, k, v), **_sizes(q, v), BM=config.block, BN=config.step, LSE=return_lse,
-        num_warps=config.warps, num_stages=config.stages,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **_sizes(q, v),
+        BM=config.block, BN=config.step, LSE=return_lse, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return [o, *lse]
 
@@ -238,7 +261,8 @@ def _(
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Contiguous in the last dimension, and the offsets within a block fit 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**31 // LARGEST_BLOCK else x.contiguous()
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

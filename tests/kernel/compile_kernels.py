@@ -29,12 +29,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = ("64", "96", "128", "192", "256", "128:64")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-WITHOUT_PRODUCTS = ("scan_kernel", "delta_kernel", "decay_kernel", "sink_kernel", "step_kernel", "loss_kernel")
+WITHOUT_PRODUCTS = tuple(f"{name}_kernel" for name in ("scan", "delta", "decay", "row", "sink", "step", "loss"))
 
 
 class Target:
@@ -62,6 +63,7 @@ def compiling(arch: int) -> Iterator[dict[str, tuple[str, Any]]]:
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         if arch < 90 and "BULK" in options:
             options["BULK"] = False  # what `bulk_copies` finds on such a device
+            args = tuple(x.base if isinstance(x, TensorDescriptor) else x for x in args)
         if "EARLY" in options:
             options["EARLY"] = arch >= 90  # as `dependent_launch`
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
