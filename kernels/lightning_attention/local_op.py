@@ -109,6 +109,11 @@ def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
     return [x.stride()[:3] for x in tensors]
 
 
+def _bulk(place: _Maybe, *tensors: Tensor) -> bool:
+    """Whether the loops read by bulk copies: hidden tokens may hold NaN, and dots of fp32 would spill registers."""
+    return place is None and tensors[0].element_size() == 2 and bulk_tensors(tensors)
+
+
 def _steps(bulk: bool, step: int, *tensors: Tensor) -> list[Any]:
     """What the loops read tiles of `step` tokens of one head from: tensors, or descriptors for bulk copies.
 
@@ -143,7 +148,7 @@ def _forward(
     o = fill(rows, length, heads, v.shape[3])
     lse = (fill if return_lse else v.new_empty)(heads, rows * length, dtype=torch.float32)
     total, blocks, streams = _extent(q, begin, config.block)
-    bulk = place is None and bulk_tensors((k, v))
+    bulk = _bulk(place, k, v)
     forward_kernel[(heads * blocks * streams,)](
         q, k, v, *_steps(bulk, config.step, k, v), o, lse, o if begin is None else begin, o if place is None else place,
         scale, length, total, rows * length, window, sinks, heads, heads // k.shape[2], *_strides(q, k, v),
@@ -188,7 +193,7 @@ def _backward(
         o, do, lse, given, sums, table[0], table[3], length, total, rows * length, heads, *_strides(o, do),
         V=value_dim, BV=padded(value_dim), BM=32, **stream, LSE=return_lse, DLSE=dlse is not None, num_warps=4,
     )  # fmt: skip
-    bulk = place is None and bulk_tensors((q, k, v, do))
+    bulk = _bulk(place, q, k, v, do)
     backward_kernel[((heads + shared) * blocks * streams,)](
         q, k, v, do, *_steps(bulk, config.step, q, k, v, do), sums, dq, dk, dv, near, far,
         table[0], table[1], table[3],

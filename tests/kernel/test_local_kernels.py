@@ -108,6 +108,21 @@ def test_equals_the_definition(length, window, sinks):
     compare(local_attention, make(length, dim=16, value_dim=32), window=window, sinks=sinks, limit=2e-6)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.usefixtures("interpreted")
+def test_bulk_copies(packed):
+    """Half precision reads by descriptors: shared heads, sizes that are no power of 2, NaN behind the last token."""
+    from lightning_attention.local_op import _bulk
+
+    inputs = make(130, rows=1 if packed else 2, heads=4, shared=2, dim=80, value_dim=24, dtype=torch.float16)
+    rooms = [torch.full((x.shape[0], 200, *x.shape[2:]), torch.nan, dtype=x.dtype) for x in inputs]
+    views = [room[:, :130].copy_(x) for room, x in zip(rooms, inputs, strict=True)]
+    assert _bulk(None, *views)
+    bounds = torch.tensor([0, 0, 1, 2, 66, 130]) if packed else None
+    for window, sinks in ((20, 4), (64, 4), (100, 0)):
+        compare(local_attention, views, window=window, sinks=sinks, cu_seqlens=bounds, limit=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("length", "window", "sinks"), [(1, 1, 4), (65, 300, 0), (150, 64, 4)])
 @pytest.mark.usefixtures("interpreted")
