@@ -331,12 +331,16 @@ def _query_side(
             p = tl.exp2(tl.where(seen, scores, float("-inf")))
             slope = tl.dot(gradient, tl.trans(sink_values), input_precision=PRECISION) - delta[:, None]
             acc = tl.dot((p * slope).to(sink_keys.dtype), sink_keys, acc, input_precision=PRECISION)
-            # Transposed results instead of transposed scores: no dot of their own, and q and do lie in memory once.
-            part_k = tl.dot(tl.trans(queries), (p * slope).to(queries.dtype), input_precision=PRECISION) * scale
-            part_v = tl.dot(tl.trans(gradient), p.to(gradient.dtype), input_precision=PRECISION)
+            # The same transposed, by dots of their own: with transposed q and do as operands Triton 3.6 returns garbage.
+            scores = tl.dot(sink_keys, tl.trans(queries), input_precision=PRECISION) * factor - weight[None, :]
+            seen = present[:, None] & (sink[:, None] >= start[None, :])
+            p = tl.exp2(tl.where(seen, scores, float("-inf")))
+            slope = tl.dot(sink_values, tl.trans(gradient), input_precision=PRECISION) - delta[None, :]
+            part_v = tl.dot(p.to(gradient.dtype), gradient, input_precision=PRECISION)
+            part_k = tl.dot((p * slope).to(queries.dtype), queries, input_precision=PRECISION) * scale
             there = ((slot * query_heads + head) * sinks + places) * (D + V)
-            _put(far, there, tl.trans(part_k), places < sinks, dims, D, BD)
-            _put(far + D, there, tl.trans(part_v), places < sinks, columns, V, BV)
+            _put(far, there, part_k, places < sinks, dims, D, BD)
+            _put(far + D, there, part_v, places < sinks, columns, V, BV)
     there = _offsets(i, real, place, row, length, length.to(tl.int64) * query_heads * D, query_heads * D, PLACED)
     _put(dq + head * D, there, acc * scale, real, dims, D, BD)
 
