@@ -251,7 +251,7 @@ def backward(
         if first and shape.normalize
         else None
     )
-    configs = [config, sweep_config("dq", dim, value_dim, q.dtype, shape.normalize)]
+    configs = [config, sweep_config("dq", dim, value_dim, q.dtype, shape.normalize, shape.narrow)]
     dots_k, dots_q = (
         torch.empty(
             triton.cdiv(dim, c.columns), shape.rows, x.shape[2], shape.length, dtype=torch.float32, device=q.device

@@ -103,7 +103,7 @@ def forward(
     if final:
         state = v.new_empty(shape.sequences, shape.heads, shape.dim, shape.value_dim, dtype=torch.float32)
         leaving = state, v.new_empty(state.shape[:3], dtype=torch.float32) if shape.normalize else None
-    config = sweep_config("forward", shape.dim, shape.value_dim, q.dtype, shape.normalize)
+    config = sweep_config("forward", shape.dim, shape.value_dim, q.dtype, shape.normalize, shape.narrow)
     entering = entering_states(k, v, log_decay, mask, cu_seqlens, initial, shape, config, exact=final)
 
     def given(tensor: Tensor | None) -> Tensor:  # a pointer that is not read still has to be one

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 SMALLEST_SEGMENT = 256
+LONGEST_UNCUT = 4096  # up to here three launches cost more than idle multiprocessors
 LARGEST_CHUNK = 128
 
 
@@ -20,9 +21,12 @@ class SweepConfig(NamedTuple):
     stages: int  # chunks in flight
 
 
-def sweep_config(kind: str, dim: int, value_dim: int, dtype: torch.dtype, normalize: bool = False) -> SweepConfig:
+def sweep_config(
+    kind: str, dim: int, value_dim: int, dtype: torch.dtype, normalize: bool = False, narrow: bool = False
+) -> SweepConfig:
     """Launch parameters of the sweeps for o ("forward"), dq ("dq"), dk and dv ("dkv").
 
+    `narrow`: half the columns, twice the programs, where there would be fewer than multiprocessors (`can_narrow`).
     Chosen on an H100 in bf16 among chunks of 16 to 128, 32 to 128 columns, 2 to 8 warps and 1 to 4 stages, each
     checked against fp64: with 64 tokens in a chunk the normalised forward is miscompiled (error .25).
     """
@@ -37,7 +41,21 @@ def sweep_config(kind: str, dim: int, value_dim: int, dtype: torch.dtype, normal
         return SweepConfig(32, 64, 4, 2 if kind == "dkv" else 3)
     if kind == "dkv":
         return SweepConfig(32, 64, 2, 3) if size <= 64 else SweepConfig(64, 64, 4, 2)
-    return SweepConfig(32, 64, 4, 3)
+    return SweepConfig(64, 32, 4, 3) if narrow else SweepConfig(32, 64, 4, 3)
+
+
+def can_narrow(dim: int, value_dim: int, dtype: torch.dtype, normalize: bool, group: int) -> bool:
+    """Whether the narrow form is among the measured ones; `group` query heads share a program."""
+    return dtype == torch.bfloat16 and value_dim > 64 and max(dim, value_dim) <= 128 and not normalize and group == 1
+
+
+def state_config(sweep: SweepConfig, dim: int, value_dim: int, dtype: torch.dtype, normalize: bool) -> SweepConfig:
+    """Launch parameters for the states between segments, which are cut for the sweep given.
+
+    Without outputs there is room for all columns, so that one of the two tensors is not read twice.
+    """
+    wide = dtype == torch.bfloat16 and 64 < max(dim, value_dim) <= 128 and not normalize
+    return SweepConfig(64, 128, 8, 3) if wide else sweep
 
 
 @cache
@@ -55,17 +73,20 @@ def dependent_launch(device: torch.device) -> bool:
     return cuda and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def segment_length(length: int, programs: int, sequences: int, device: torch.device) -> int:
+def segment_length(length: int, programs: int, narrow: int, sequences: int, device: torch.device) -> int:
     """Tokens of a segment: the whole sequence if there are programs enough, else a part that fills the device.
 
     Args:
         length: tokens of a row (of all sequences when they are packed into one).
         programs: programs of the forward pass with whole sequences.
+        narrow: the same in the narrow form, 0 where there is none.
         sequences: sequences in a row of tokens: 1, or the number that is packed.
         device: where it runs.
     """
     wanted = processors(device)
     if 4 * programs >= 3 * wanted:  # reading k and v twice costs more than a quarter of the device
+        return length
+    if 4 * narrow >= 3 * wanted and length <= LONGEST_UNCUT:
         return length
     parts = -(-2 * wanted // programs)
     segment = -(-length // (parts * sequences))

@@ -114,14 +114,10 @@ def _near(i, start, j, reach, STREAM: tl.constexpr):
 
 
 @triton.jit
-def _work(blocks, kinds, HEADS_FIRST: tl.constexpr):
-    """Kind (head), block and row of a program."""
+def _work(blocks, kinds):
+    """Kind (head), block and row of a program; neighbours share a block."""
     pid = tl.program_id(0)
-    if HEADS_FIRST:
-        kind, block = pid % kinds, pid // kinds % blocks
-    else:
-        kind, block = pid // blocks % kinds, pid % blocks
-    return kind.to(tl.int64), block, (pid // (kinds * blocks)).to(tl.int64)
+    return (pid % kinds).to(tl.int64), pid // kinds % blocks, (pid // (kinds * blocks)).to(tl.int64)
 
 
 @triton.jit
@@ -152,10 +148,10 @@ def forward_kernel(
     scale, length, total, tokens, window, sinks, query_heads, group, strides_q, strides_k, strides_v,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BS: tl.constexpr, STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
-    HEADS_FIRST: tl.constexpr, BULK: tl.constexpr, LSE: tl.constexpr,
+    BULK: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """o and `lse`, by one program per block of queries and head."""
-    head, block, row = _work(tl.cdiv(total, BM), query_heads, HEADS_FIRST)
+    head, block, row = _work(tl.cdiv(total, BM), query_heads)
     first_token = block * BM
     count, first = total, block * 0
     if STREAM:
@@ -208,7 +204,7 @@ def row_kernel(
     """`sums` `[2, Hq, B * T]` in the order of the stream: `lse` in base 2, and what the softmax subtracts from the
     gradient of its weights, sum(o * do) - dlse.
     """
-    head, block, row = _work(tl.cdiv(total, BM), heads, True)
+    head, block, row = _work(tl.cdiv(total, BM), heads)
     i = block * BM + tl.arange(0, BM)
     real = _starts(i, begin, total, STREAM) <= i
     columns = tl.arange(0, BV)
@@ -331,7 +327,7 @@ def _query_side(
             p = tl.exp2(tl.where(seen, scores, float("-inf")))
             slope = tl.dot(gradient, tl.trans(sink_values), input_precision=PRECISION) - delta[:, None]
             acc = tl.dot((p * slope).to(sink_keys.dtype), sink_keys, acc, input_precision=PRECISION)
-            # The same transposed, by dots of their own: with transposed q and do as operands Triton 3.6 returns garbage.
+            # The same transposed, by dots of their own: transposed q and do as operands are miscompiled on sm_90.
             scores = tl.dot(sink_keys, tl.trans(queries), input_precision=PRECISION) * factor - weight[None, :]
             seen = present[:, None] & (sink[:, None] >= start[None, :])
             p = tl.exp2(tl.where(seen, scores, float("-inf")))
@@ -352,13 +348,13 @@ def backward_kernel(
     strides_q, strides_k, strides_v, strides_do,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BS: tl.constexpr, STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
-    HEADS_FIRST: tl.constexpr, BULK: tl.constexpr,
+    BULK: tl.constexpr,
 ):  # fmt: skip
     """All gradients: programs of a block of keys and of a block of queries side by side, so that both find in the
     L2 cache what the other has read. BN divides BM.
     """
     blocks, group = tl.cdiv(total, BM), query_heads // shared
-    kind, block, row = _work(blocks, query_heads + shared, HEADS_FIRST)
+    kind, block, row = _work(blocks, query_heads + shared)
     first_token = block * BM
     count, first = total, block * 0
     if STREAM:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import segment_length, sweep_config
+from .launch import can_narrow, processors, segment_length, sweep_config
 
 
 class Shape(NamedTuple):
@@ -27,6 +27,7 @@ class Shape(NamedTuple):
     per_token: bool
     masked: bool
     normalize: bool
+    narrow: bool  # so few programs that half the columns for each are better
 
     @property
     def group(self) -> int:
@@ -64,14 +65,17 @@ def shape_of(
     sequences = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     heads = log_decay.shape[-1]
     columns = sweep_config("forward", dim, v.shape[3], q.dtype, normalize).columns
-    programs = sequences * (query_heads // _paired(query_heads // heads, normalize)) * -(-v.shape[3] // columns)
+    paired = _paired(query_heads // heads, normalize)
+    programs = sequences * (query_heads // paired) * -(-v.shape[3] // columns)
+    narrow = 2 * programs if can_narrow(dim, v.shape[3], q.dtype, normalize, paired) else 0
     if segment is None:
-        segment = segment_length(length, programs, 1 if cu_seqlens is None else sequences, q.device)
+        segment = segment_length(length, programs, narrow, 1 if cu_seqlens is None else sequences, q.device)
     cut = -(-length // segment)
     segments = cut if cu_seqlens is None else (sequences if segment >= length else cut + sequences)
     return Shape(
         rows, length, query_heads, k.shape[2], heads, dim, v.shape[3], sequences, segment, segments,
         cu_seqlens is not None, log_decay.dim() == 3, masked, normalize,
+        segment >= length and 0 < narrow <= 2 * processors(q.device),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .bulk import bulk_copies, head_steps
-from .launch import SweepConfig
+from .launch import SweepConfig, state_config
 from .shape import Shape, padded, precision
 from .sweep import load_tile, locate, product, rows_of, running_decay
 
@@ -148,6 +148,7 @@ def entering_states(
 
     Args:
         x, y: k and v, or with `reverse` q and do, `[B, T, H, D or Dv]`.
+        config: launch parameters of the sweep that goes on from them.
         initial: state and sum state before the first segment, in the order of the walk.
         scale: factor of every token's share.
         exact: keep the states to fp32.
@@ -155,6 +156,7 @@ def entering_states(
     """
     if not shape.split:
         return initial
+    config = state_config(config, shape.dim, shape.value_dim, x.dtype, shape.normalize)
     items, heads, dim, value_dim = shape.items, shape.heads, shape.dim, shape.value_dim
     states = x.new_empty(items, heads, dim, value_dim, dtype=torch.float32)
     extras = x.new_empty(items, heads, dim, dtype=torch.float32) if shape.normalize else None

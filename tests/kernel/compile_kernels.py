@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 import triton
-from lightning_attention import lightning_attention_step, local_attention, local_attention_cached
+from lightning_attention import lightning_attention_step, local_attention, local_attention_cached, local_op
 from lightning_attention.linear_op import lightning_attention_kernel
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -117,10 +117,11 @@ def window(
 ) -> None:
     """The softmax window, its backward pass, with hidden tokens, and on a cache."""
     q, k, v = (torch.zeros(rows, length, h, d, dtype=dtype) for h, d in ((4, dim), (2, dim), (2, value_dim)))
-    for mask in (None, torch.ones(rows, length, dtype=torch.bool)):
+    for mask, smallest in ((None, 1), (None, 2**40), (torch.ones(rows, length, dtype=torch.bool), 1)):
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        found: Any = local_attention(*leaves, window=64, sinks=4, mask=mask, return_lse=return_lse)
-        sum(x.sum() for x in (found if return_lse else [found])).backward()
+        with mock.patch.object(local_op, "SMALLEST_BULK", smallest):
+            found: Any = local_attention(*leaves, window=64, sinks=4, mask=mask, return_lse=return_lse)
+            sum(x.sum() for x in (found if return_lse else [found])).backward()
     positions = torch.arange(length).expand(rows, length)
     with torch.no_grad():
         local_attention_cached(

@@ -9,6 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from lightning_attention import lightning_attention, lightning_attention_step, local_attention
 from lightning_attention.reference import chunked_attention, recurrent_attention
+from lightning_attention.shape import shape_of
 
 EXAMPLES = int(os.environ.get("SWAPATTN_EXAMPLES", "3"))  # a second each, so none is made smaller
 SLOPES = (0.0, 0.0039, 0.96, 7.9, 0.1, 0.02)
@@ -323,6 +324,20 @@ def test_on_gpu(dtype, dim, value_dim):
         Case(500, heads=4, scale=scale, **options).compare(*LIMITS[dtype])
     Case(512, heads=4, segment=256, **options).compare(*LIMITS[dtype])
     Case(512, heads=6, **options).compare(*LIMITS[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"per_token": True, "decay": True}, {"hidden": True}, {"scale": 1.0}])
+@pytest.mark.parametrize("dim", [96, 128])
+def test_on_gpu_narrow_programs(dim, options):
+    """Enough sequences and heads for half the device, so that a program takes half the columns."""
+    case = Case(
+        500, heads=32, shared=32, dim=dim, value_dim=128, dtype=torch.bfloat16, device="cuda",
+        started=True, final=True, **options,
+    )  # fmt: skip
+    q, k, v = case.inputs
+    assert shape_of(q, k, v, case.log_decay, None, False, False).narrow
+    case.compare(3e-3, 3e-2 if "decay" in options else 6e-3)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from lightning_attention import local_attention, local_attention_cached
+from lightning_attention import local_attention, local_attention_cached, local_op
 
 EXAMPLES = int(os.environ.get("SWAPATTN_EXAMPLES", "3"))  # a second each, so none is made smaller
 
@@ -110,14 +110,13 @@ def test_equals_the_definition(length, window, sinks):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.usefixtures("interpreted")
-def test_bulk_copies(packed):
+def test_bulk_copies(packed, monkeypatch):
     """Half precision reads by descriptors: shared heads, sizes that are no power of 2, NaN behind the last token."""
-    from lightning_attention.local_op import _bulk
-
+    monkeypatch.setattr(local_op, "SMALLEST_BULK", 1)
     inputs = make(130, rows=1 if packed else 2, heads=4, shared=2, dim=80, value_dim=24, dtype=torch.float16)
     rooms = [torch.full((x.shape[0], 200, *x.shape[2:]), torch.nan, dtype=x.dtype) for x in inputs]
     views = [room[:, :130].copy_(x) for room, x in zip(rooms, inputs, strict=True)]
-    assert _bulk(None, *views)
+    assert local_op._bulk(None, *views)
     bounds = torch.tensor([0, 0, 1, 2, 66, 130]) if packed else None
     for window, sinks in ((20, 4), (64, 4), (100, 0)):
         compare(local_attention, views, window=window, sinks=sinks, cu_seqlens=bounds, limit=1e-3)
@@ -323,9 +322,11 @@ DTYPES = {torch.bfloat16: 7e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("bulk", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
-def test_on_gpu(dtype, dim, value_dim):
+def test_on_gpu(dtype, dim, value_dim, bulk, monkeypatch):
+    monkeypatch.setattr(local_op, "SMALLEST_BULK", 1 if bulk else 2**40)
     inputs = make(1000, rows=2, heads=4, shared=2, dim=dim, value_dim=value_dim, dtype=dtype, device="cuda")
     for window, sinks in ((64, 4), (1, 0), (100, 16), (1024, 4)):
         for asked in (False, True):
@@ -337,7 +338,8 @@ def test_on_gpu(dtype, dim, value_dim):
 @pytest.mark.gpu
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 1000])
-def test_on_gpu_any_length_mask_and_packing(length, return_lse):
+def test_on_gpu_any_length_mask_and_packing(length, return_lse, monkeypatch):
+    monkeypatch.setattr(local_op, "SMALLEST_BULK", 1)
     inputs = make(length, rows=2, heads=4, dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda")
     options = {"window": 64, "sinks": 4, "return_lse": return_lse, "limit": DTYPES[torch.bfloat16]}
     for mask in masks(length).values():
@@ -349,7 +351,8 @@ def test_on_gpu_any_length_mask_and_packing(length, return_lse):
 
 
 @pytest.mark.gpu
-def test_on_gpu_runs_are_equal_and_independent_of_what_lies_behind():
+def test_on_gpu_runs_are_equal_and_independent_of_what_lies_behind(monkeypatch):
+    monkeypatch.setattr(local_op, "SMALLEST_BULK", 1)
     inputs = make(4097, rows=2, heads=4, dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda")
     room = [torch.full((2, 4200, *x.shape[2:]), torch.nan, dtype=x.dtype, device="cuda") for x in inputs]
     for space, x in zip(room, inputs, strict=True):
