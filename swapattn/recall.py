@@ -38,7 +38,7 @@ def predict(model: Any, documents: Sequence[Document]) -> Iterator[tuple[Documen
 
     Shorter documents are padded on the right, where a causal model does not look.
     """
-    longest = max(len(document.ids) for document in documents)
+    longest = max((len(document.ids) for document in documents), default=1)
     size = max(1, chunk_of(model) // longest)
     for first in range(0, len(documents), size):
         batch = documents[first : first + size]
@@ -54,10 +54,32 @@ def predict(model: Any, documents: Sequence[Document]) -> Iterator[tuple[Documen
 
 
 def recall(model: Any, tokenizer: Any, length: int, count: int, seed: int, notes: list[str]) -> list[dict[str, Any]]:
+    """Share of right answers to `recall_documents`; "hits" are those of each document.
+
+    "accuracy" is among the values of the list, "exact" among the whole vocabulary.
+    """
+    documents = recall_documents(tokenizer, length, count, seed, notes)
+    among, exact = [], []
+    for document, logits in predict(model, documents):
+        truth = torch.tensor([document.ids[target] for target in document.targets])
+        values = torch.tensor(document.values)
+        competing = logits[:, values]
+        for query, answer in enumerate(truth):
+            competing[query + 1 :, values == answer] = -math.inf  # it stands nearby and is wrong from here on
+        among.append(float((values[competing.argmax(-1)] == truth).double().mean()))
+        exact.append(float((logits.argmax(-1) == truth).double().mean()))
+    if not documents:
+        return []
+    exactly, exact_stderr = mean_and_error(exact)
+    row = {**_row(length, among), "queries": _QUERIES, "pairs": _PAIRS, "chance": _CHANCE}
+    return [{**row, "exact": exactly, "exact_stderr": exact_stderr, "exact_hits": exact}]
+
+
+def recall_documents(tokenizer: Any, length: int, count: int, seed: int | str, notes: list[str]) -> Sequence[Document]:
     """Associative recall (MQAR, arXiv 2312.04927): a list of pairs of words, filler text, then four of the keys.
 
     The values are given after each query, so that one pass answers all four; no key comes twice, so that values
-    already given no longer compete. "hits" are the shares of right answers by document.
+    already given no longer compete. None, with a note, where the length or the tokenizer does not allow it.
     """
     words = _words(tokenizer)
     if len(words) < 2 * _PAIRS:
@@ -80,25 +102,27 @@ def recall(model: Any, tokenizer: Any, length: int, count: int, seed: int, notes
         targets = [len(ids) + query * pair + 1 + len(between) for query in range(_QUERIES)]
         ids += [token for key, value in rng.sample(pairs, _QUERIES) for token in (key, *between, value, *end)]
         documents.append(Document(ids, targets, chosen[_PAIRS:]))
-    among, exact = [], []
-    for document, logits in predict(model, documents):
-        truth = torch.tensor([document.ids[target] for target in document.targets])
-        values = torch.tensor(document.values)
-        competing = logits[:, values]
-        for query, answer in enumerate(truth):
-            competing[query + 1 :, values == answer] = -math.inf  # it stands nearby and is wrong from here on
-        among.append(float((values[competing.argmax(-1)] == truth).double().mean()))
-        exact.append(float((logits.argmax(-1) == truth).double().mean()))
-    exactly, exact_stderr = mean_and_error(exact)
-    row = {**_row(length, among), "queries": _QUERIES, "pairs": _PAIRS, "chance": _CHANCE}
-    return [{**row, "exact": exactly, "exact_stderr": exact_stderr, "exact_hits": exact}]
+    return documents
 
 
 def passkey(model: Any, tokenizer: Any, length: int, count: int, seed: int, notes: list[str]) -> list[dict[str, Any]]:
+    """Share of `passkey_documents` whose greedy answer is the number.
+
+    It is exactly when each of its tokens has the highest logit after those before it, so that one pass over the
+    document with its answer says what decoding would.
+    """
+    documents = passkey_documents(tokenizer, length, count, seed, notes)
+    right = [
+        float(logits.argmax(-1).tolist() == [document.ids[target] for target in document.targets])
+        for document, logits in predict(model, documents)
+    ]
+    return [_row(length, right)] if documents else []
+
+
+def passkey_documents(tokenizer: Any, length: int, count: int, seed: int | str, notes: list[str]) -> Sequence[Document]:
     """A number of five digits in filler text (arXiv 2305.16300), asked for at the end; its depths are evenly spread.
 
-    The greedy answer is the number exactly when each of its tokens has the highest logit after those before it, so
-    that one pass over the document with its answer says what decoding would.
+    None, with a note, where the length or the tokenizer does not allow it.
     """
     rng = random.Random(f"passkey {seed} {length}")
     filler, head = encode(tokenizer, _FILLER), beginning(tokenizer) + encode(tokenizer, _TASK)
@@ -119,10 +143,7 @@ def passkey(model: Any, tokenizer: Any, length: int, count: int, seed: int, note
         before = (2 * place + 1) * (room + 1) // (2 * count)
         ids = head + filler * before + key + filler * (room - before) + question
         documents.append(Document(ids + answer, list(range(len(ids), len(ids) + len(answer))), []))
-    right = []
-    for document, logits in predict(model, documents):
-        right.append(float(logits.argmax(-1).tolist() == [document.ids[target] for target in document.targets]))
-    return [_row(length, right)]
+    return documents
 
 
 def _row(length: int, hits: list[float]) -> dict[str, Any]:

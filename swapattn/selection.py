@@ -1,7 +1,9 @@
 """`select`: which layers to keep softmax, by what swapping (or restoring) each one costs on a little text.
 
 The cost is the KL from the teacher's next-token distribution, as in KL-guided layer selection (arXiv 2512.20569,
-which restores each layer and trains in between; here nothing is trained).
+which restores each layer and trains in between; here nothing is trained). On the text of the recipe it says which
+layers a short context needs; on documents that ask for something far back, where only the answers count, which ones
+look it up (HALO, arXiv 2601.22156, chooses by recall, too).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -28,12 +30,14 @@ from .errors import CheckpointError, UsageError
 from .loading import load, load_teacher
 from .losses import Mixture, divergence
 from .perplexity import heldout_perplexity
+from .recall import passkey_documents, recall_documents
 from .recipe import KeepSpec, Recipe, load_recipe
 from .score_store import fingerprint
 from .stages import CalibrateStage
 from .surgery import apply_, plan
 
 SCORES, CHART, FRAGMENT = "scores.jsonl", "ranking.png", "keep.yaml"
+_ON = {"text": "", "recall": " of answers"}
 _ALL = -1  # stands for no layer: nothing swapped alone, nothing restored
 HELDOUT = (12, 512)  # windows and their length, for `compare`
 
@@ -49,6 +53,7 @@ class Selection:
         all_swapped: KL of the model with every layer swapped; None if it was not measured.
         kept: positions that the fragment keeps softmax, ascending.
         tokens: measured on.
+        on: "text" or "recall".
         compared: rows of `compare`.
     """
 
@@ -58,6 +63,7 @@ class Selection:
     all_swapped: float | None
     kept: tuple[int, ...]
     tokens: int
+    on: str = "text"
     compared: tuple[dict[str, Any], ...] = ()
 
     @property
@@ -67,14 +73,14 @@ class Selection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for --json."""
-        names = ("folder", "restore", "all_swapped", "kept", "tokens", "compared")
+        names = ("folder", "restore", "on", "all_swapped", "kept", "tokens", "compared")
         ranked = [{"layer": position, "kl": self.costs[position]} for position in self.ranking]
         return {name: getattr(self, name) for name in names} | {"ranking": ranked}
 
     def to_table(self) -> str:
         """The ranking, the comparison, and what to do with it."""
         what = "restored alone, KL saved" if self.restore else "swapped alone, KL"
-        lines = [f"layer  {what} in nats a token ({self.tokens:,} tokens)"]
+        lines = [f"layer  {what} in nats a token ({self.tokens:,} tokens{_ON[self.on]})"]
         lines += [f"{p:>5}  {self.costs[p]:.5f}{'  kept' if p in self.kept else ''}" for p in self.ranking]
         if self.compared:
             lines += ["", f"{'kept layers':<24} {'perplexity':>10} {'KL':>8}  which"]
@@ -94,7 +100,8 @@ def select(
     count: int | None = None,
     share: float | None = None,
     tokens: int = 2048,
-    length: int = 256,
+    length: int | None = None,
+    on: str = "text",
     compare: bool = False,
     recipe: str | Recipe = "smoke",
     overrides: Sequence[str] = (),
@@ -109,13 +116,16 @@ def select(
         output: folder, default `NAME-select` in the current directory.
         restore: restore each layer in an all-swapped model instead of swapping each alone.
         count, share: how many layers to keep, those that a checkpoint keeps already among them; default a quarter.
-        tokens, length: of the stream that is measured on, of the recipe's text.
+        tokens: of all windows that are measured on.
+        length: of a window; None = 256, of recall 512.
+        on: "text" = every token of the recipe's text, "recall" = the answers in documents of `swapattn.recall`.
         compare: also measure uniformly spread, end-protected and ranked layers on held-out text.
         recipe, overrides: convert section, calibration and text.
         overwrite: drop the measurements of an earlier run with other settings.
 
     Raises:
-        UsageError: the folder holds measurements of another run, or the number of layers does not fit.
+        UsageError: the folder holds measurements of another run, the number of layers does not fit, or the tokenizer
+            or length allows no document for recall.
         SwapattnError: as `convert` and `load` do.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
@@ -125,21 +135,46 @@ def select(
     chosen = len(keep.positions(total)) - len(subject.kept)
     if not 0 < chosen < len(subject.positions):
         raise UsageError(f"{chosen + len(subject.kept)} of {total} layers cannot be chosen: nothing is left to rank")
-    folder = Path(output) if output is not None else Path(f"{subject.name}-select")
+    folder = Path(output) if output is not None else Path(f"{subject.name}-select{'' if on == 'text' else f'-{on}'}")
+    length = length or (256 if on == "text" else 512)
     header = {
-        "version": 1, "model": fingerprint(subject.folder), "restore": restore, "tokens": tokens, "length": length,
-        "recipe": resolved.to_dict() if subject.converted else None, "text": resolved.distill.text.describe(),
+        "version": 2, "model": fingerprint(subject.folder), "restore": restore, "tokens": tokens, "length": length,
+        "on": on, "recipe": resolved.to_dict() if subject.converted else None,
+        "text": resolved.distill.text.describe(),
     }  # fmt: skip
     scores = _Scores(folder, header, overwrite)
-    stream = PackedTokens(resolved.distill.text, subject.tokenizer, length, seed=resolved.distill.seed + 1)
-    windows = [item["input_ids"][None] for item in islice(stream, max(1, tokens // length))]
+    count = max(1, tokens // length)
+    windows = _documents(subject, length, count) if on == "recall" else _texts(subject, resolved, length, count)
     _measure(subject, windows, scores, restore)
     costs, whole = scores.costs(restore)
     ranked = sorted(costs, key=lambda position: -costs[position])[:chosen]
     kept = tuple(sorted({*ranked, *subject.kept}))
-    found = Selection(folder, restore, costs, whole, kept, len(windows) * length)
+    measured = sum(window.ids[0, window.counted].numel() for window in windows)
+    found = Selection(folder, restore, costs, whole, kept, measured, on)
     _write(found, subject.name)
     return replace(found, compared=_compare(subject, kept)) if compare else found
+
+
+class _Window(NamedTuple):
+    """Token ids `[1, T]`, and which positions' predictions count."""
+
+    ids: torch.Tensor
+    counted: slice | list[int] = slice(None)
+
+
+def _texts(subject: _Subject, recipe: Recipe, length: int, count: int) -> list[_Window]:
+    stream = PackedTokens(recipe.distill.text, subject.tokenizer, length, seed=recipe.distill.seed + 1)
+    return [_Window(item["input_ids"][None]) for item in islice(stream, count)]
+
+
+def _documents(subject: _Subject, length: int, count: int) -> list[_Window]:
+    """Half of them pairs of words, half passkeys; none of those that the probes of an evaluation show."""
+    notes: list[str] = []
+    pairs = recall_documents(subject.tokenizer, length, -(-count // 2), "select", notes)
+    keys = passkey_documents(subject.tokenizer, length, count // 2, "select", notes)
+    if notes:
+        raise UsageError(f"--on recall: {'; '.join(notes)}")
+    return [_Window(torch.tensor([document.ids]), [t - 1 for t in document.targets]) for document in [*pairs, *keys]]
 
 
 @dataclass(frozen=True)
@@ -255,19 +290,19 @@ class _Scores:
         return ({p: whole - kl for p, kl in mean.items()} if restore and whole is not None else mean), whole
 
 
-def _measure(subject: _Subject, windows: list[torch.Tensor], scores: _Scores, restore: bool) -> None:
+def _measure(subject: _Subject, windows: Sequence[_Window], scores: _Scores, restore: bool) -> None:
     layers = [*subject.positions, *([_ALL] if restore else [])]
     missing = [(w, p) for w in range(len(windows)) for p in layers if (w, p) not in scores.rows]
     device = next(subject.model.parameters()).device
     at, target = -1, torch.empty(0)
     for window, position in tqdm(missing, desc="layers", unit="run", file=sys.stderr):
-        ids = windows[window].to(device)
+        ids, counted = windows[window].ids.to(device), windows[window].counted
         if window != at:
-            at, target = window, subject.teacher_logits(ids)
+            at, target = window, subject.teacher_logits(ids)[counted]
         alone = {position} - {_ALL}
         with subject.softmax_at(alone if restore else set(subject.positions) - alone):
-            kl = _kl(_logits(subject.model, ids), target)
-        scores.add(window, position, kl, ids.shape[1])
+            kl = _kl(_logits(subject.model, ids)[counted], target)
+        scores.add(window, position, kl, len(target))
 
 
 def _compare(subject: _Subject, ranked: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
@@ -303,7 +338,7 @@ def _write(found: Selection, name: str) -> None:
     way = "restored alone in the swapped model" if found.restore else "swapped alone"
     text = (
         f"# {len(found.kept)} layers of {name} whose softmax is worth most, each {way}:\n"
-        f"# KL to the teacher on {found.tokens} tokens, all figures in {SCORES}.\n"
+        f"# KL to the teacher on {found.tokens} tokens{_ON[found.on]}, all figures in {SCORES}.\n"
         f"convert:\n  keep_softmax: {list(found.kept)}\n"
     )
     (found.folder / FRAGMENT).write_text(text, encoding="utf-8")

@@ -15,8 +15,15 @@ from .common import command, emit, output_options, recipe_option
 @click.option("--restore", is_flag=True, help="Restore each layer in an all-swapped model, not swap each alone.")
 @click.option("--count", type=click.IntRange(min=1), help="How many layers to keep softmax. [default: a quarter]")
 @click.option("--share", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="The same as a share of all.")
-@click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Length of the stream.")
-@click.option("--length", type=click.IntRange(min=2), default=256, show_default=True, help="Length of its windows.")
+@click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Measured on, in all.")
+@click.option("--length", type=click.IntRange(min=2), help="Of a window.  [default: 256; of recall 512]")
+@click.option(
+    "--on",
+    type=click.Choice(["text", "recall"]),
+    default="text",
+    show_default=True,
+    help="What counts: all tokens of the recipe's text, or answers from far back.",
+)
 @click.option("--compare", is_flag=True, help="Also measure uniform, end-protected and ranked layers on held-out text.")
 @recipe_option("smoke")
 @output_options
@@ -29,6 +36,7 @@ def select_command(model: str, output: Path | None, as_json: bool, **options: An
     \b
     Examples:
       swapattn select smollm2-135m --count 8
+      swapattn select smollm2-135m --on recall --tokens 8192 --recipe short-hybrid
       swapattn select smollm2-135m-swapattn-short --restore --share 0.25 --compare
     """
     from swapattn.errors import UsageError
