@@ -49,12 +49,14 @@ def can_narrow(dim: int, value_dim: int, dtype: torch.dtype, normalize: bool, gr
     return dtype == torch.bfloat16 and value_dim > 64 and max(dim, value_dim) <= 128 and not normalize and group == 1
 
 
-def state_config(sweep: SweepConfig, dim: int, value_dim: int, dtype: torch.dtype, normalize: bool) -> SweepConfig:
-    """Launch parameters for the states between segments, which are cut for the sweep given.
+def state_config(
+    sweep: SweepConfig, dim: int, value_dim: int, dtype: torch.dtype, normalize: bool, group: int
+) -> SweepConfig:
+    """Launch parameters for the states between segments, which are cut for the sweep given; a sum over `group` heads.
 
     Without outputs there is room for all columns, so that one of the two tensors is not read twice.
     """
-    wide = dtype == torch.bfloat16 and 64 < max(dim, value_dim) <= 128 and not normalize
+    wide = dtype == torch.bfloat16 and 64 < max(dim, value_dim) <= 128 and not normalize and group == 1
     return SweepConfig(64, 128, 8, 3) if wide else sweep
 
 

@@ -77,7 +77,7 @@ def stream_of(rows: int, length: int, cu_seqlens: _Maybe, mask: _Maybe, device: 
         place = (
             torch.zeros(tokens + 1, dtype=torch.int32, device=device).scatter(0, number, token.int())[:-1].clone()
         )  # inductor cannot hand a view on
-    owner = torch.searchsorted(starts[1:].contiguous(), token, right=True).clamp(max=starts.shape[0] - 2)
+    owner = torch.searchsorted(starts[1:].clone(), token, right=True).clamp(max=starts.shape[0] - 2)
     begin = torch.where(token < starts[-1], starts[owner], NOWHERE.value)
     return Stream(torch.cat((begin, starts[-1:])).int(), owner.int(), starts.int(), place)
 

@@ -156,7 +156,8 @@ def entering_states(
     """
     if not shape.split:
         return initial
-    config = state_config(config, shape.dim, shape.value_dim, x.dtype, shape.normalize)
+    group = shape.group if reverse else 1
+    config = state_config(config, shape.dim, shape.value_dim, x.dtype, shape.normalize, group)
     items, heads, dim, value_dim = shape.items, shape.heads, shape.dim, shape.value_dim
     states = x.new_empty(items, heads, dim, value_dim, dtype=torch.float32)
     extras = x.new_empty(items, heads, dim, dtype=torch.float32) if shape.normalize else None
@@ -171,10 +172,10 @@ def entering_states(
         states, given(extras), totals,
         scale, shape.length, shape.segment, shape.segments, shape.sequences, heads, shape.shared, shape.query_heads,
         x.stride(0), x.stride(1), x.stride(2), y.stride(0), y.stride(1), y.stride(2),
-        D=dim, V=value_dim, BD=padded(dim), BV=block, C=config.chunk, GROUP=shape.group if reverse else 1,
+        D=dim, V=value_dim, BD=padded(dim), BV=block, C=config.chunk, GROUP=group,
         REVERSE=reverse, PER_TOKEN=shape.per_token, MASKED=shape.masked, NORMALIZE=shape.normalize,
         SEQUENCES=shape.block_sequences, PRECISION=precision(x.dtype),
-        BULK=bulk_copies(shape, config, shape.group if reverse else 1, (x, y)), EXACT=exact,
+        BULK=bulk_copies(shape, config, group, (x, y)), EXACT=exact,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     for tensor, start in ((states, initial[0]), (extras, initial[1])):
