@@ -90,7 +90,7 @@ def segment_length(length: int, programs: int, narrow: int, sequences: int, devi
         return length
     if 4 * narrow >= 3 * wanted and length <= LONGEST_UNCUT:
         return length
-    parts = -(-2 * wanted // programs)
+    parts = max(2, 2 * wanted // programs)  # two programs fit a multiprocessor: one more would begin a second wave
     segment = -(-length // (parts * sequences))
     segment = max(SMALLEST_SEGMENT, -(-segment // 128) * 128)
     return length if segment >= length else segment

@@ -77,7 +77,8 @@ def stream_of(rows: int, length: int, cu_seqlens: _Maybe, mask: _Maybe, device: 
         place = (
             torch.zeros(tokens + 1, dtype=torch.int32, device=device).scatter(0, number, token.int())[:-1].clone()
         )  # inductor cannot hand a view on
-    owner = torch.searchsorted(starts[1:].clone(), token, right=True).clamp(max=starts.shape[0] - 2)
+    # Of all boundaries: inductor cannot search in a part of them.
+    owner = torch.searchsorted(starts, token, right=True).sub(1).clamp(max=starts.shape[0] - 2)
     begin = torch.where(token < starts[-1], starts[owner], NOWHERE.value)
     return Stream(torch.cat((begin, starts[-1:])).int(), owner.int(), starts.int(), place)
 
