@@ -37,7 +37,6 @@ from .stages import CalibrateStage
 from .surgery import apply_, plan
 
 SCORES, CHART, FRAGMENT = "scores.jsonl", "ranking.png", "keep.yaml"
-_ON = {"text": "", "recall": " of answers"}
 _ALL = -1  # stands for no layer: nothing swapped alone, nothing restored
 HELDOUT = (12, 512)  # windows and their length, for `compare`
 
@@ -49,11 +48,12 @@ class Selection:
     Attributes:
         folder: where scores, chart and recipe fragment lie.
         restore: whether layers were restored in an all-swapped model, else swapped alone.
-        costs: position among the attention layers -> nats per token that softmax saves there.
+        costs: position among the attention layers -> nats per token that softmax saves there; of several kinds of
+            text the mean share of what it saves in all layers.
         all_swapped: KL of the model with every layer swapped; None if it was not measured.
         kept: positions that the fragment keeps softmax, ascending.
         tokens: measured on.
-        on: "text" or "recall".
+        on: the kinds of text, of "text" and "recall".
         compared: rows of `compare`.
     """
 
@@ -63,7 +63,7 @@ class Selection:
     all_swapped: float | None
     kept: tuple[int, ...]
     tokens: int
-    on: str = "text"
+    on: tuple[str, ...] = ("text",)
     compared: tuple[dict[str, Any], ...] = ()
 
     @property
@@ -80,7 +80,8 @@ class Selection:
     def to_table(self) -> str:
         """The ranking, the comparison, and what to do with it."""
         what = "restored alone, KL saved" if self.restore else "swapped alone, KL"
-        lines = [f"layer  {what} in nats a token ({self.tokens:,} tokens{_ON[self.on]})"]
+        unit = "in nats a token" if len(self.on) == 1 else "as a mean share"
+        lines = [f"layer  {what} {unit} ({self.tokens:,} tokens of {' and '.join(self.on)})"]
         lines += [f"{p:>5}  {self.costs[p]:.5f}{'  kept' if p in self.kept else ''}" for p in self.ranking]
         if self.compared:
             lines += ["", f"{'kept layers':<24} {'perplexity':>10} {'KL':>8}  which"]
@@ -101,7 +102,7 @@ def select(
     share: float | None = None,
     tokens: int = 2048,
     length: int | None = None,
-    on: str = "text",
+    on: Sequence[str] = ("text",),
     compare: bool = False,
     recipe: str | Recipe = "smoke",
     overrides: Sequence[str] = (),
@@ -118,7 +119,8 @@ def select(
         count, share: how many layers to keep, those that a checkpoint keeps already among them; default a quarter.
         tokens: of all windows that are measured on.
         length: of a window; None = 256, of recall 512.
-        on: "text" = every token of the recipe's text, "recall" = the answers in documents of `swapattn.recall`.
+        on: "text" = every token of the recipe's text, "recall" = the answers in documents of `swapattn.recall`; of
+            both, each layer's mean share counts.
         compare: also measure uniformly spread, end-protected and ranked layers on held-out text.
         recipe, overrides: convert section, calibration and text.
         overwrite: drop the measurements of an earlier run with other settings.
@@ -135,21 +137,21 @@ def select(
     chosen = len(keep.positions(total)) - len(subject.kept)
     if not 0 < chosen < len(subject.positions):
         raise UsageError(f"{chosen + len(subject.kept)} of {total} layers cannot be chosen: nothing is left to rank")
-    folder = Path(output) if output is not None else Path(f"{subject.name}-select{'' if on == 'text' else f'-{on}'}")
-    length = length or (256 if on == "text" else 512)
+    on = tuple(kind for kind in _KINDS if kind in on)
+    folder = Path(output) if output is not None else Path(f"{subject.name}-select")
     header = {
         "version": 2, "model": fingerprint(subject.folder), "restore": restore, "tokens": tokens, "length": length,
-        "on": on, "recipe": resolved.to_dict() if subject.converted else None,
-        "text": resolved.distill.text.describe(),
+        "recipe": resolved.to_dict() if subject.converted else None, "text": resolved.distill.text.describe(),
     }  # fmt: skip
     scores = _Scores(folder, header, overwrite)
-    count = max(1, tokens // length)
-    windows = _documents(subject, length, count) if on == "recall" else _texts(subject, resolved, length, count)
-    _measure(subject, windows, scores, restore)
-    costs, whole = scores.costs(restore)
+    windows = {kind: _KINDS[kind](subject, resolved, tokens, length) for kind in on}
+    for kind in on:
+        _measure(subject, kind, windows[kind], scores, restore)
+    each = [scores.costs(kind, restore) for kind in on]
+    costs, whole = each[0] if len(each) == 1 else (_mean_share([of_kind for of_kind, _ in each]), None)
     ranked = sorted(costs, key=lambda position: -costs[position])[:chosen]
     kept = tuple(sorted({*ranked, *subject.kept}))
-    measured = sum(window.ids[0, window.counted].numel() for window in windows)
+    measured = sum(window.ids[0, window.counted].numel() for kind in on for window in windows[kind])
     found = Selection(folder, restore, costs, whole, kept, measured, on)
     _write(found, subject.name)
     return replace(found, compared=_compare(subject, kept)) if compare else found
@@ -162,19 +164,32 @@ class _Window(NamedTuple):
     counted: slice | list[int] = slice(None)
 
 
-def _texts(subject: _Subject, recipe: Recipe, length: int, count: int) -> list[_Window]:
+def _texts(subject: _Subject, recipe: Recipe, tokens: int, length: int | None) -> list[_Window]:
+    length = length or 256
     stream = PackedTokens(recipe.distill.text, subject.tokenizer, length, seed=recipe.distill.seed + 1)
-    return [_Window(item["input_ids"][None]) for item in islice(stream, count)]
+    return [_Window(item["input_ids"][None]) for item in islice(stream, max(1, tokens // length))]
 
 
-def _documents(subject: _Subject, length: int, count: int) -> list[_Window]:
+def _documents(subject: _Subject, recipe: Recipe, tokens: int, length: int | None) -> list[_Window]:
     """Half of them pairs of words, half passkeys; none of those that the probes of an evaluation show."""
-    notes: list[str] = []
-    pairs = recall_documents(subject.tokenizer, length, -(-count // 2), "select", notes)
+    del recipe
+    length = length or 512
+    count, notes = max(2, tokens // length), list[str]()
+    pairs = recall_documents(subject.tokenizer, length, count - count // 2, "select", notes)
     keys = passkey_documents(subject.tokenizer, length, count // 2, "select", notes)
     if notes:
         raise UsageError(f"--on recall: {'; '.join(notes)}")
     return [_Window(torch.tensor([document.ids]), [t - 1 for t in document.targets]) for document in [*pairs, *keys]]
+
+
+_KINDS = {"text": _texts, "recall": _documents}
+
+
+def _mean_share(costs: Sequence[dict[int, float]]) -> dict[int, float]:
+    """Of each layer's share in the costs of all, which differ in their units."""
+    sums = [sum(of_kind.values()) for of_kind in costs]
+    pairs = list(zip(costs, sums, strict=True))
+    return {position: sum(one[position] / all_ for one, all_ in pairs) / len(pairs) for position in costs[0]}
 
 
 @dataclass(frozen=True)
@@ -251,11 +266,11 @@ def _subject(model: str, recipe: Recipe) -> _Subject:
 
 
 class _Scores:
-    """Measurements on disk, one JSON line each: window, layer (−1: none), KL summed over tokens, tokens."""
+    """Measurements on disk, a JSON line each: kind of text, window, layer (−1: none), KL summed over tokens, tokens."""
 
     def __init__(self, folder: Path, header: dict[str, Any], overwrite: bool) -> None:
         self.path = folder / SCORES
-        self.rows: dict[tuple[int, int], tuple[float, int]] = {}
+        self.rows: dict[tuple[str, int, int], tuple[float, int]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         lines = []
         if self.path.is_file():
@@ -265,24 +280,26 @@ class _Scores:
         if lines and lines[0] != header and not overwrite:
             raise UsageError(f"{self.path} is of another model or other settings: use --overwrite, or -o for another")
         if lines and lines[0] == header:
-            self.rows = {(row["window"], row["layer"]): (row["kl"], row["tokens"]) for row in lines[1:]}
+            self.rows = {(r["on"], r["window"], r["layer"]): (r["kl"], r["tokens"]) for r in lines[1:]}
             say(f"{len(self.rows)} measurements kept from an earlier run in {self.path}")
         kept = [header, *(self._row(*key) for key in self.rows)]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
-    def _row(self, window: int, layer: int) -> dict[str, Any]:
-        kl, tokens = self.rows[window, layer]
-        return {"window": window, "layer": layer, "kl": kl, "tokens": tokens}
+    def _row(self, on: str, window: int, layer: int) -> dict[str, Any]:
+        kl, tokens = self.rows[on, window, layer]
+        return {"on": on, "window": window, "layer": layer, "kl": kl, "tokens": tokens}
 
-    def add(self, window: int, layer: int, kl: float, tokens: int) -> None:
-        self.rows[window, layer] = (kl, tokens)
+    def add(self, on: str, window: int, layer: int, kl: float, tokens: int) -> None:
+        self.rows[on, window, layer] = (kl, tokens)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self._row(window, layer)) + "\n")
+            file.write(json.dumps(self._row(on, window, layer)) + "\n")
 
-    def costs(self, restore: bool) -> tuple[dict[int, float], float | None]:
+    def costs(self, on: str, restore: bool) -> tuple[dict[int, float], float | None]:
         """Nats per token of each layer, and of all of them swapped (measured only with `restore`)."""
         sums: dict[int, tuple[float, int]] = {}
-        for (_, layer), (kl, tokens) in self.rows.items():
+        for (kind, _, layer), (kl, tokens) in self.rows.items():
+            if kind != on:
+                continue
             have = sums.get(layer, (0.0, 0))
             sums[layer] = (have[0] + kl, have[1] + tokens)
         mean = {layer: kl / tokens for layer, (kl, tokens) in sorted(sums.items())}
@@ -290,19 +307,19 @@ class _Scores:
         return ({p: whole - kl for p, kl in mean.items()} if restore and whole is not None else mean), whole
 
 
-def _measure(subject: _Subject, windows: Sequence[_Window], scores: _Scores, restore: bool) -> None:
+def _measure(subject: _Subject, on: str, windows: Sequence[_Window], scores: _Scores, restore: bool) -> None:
     layers = [*subject.positions, *([_ALL] if restore else [])]
-    missing = [(w, p) for w in range(len(windows)) for p in layers if (w, p) not in scores.rows]
+    missing = [(w, p) for w in range(len(windows)) for p in layers if (on, w, p) not in scores.rows]
     device = next(subject.model.parameters()).device
     at, target = -1, torch.empty(0)
-    for window, position in tqdm(missing, desc="layers", unit="run", file=sys.stderr):
+    for window, position in tqdm(missing, desc=f"layers, {on}", unit="run", file=sys.stderr):
         ids, counted = windows[window].ids.to(device), windows[window].counted
         if window != at:
             at, target = window, subject.teacher_logits(ids)[counted]
         alone = {position} - {_ALL}
         with subject.softmax_at(alone if restore else set(subject.positions) - alone):
             kl = _kl(_logits(subject.model, ids)[counted], target)
-        scores.add(window, position, kl, len(target))
+        scores.add(on, window, position, kl, len(target))
 
 
 def _compare(subject: _Subject, ranked: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
@@ -338,7 +355,7 @@ def _write(found: Selection, name: str) -> None:
     way = "restored alone in the swapped model" if found.restore else "swapped alone"
     text = (
         f"# {len(found.kept)} layers of {name} whose softmax is worth most, each {way}:\n"
-        f"# KL to the teacher on {found.tokens} tokens{_ON[found.on]}, all figures in {SCORES}.\n"
+        f"# KL to the teacher on {found.tokens} tokens of {' and '.join(found.on)}, all figures in {SCORES}.\n"
         f"convert:\n  keep_softmax: {list(found.kept)}\n"
     )
     (found.folder / FRAGMENT).write_text(text, encoding="utf-8")
@@ -356,7 +373,8 @@ def _chart(found: Selection, name: str) -> None:
     colours = ["tab:blue" if position in found.kept else "lightgray" for position in positions]
     axes.bar([str(p) for p in positions], [found.costs[p] for p in positions], color=colours)
     axes.set_xlabel("attention layer (blue: kept softmax)")
-    axes.set_ylabel("KL saved, nats a token" if found.restore else "KL, nats a token")
+    unit = "nats a token" if len(found.on) == 1 else f"mean share of {' and '.join(found.on)}"
+    axes.set_ylabel(f"KL saved, {unit}" if found.restore else f"KL, {unit}")
     axes.set_title(f"{name}: each layer {'restored' if found.restore else 'swapped'} alone", fontsize=10)
     axes.tick_params(axis="x", labelsize=7)
     figure.savefig(found.folder / CHART, dpi=120)

@@ -9,9 +9,11 @@ import torch
 import yaml
 from click.testing import CliRunner
 
+from swapattn import selection
 from swapattn.cli import common, main
 from swapattn.conversion import convert
 from swapattn.errors import UsageError
+from swapattn.recall import Document
 from swapattn.recipe import load_recipe
 from swapattn.selection import CHART, FRAGMENT, SCORES, select
 
@@ -75,6 +77,31 @@ def test_a_checkpoint_is_ranked_beside_what_it_keeps(teacher, tmp_path):
     assert found.kept == (2, 3)
     with pytest.raises(UsageError, match="nothing is left to rank"):
         select(tmp_path / "c", tmp_path / "t", count=1, **SMALL)
+
+
+def test_of_questions_only_the_answers_count(teacher, tmp_path, monkeypatch):
+    ids = torch.randint(100, (2, 60), generator=torch.Generator().manual_seed(0)).tolist()
+    asked = {"recall": [Document(ids[0], [30, 59], [])], "passkey": [Document(ids[1], [59], [])]}
+    for kind, documents in asked.items():
+        monkeypatch.setattr(f"swapattn.selection.{kind}_documents", lambda *_, found=documents: found)
+    counted = []
+    measure = selection._kl
+    monkeypatch.setattr("swapattn.selection._kl", lambda x, y: counted.append(len(x)) or measure(x, y))
+    found = select(teacher, tmp_path / "s", count=1, on=["recall"], **SMALL)
+    assert counted == [2] * 4 + [1] * 4
+    assert (found.kept, found.tokens, found.on) == ((2,), 3, ("recall",))
+    assert found.costs[2] > 1e-3
+    counted.clear()
+    both = select(teacher, tmp_path / "s", count=1, on=["recall", "text"], **SMALL)
+    assert counted == [48] * 8  # the answers are known
+    assert both.on == ("text", "recall")
+    assert sum(both.costs.values()) == pytest.approx(1)
+    assert "mean share (99 tokens of text and recall)" in both.to_table()
+
+
+def test_a_tokenizer_without_words_is_asked_nothing(teacher, tmp_path):
+    with pytest.raises(UsageError, match="--on recall: no recall probe: the tokenizer has too few words"):
+        select(teacher, tmp_path / "s", count=1, on=["recall"], **SMALL)
 
 
 def test_the_command_compares_ways_to_choose(teacher, tmp_path, monkeypatch):

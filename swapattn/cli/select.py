@@ -30,13 +30,14 @@ from .common import command, emit, output_options, recipe_option
 def select_command(model: str, output: Path | None, as_json: bool, **options: Any) -> None:
     """Rank the layers of MODEL, a checkpoint or any model, by what swapping each one costs.
 
-    The cost is the KL to the teacher on a little text of the recipe. Writes the figures as they are measured (a
-    repeated command goes on), a bar chart, and a recipe fragment with the layers to keep softmax.
+    The cost is the KL to the teacher on a little text of the recipe, or on answers to questions about what stands far
+    back (--on recall): few layers look that up, and on ordinary text they seem to do little. Writes the figures as
+    they are measured (a repeated command goes on), a bar chart, and a recipe fragment with the layers to keep softmax.
 
     \b
     Examples:
       swapattn select smollm2-135m --count 8
-      swapattn select smollm2-135m --on recall --tokens 8192 --recipe short-hybrid
+      swapattn select smollm2-135m --on text --on recall --count 7 --tokens 4096
       swapattn select smollm2-135m-swapattn-short --restore --share 0.25 --compare
     """
     from swapattn.errors import UsageError
