@@ -66,4 +66,4 @@ kernels(window, [{"length": 100}], new, return_lse=True)
 
 def test_no_new_length_or_batch_compiles_anew():
     """One length below and one above that of a segment, few and many states of a step: all others find their kernel."""
-    assert python("-W", "ignore", "-c", LENGTHS) == ["linear 7", "linear 11", "step 3", "window 9", "window 9"]
+    assert python("-W", "ignore", "-c", LENGTHS) == ["linear 7", "linear 11", "step 3", "window 11", "window 11"]
