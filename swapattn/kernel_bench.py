@@ -121,7 +121,9 @@ def _milliseconds(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
 
 
-def measure_kernels(groups: Sequence[str] = GROUPS, *, seconds: float = 120, device: str | None = None) -> KernelTable:
+def measure_kernels(
+    groups: Sequence[str] = GROUPS, *, seconds: float = 120, device: str | None = None, peers: bool = True
+) -> KernelTable:
     """Time the kernels of `lightning_attention` and their peers.
 
     Args:
@@ -129,6 +131,7 @@ def measure_kernels(groups: Sequence[str] = GROUPS, *, seconds: float = 120, dev
         seconds: rows not begun by then are reported as not run.
         device: "cuda" or "cpu", by default the GPU if there is one; on a CPU the shapes are tiny and in float32, to
             try the rows, and the figures say nothing about the kernels.
+        peers: also time other implementations; fla tunes itself anew for every shape, which takes most of the time.
 
     Raises:
         UsageError: an unknown group, or no such device.
@@ -139,8 +142,8 @@ def measure_kernels(groups: Sequence[str] = GROUPS, *, seconds: float = 120, dev
     device = device or default_device()
     if device != "cpu" and not torch.cuda.is_available():
         raise UsageError(f"no device {device} here: PyTorch sees no GPU; use --device cpu to try the rows")
-    lab = Lab(device)
-    say("checking the kernels and the peers against float64")
+    lab = Lab(device, peers=peers)
+    say(f"checking the kernels {'and the peers ' if peers else ''}against float64")
     errors = lab.check()
     bandwidth = lab.bandwidth
     begun = time.perf_counter()  # the check compiles the kernels of all peers, which may take minutes

@@ -59,6 +59,12 @@ def test_a_wrong_peer_is_told_and_not_timed(monkeypatch):
     assert all(row["peers"] == {} for row in found.rows)
 
 
+def test_without_peers_only_the_kernels_are_timed():
+    table = measure_kernels(["forward", "decode"], device="cpu", peers=False)
+    assert set(table.errors) == {"swapattn", "swapattn step"}
+    assert {name for row in table.rows for name in row["peers"]} == {"softmax over 512"}  # a yardstick, not a peer
+
+
 def test_after_the_time_is_up_rows_are_told_as_not_run():
     rows = measure_kernels(("gqa",), device="cpu", seconds=0).rows
     assert [row["error"] for row in rows] == 2 * ["not run: more than 0 s had passed"]

@@ -84,8 +84,9 @@ def train_command(
     show_default=True,
     help="Begin no row after that; the check before them is not counted.",
 )
+@click.option("--peers/--no-peers", default=True, help="Whether others are timed, too, which takes most of the time.")
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; by default the GPU if there is one. cpu: tiny shapes.")
-def kernel_command(rows: str | None, seconds: float, device: str | None, as_json: bool) -> None:
+def kernel_command(rows: str | None, seconds: float, peers: bool, device: str | None, as_json: bool) -> None:
     """The attention kernels beside the speed of the memory and of the peers that are installed.
 
     Each row has the time, the share of the copy floor (or a ratio), the target and fla's time. Softmax of PyTorch is
@@ -99,5 +100,5 @@ def kernel_command(rows: str | None, seconds: float, device: str | None, as_json
     from swapattn.kernel_bench import GROUPS, measure_kernels
 
     groups = tuple(rows.replace(" ", "").split(",")) if rows else GROUPS
-    result = measure_kernels(groups, seconds=seconds, device=device)
+    result = measure_kernels(groups, seconds=seconds, device=device, peers=peers)
     emit(as_json, result.to_dict(), result.to_table())
