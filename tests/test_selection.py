@@ -99,6 +99,14 @@ def test_of_questions_only_the_answers_count(teacher, tmp_path, monkeypatch):
     assert "mean share (99 tokens of text and recall)" in both.to_table()
 
 
+def test_the_command_takes_several_kinds(monkeypatch):
+    asked = []
+    monkeypatch.setattr(selection, "select", lambda *_, **options: asked.append(options["on"]) or 1 / 0)
+    for words in ([], ["--on", "recall"], ["--on", "text", "--on", "recall"]):
+        assert CliRunner().invoke(main, ["select", "x", *words]).exit_code == 1
+    assert asked == [("text",), ("recall",), ("text", "recall")]
+
+
 def test_a_tokenizer_without_words_is_asked_nothing(teacher, tmp_path):
     with pytest.raises(UsageError, match="--on recall: no recall probe: the tokenizer has too few words"):
         select(teacher, tmp_path / "s", count=1, on=["recall"], **SMALL)

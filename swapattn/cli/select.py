@@ -20,9 +20,10 @@ from .common import command, emit, output_options, recipe_option
 @click.option(
     "--on",
     type=click.Choice(["text", "recall"]),
-    default="text",
+    multiple=True,
+    default=["text"],
     show_default=True,
-    help="What counts: all tokens of the recipe's text, or answers from far back.",
+    help="What counts: all tokens of the recipe's text, answers from far back, or (both given) shares of both.",
 )
 @click.option("--compare", is_flag=True, help="Also measure uniform, end-protected and ranked layers on held-out text.")
 @recipe_option("smoke")
