@@ -123,7 +123,12 @@ class EvalRow:
 
 def mean_kept(rows: Iterable[EvalRow]) -> tuple[float | None, float | None]:
     """Mean kept share over the tasks that have one, and its standard error, tasks being independent of each other."""
-    found = [(row.kept, row.kept_stderr) for row in rows if row.kept is not None]
+    return mean_share((row.kept, row.kept_stderr) for row in rows)
+
+
+def mean_share(shares: Iterable[tuple[float | None, float | None]]) -> tuple[float | None, float | None]:
+    """The same from the shares with their errors; those that are None do not count."""
+    found = [(share, error) for share, error in shares if share is not None]
     if not found:
         return None, None
     mean = sum(share for share, _ in found) / len(found)

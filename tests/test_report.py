@@ -174,6 +174,11 @@ def write_run(folder: Path, *, factor: float = 1.1, keep: tuple[int, ...] = (), 
     return folder
 
 
+def write_evaluation(path: Path, **changes: Any) -> None:
+    """The evaluation beside this one, changed."""
+    path.write_text(json.dumps({**json.loads((path.parent / "eval.json").read_text()), **changes}))
+
+
 def write_three(folder: Path) -> list[Path]:
     names = {"short": (1.1, ()), "hybrid": (1.02, (0, 10, -1)), "pure": (1.4, ())}
     return [
@@ -424,6 +429,73 @@ class TestCollection:
         runs = [write_run(tmp_path / parent / "x") for parent in ("a", "b")]
         assert [run["label"] for run in collect(runs, "c")["runs"]] == ["a/x", "b/x"]
 
+    def test_evaluations_in_separate_files_are_one(self, run, tmp_path):
+        whole = json.loads((run / "eval.json").read_text())
+        shots = eval_row("piqa", 0.8, 0.7)
+        for side in ROLES:
+            shots[side]["num_fewshot"] = 5
+        again = eval_row("piqa", 0.9, 0.1)
+        write_evaluation(run / "eval.json", cost=None, baselines=None, text_perplexity=None)
+        write_evaluation(
+            run / "eval-a.json", rows=[again, shots, eval_row("boolq", 0.7, 0.6)], cost=None, baselines=None,
+            probes={}, perplexity={"teacher": {"value": 1.0}}, warnings=["w"], hardware="another GPU",
+            command="swapattn eval there --tasks piqa", checkpoint="there",
+        )  # fmt: skip
+        write_evaluation(run / "eval-cost.json", rows=[], cost=whole["cost"], probes=None, versions={"lm_eval": "9"})
+        files = build([run], tmp_path / "r.html")
+        document = json.loads(files.json.read_text())
+        found = document["runs"][0]["eval"]
+        rows = [(row["task"], row["student"]["num_fewshot"], row["student"]["value"]) for row in found["rows"]]
+        assert rows[:3] == [(row["task"], 0, row["student"]["value"]) for row in whole["rows"]]
+        assert rows[3:] == [("piqa", 5, 0.7), ("boolq", 0, 0.6)]
+        shares = [row["kept"] for row in found["rows"] if row["kept"] is not None]
+        assert found["kept"] == pytest.approx(sum(shares) / 4)
+        assert (found["cost"], found["probes"], found["perplexity"]) == (
+            whole["cost"], whole["probes"], whole["perplexity"]
+        )  # fmt: skip
+        assert found["warnings"] == [*whole["warnings"], "w"]
+        assert [(file["file"], file["adds"]) for file in found["files"]] == [
+            ("eval.json", ["tasks", "embedded text", "probes"]),
+            ("eval-a.json", ["tasks"]),
+            ("eval-cost.json", ["speed and memory"]),
+        ]
+        assert not any("speed" in line for line in files.missing)
+        assert document["runs"][0]["commands"][-2:] == [
+            "swapattn eval there --tasks piqa -o there/eval-a.json",
+            f"{whole['command']} -o {run}/eval-cost.json",
+        ]
+        check_numbers(Page(files.html.read_text()), document)
+        markdown = files.markdown.read_text()
+        assert re.search(r"\| piqa, 5 shots acc.*\| 0.800", markdown)
+        assert re.search(r"\| piqa, 0 shots acc.*\| 0.700", markdown)
+        assert "| hardware at evaluation | NVIDIA H200, bfloat16 / another GPU |" in markdown
+        assert "| versions at evaluation | lm\\_eval 0.4.13 / lm\\_eval 9 |" in markdown
+
+    def test_further_evaluations_alone_do(self, run):
+        (run / "eval.json").rename(run / "eval-tasks.json")
+        found = collect([run], "c")["runs"][0]
+        assert [row["task"] for row in found["eval"]["rows"]] == list(TASKS)
+        assert found["commands"][-1].endswith(f" -o {run}/eval-tasks.json")
+
+    def test_baselines_of_separate_files_are_told_apart_by_name(self, run, tmp_path):
+        models = json.loads((run / "eval.json").read_text())["baselines"]
+        first = {**models["distilled"], "tasks": models["distilled"]["tasks"][1:], "recall": []}
+        other = {**models["linear-off"], "tasks": models["linear-off"]["tasks"][:1], "passkey": []}
+        other["perplexity"] = {**other["perplexity"], "text": "another"}
+        write_evaluation(run / "eval.json", baselines={"distilled": first})
+        later = {**models["distilled"], "tasks": [{**row, "value": 0.1} for row in models["distilled"]["tasks"]]}
+        write_evaluation(run / "eval-branches.json", baselines={"distilled": later, "linear-off": other})
+        files = build([run], tmp_path / "r.html")
+        markdown = re.sub(r"\\(.)", r"\1", files.markdown.read_text())
+        assert "|  | distilled | linear branch off |" in markdown
+        assert "| arc_easy acc_norm | 0.900 ±0.012 | – |" in markdown
+        assert "| piqa acc_norm | 0.100 ±0.012 | 0.800 ±0.012 |" in markdown
+        assert "| embedded text, which differs | embedded | another |" in markdown
+        assert "| recall, exact, at 256 tokens | 0.400 ±0.050 | 0.400 ±0.050 |" in markdown
+        assert "| passkey, at 256 tokens | 0.600 ±0.050 | – |" in markdown
+        found = json.loads(files.json.read_text())["runs"][0]["eval"]
+        assert found["files"][1]["adds"] == ["branches and baselines"]
+
     def test_a_real_conversion_says_what_convert_said(self, tiny_teacher, tmp_path):
         from swapattn.conversion import convert
 
@@ -444,6 +516,11 @@ class TestErrors:
             ("eval.json", '{"rows": [{"student": null}]}'),
             ("eval.json", "[]"),
             ("eval.json", '{"schema": 99, "rows": []}'),
+            ("eval-cost.json", "{"),
+            ("eval-cost.json", '{"rows": 3}'),
+            ("eval-cost.json", '{"rows": [], "baselines": {"teacher": 1}}'),
+            ("eval-cost.json", '{"rows": [], "baselines": {"teacher": {"tasks": [1]}}}'),
+            ("eval-cost.json", '{"rows": [], "warnings": "words"}'),
             ("swapattn.json", "{"),
             ("config.json", '{"swapattn": {"spec": {}}}'),
             ("train.jsonl", '{"stage": "align"}\n'),

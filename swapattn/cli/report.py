@@ -26,9 +26,12 @@ def report_command(runs: tuple[Path, ...], output: Path | None, overwrite: bool,
     The page needs no network and holds the conversion plan, loss curves, scores, probes, speed and memory, and
     where everything comes from. What a run lacks is said, with the command that makes it.
 
+    Of evaluations RUN/eval.json is shown first, and every RUN/eval-*.json for what those before it lack.
+
     \b
     Examples:
       swapattn report smollm2-135m-swapattn-short
+      swapattn eval RUN --tasks none --cost -o RUN/eval-cost.json && swapattn report RUN
       swapattn report smollm2-135m-swapattn smollm2-135m-swapattn-short -o compare.html
     """
     from swapattn.report import build

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 from ..baselines import title
 from .document import (
@@ -13,14 +13,15 @@ from .document import (
     Part,
     Section,
     Table,
+    at_length,
+    by_task,
     number,
     percent_with_error,
+    plain,
     probability,
     text,
     with_error,
 )
-
-Show = Callable[[Node], Cell]
 
 
 def baselines(runs: Sequence[Node], labels: Sequence[str]) -> Section:
@@ -28,49 +29,38 @@ def baselines(runs: Sequence[Node], labels: Sequence[str]) -> Section:
     blocks: list[Block] = []
     for run, label in zip(runs, labels, strict=True):
         found = run.at("eval", "baselines")
-        models = [found.at(role) for role in found.names()]
-        if not models:
-            continue
-        rows = [(name, [show(model) for model in models]) for name, show in _rows(models[0])]
+        rows = list(_rows([found.at(role) for role in found.names()]))
         shown = tuple((text(name), *cells) for name, cells in rows if any(cell != text(NONE) for cell in cells))
         caption = f"{label}: ± is one standard error; ratios and p are paired over windows and documents"
-        blocks.append(Table(caption, ("", *map(title, found.names())), shown))
+        if shown:
+            blocks.append(Table(caption, ("", *map(title, found.names())), shown))
     return Section("baselines", "Branches and baselines", blocks)
 
 
-def _rows(first: Node) -> list[tuple[str, Show]]:
-    """The names and cells of all rows; models of one run were measured alike, so that the first tells what there is."""
-    rows: list[tuple[str, Show]] = [
-        ("kept share, mean", lambda model: percent_with_error(model.at("kept"), model.at("kept_stderr")))
-    ]
-    for index, task in enumerate(first.at("tasks").items()):
-        rows.append((f"{task.at('task').value} {task.at('metric').value}", _figure("value", "stderr", "tasks", index)))
-        rows.append(("… student minus this", _ahead(index)))
-    for key, words in (("text_perplexity", "perplexity, given text"), ("perplexity", "perplexity, embedded text")):
+def _rows(models: Sequence[Node]) -> Iterator[tuple[str, list[Cell]]]:
+    """Names and cells of all rows; models from different evaluations need not have the same."""
+    yield "kept share, mean", [percent_with_error(model.at("kept"), model.at("kept_stderr")) for model in models]
+    for name, tasks in by_task([model.at("tasks") for model in models]).items():
+        metric = next(task.at("metric").value for task in tasks if task)
+        yield f"{name} {metric}", [with_error(task.at("value"), task.at("stderr")) for task in tasks]
+        yield "… student minus this", [_ahead(task) for task in tasks]
+    for key, words in (("text_perplexity", "given text"), ("perplexity", "embedded text")):
+        texts = [model.at(key) for model in models]
+        if len({found.at("text").value for found in texts if found}) > 1:
+            yield f"{words}, which differs", [plain(found.at("text")) for found in texts]
         for prefix, where in (("", ""), ("far_", ", from position 256 on")):
-            rows.append((words + where, _perplexity(key, f"{prefix}perplexity")))
-            rows.append(("… times the student's", _figure(f"{prefix}ratio", f"{prefix}ratio_stderr", key)))
+            yield f"perplexity, {words}{where}", [number(found.at(f"{prefix}perplexity"), ".2f") for found in texts]
+            ratio = f"{prefix}ratio"
+            yield "… times the student's", [with_error(found.at(ratio), found.at(f"{ratio}_stderr")) for found in texts]
     for key, words, value, error in (
         ("recall", "recall, exact", "exact", "exact_stderr"),
         ("passkey", "passkey", "accuracy", "stderr"),
     ):
-        for index, row in enumerate(first.at(key).items()):
-            rows.append((f"{words}, at {row.at('length').value:,} tokens", _figure(value, error, key, index)))
-    return rows
+        for length in sorted({row.at("length").value for model in models for row in model.at(key).items()}):
+            rows = [at_length(model.at(key), length) for model in models]
+            yield f"{words}, at {length:,} tokens", [with_error(row.at(value), row.at(error)) for row in rows]
 
 
-def _figure(value: str, error: str, *path: str | int) -> Show:
-    return lambda model: with_error(model.at(*path, value), model.at(*path, error))
-
-
-def _perplexity(key: str, name: str) -> Show:
-    return lambda model: number(model.at(key, name), ".2f")
-
-
-def _ahead(index: int) -> Show:
-    def show(model: Node) -> Cell:
-        task = model.at("tasks", index)
-        shown, p_value = number(task.at("ahead"), "+.3f"), task.at("significance", "p_value")
-        return (*shown, Part(", p "), *probability(p_value)) if p_value else shown
-
-    return show
+def _ahead(task: Node) -> Cell:
+    shown, p_value = number(task.at("ahead"), "+.3f"), task.at("significance", "p_value")
+    return (*shown, Part(", p "), *probability(p_value)) if p_value else shown

@@ -15,10 +15,18 @@ from .. import __version__
 from ..checkpoint import LOG, RECORD, REPORT, read
 from ..errors import CheckpointError, SwapattnError, UsageError
 from ..recipe import ConvertSpec, load_recipe, recipe_names
+from ..scores import mean_share
 
 KIND = "swapattn report"  # first value of every document, and what marks a file as one of ours
 VERSION = 1
 EVAL_SCHEMA = 1  # the newest form of an evaluation that is understood here
+OTHERS = "eval-*.json"  # further evaluations of a checkpoint beside REPORT
+PARTS = {  # what an evaluation may hold beside its rows, and how the report calls it
+    "perplexity": "embedded text",
+    "text_perplexity": "given text",
+    "probes": "probes",
+    "cost": "speed and memory",
+}
 LENGTHS = (1024, 8192, 32768)  # where the planned state is set against the KV cache
 
 
@@ -65,7 +73,7 @@ def _run(path: Path) -> dict[str, Any]:
     config = _json(path / "config.json")
     block = config.get("swapattn") if config else None
     curves = _curves(path / LOG)
-    evaluation = _evaluation(path / REPORT)
+    evaluation = _evaluations(path)
     record = dict(read(path).record) if (path / RECORD).is_file() else None
     if record is None and block is None and not curves and evaluation is None:
         raise UsageError(
@@ -98,6 +106,75 @@ def _json(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def _evaluations(folder: Path) -> dict[str, Any] | None:
+    """All evaluations of a checkpoint as one: what comes first is kept, later files add what is not there yet.
+
+    `files` says of each file what is shown from it, and how that was measured.
+    """
+    paths = [folder / REPORT, *sorted(folder.glob(OTHERS))]
+    reports = {path: report for path in paths if (report := _evaluation(path)) is not None}
+    if not reports:
+        return None
+    found: dict[str, Any] = {**next(iter(reports.values())), "rows": [], **dict.fromkeys(PARTS)}
+    found |= {"baselines": {}, "thresholds": [], "warnings": [], "files": []}
+    for path, report in reports.items():
+        adds = _add(found, report)
+        how = ("checkpoint", "data", "limit", "batch_size", "seed", "hardware", "versions", "seconds", "time")
+        file = {"file": path.name, "adds": adds, "command": _eval_command(path, report)}
+        found["files"].append(file | {key: report.get(key) for key in how})
+    return found
+
+
+def _add(found: dict[str, Any], report: Mapping[str, Any]) -> list[str]:
+    """Add what a further evaluation brings, and say what that is."""
+    adds = ["tasks"] if _add_rows(found, "rows", report, report["rows"]) else []
+    for part, words in PARTS.items():
+        if report.get(part) and not found[part]:
+            found[part] = report[part]
+            adds.append(words)
+    # a baseline's row does not say its shots, its evaluation does
+    shots = {row["student"]["task"]: row["student"].get("num_fewshot") for row in report["rows"]}
+    models = (report.get("baselines") or {}).items()
+    if any([_add_baseline(found["baselines"].setdefault(role, {}), model, shots) for role, model in models]):
+        adds.append("branches and baselines")
+    found["thresholds"] += report.get("thresholds") or []
+    found["warnings"] += [words for words in report.get("warnings") or [] if words not in found["warnings"]]
+    return adds
+
+
+def _add_baseline(found: dict[str, Any], model: Mapping[str, Any], shots: Mapping[str, int | None]) -> bool:
+    """Whether there was anything new in it."""
+    tasks = [{**row, "num_fewshot": shots.get(row.get("task"))} for row in model.get("tasks") or []]
+    new = _add_rows(found, "tasks", model, tasks)
+    for key, value in model.items():
+        if key in ("tasks", "kept", "kept_stderr"):
+            continue
+        if isinstance(value, list):
+            new = _add_rows(found, key, model, value) or new
+        elif value is not None and found.get(key) is None:
+            found[key], new = value, True
+    return new
+
+
+def _add_rows(found: dict[str, Any], key: str, source: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there were new rows; the mean share stays that of all rows."""
+    old = found.get(key) or []
+    known = [_identity(row) for row in old]
+    found[key] = [*old, *(row for row in rows if _identity(row) not in known)]
+    new = len(found[key]) > len(old)
+    if key in ("rows", "tasks") and not old:
+        found |= {name: source.get(name) for name in ("kept", "kept_stderr")}
+    elif key in ("rows", "tasks") and new:
+        shares = ((row.get("kept"), row.get("kept_stderr")) for row in found[key])
+        found["kept"], found["kept_stderr"] = mean_share(shares)
+    return new
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a row from others: task and shots, or the length."""
+    return tuple(row.get("student", row).get(key) for key in ("task", "num_fewshot", "length"))
+
+
 def _evaluation(path: Path) -> dict[str, Any] | None:
     report = _json(path)
     if report is None:
@@ -106,9 +183,21 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
     if not isinstance(schema, int) or schema > EVAL_SCHEMA:
         raise CheckpointError(f"{path} is of schema {schema}: update swapattn")
     rows = report.get("rows")
+    anew = f"write it anew with `swapattn eval {path.parent} -o {path}`"
     if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
-        raise CheckpointError(f"{path} is damaged: no rows of tasks; write it anew with `swapattn eval {path.parent}`")
+        raise CheckpointError(f"{path} is damaged: no rows of tasks; {anew}")
+    models = report.get("baselines") or {}
+    if not isinstance(models, dict) or not all(_is_baseline(model) for model in models.values()):
+        raise CheckpointError(f"{path} is damaged: its baselines; {anew}")
+    if not all(isinstance(report.get(key) or [], list) for key in ("thresholds", "warnings")):
+        raise CheckpointError(f"{path} is damaged: its thresholds or warnings; {anew}")
     return report
+
+
+def _is_baseline(model: Any) -> bool:
+    return isinstance(model, dict) and all(
+        isinstance(row, dict) for value in model.values() if isinstance(value, list) for row in value
+    )
 
 
 def _is_row(row: Any) -> bool:
@@ -266,7 +355,7 @@ def _commands(path: Path, record: Mapping[str, Any] | None, evaluation: Mapping[
         if distilled:
             commands.append(f"swapattn distill {converted} --recipe {recipe} -o {shlex.quote(path.name)}")
     if evaluation is not None:
-        commands.append(_eval_command(path, evaluation))
+        commands += [file["command"] for file in evaluation["files"]]
     return commands
 
 
@@ -279,10 +368,13 @@ def _recipe_argument(path: Path, recipe: Mapping[str, Any]) -> str:
 
 
 def _eval_command(path: Path, evaluation: Mapping[str, Any]) -> str:
+    """What writes the file again: the recorded line does not say where to."""
+    folder = evaluation.get("checkpoint") or path.parent.name
+    output = "" if path.name == REPORT else f" -o {shlex.quote(f'{folder}/{path.name}')}"
     if isinstance(evaluation.get("command"), str):
-        return str(evaluation["command"])
+        return f"{evaluation['command']}{output}"
     students = [row["student"] for row in evaluation["rows"]]
-    words = ["swapattn", "eval", path.name]
+    words = ["swapattn", "eval", path.parent.name]
     if students:
         words += ["--tasks", ",".join(student["task"] for student in students)]
         shots = students[0].get("num_fewshot")
@@ -291,7 +383,7 @@ def _eval_command(path: Path, evaluation: Mapping[str, Any]) -> str:
         words += ["--limit", str(evaluation["limit"])]
     if evaluation.get("perplexity"):
         words.append("--perplexity")
-    return shlex.join(words)
+    return shlex.join(words) + output
 
 
 def _missing(path: Path, entry: Mapping[str, Any], record: Mapping[str, Any] | None) -> list[dict[str, str]]:
@@ -301,7 +393,7 @@ def _missing(path: Path, entry: Mapping[str, Any], record: Mapping[str, Any] | N
     if record and record["kind"] == "distilled" and record.get("parent"):
         start = shlex.quote(str(record["parent"]["path"]))
     evaluation = entry["eval"] or {}
-    again = _eval_command(path, evaluation) if evaluation else f"swapattn eval {name}"
+    again = evaluation["files"][0]["command"] if evaluation else f"swapattn eval {name}"
     window = ((entry["plan"] or {}).get("spec") or {}).get("local")
     parts = [
         ("record", record is None, f"{RECORD} (provenance)", "swapattn convert MODEL"),

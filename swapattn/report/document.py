@@ -218,6 +218,29 @@ def agreed(cells: Sequence[Cell]) -> Cell:
     return tuple(parts) or text(NONE)
 
 
+def at_length(rows: Node, length: int) -> Node:
+    """The row of that length; Node(None) where there is none."""
+    return next((row for row in rows.items() if row.at("length").value == length), Node(None))
+
+
+def by_task(groups: Sequence[Node]) -> dict[str, list[Node]]:
+    """The tasks in any of these lists of rows, each with its row of every list; Node(None) where that has none.
+
+    A task that was scored with several numbers of shots has a row for each, and says them.
+    """
+    found: dict[tuple[str, Any], dict[int, Node]] = {}
+    for place, rows in enumerate(groups):
+        for row in rows.items():
+            result = row.at("student") or row
+            found.setdefault((result.at("task").value, result.at("num_fewshot").value), {})[place] = row
+    tasks = [task for task, _ in found]
+    names = {
+        (task, shots): f"{task}, {shots} shots" if tasks.count(task) > 1 and shots is not None else str(task)
+        for task, shots in found
+    }
+    return {names[key]: [rows.get(place, Node(None)) for place in range(len(groups))] for key, rows in found.items()}
+
+
 def shared_notes(runs: Sequence[Node], *path: str, kind: str = "") -> list[Note]:
     """The strings in the lists at a path, each once, with the runs that it is about where that is not every one."""
     about: dict[str, list[tuple[Node, Node]]] = {}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .document import Node
+from .document import Node, by_task
 
 INK = "#1b2027"  # on paper; in the page it is replaced
 COLOURS = ("#3b82c4", "#cf6a17", "#2a9567", "#a06cd5", "#d1495b", "#8a7a1f")
@@ -123,21 +123,18 @@ def smoothed(values: Sequence[float | None]) -> list[float]:
 
 def _tasks(runs: Sequence[Node]) -> Iterator[Plot]:
     """Points with 95 % intervals, one row a task: the teacher above, each run below it."""
-    tasks: list[str] = []
-    for run in runs:
-        shares = [
-            row.at("student") for row in run.at("eval", "rows").items() if _is_share(row.at("student", "value").value)
-        ]
-        tasks += [name for name in (str(row.at("task").value) for row in shares) if name not in tasks]
+    found = by_task([run.at("eval", "rows") for run in runs])
+    tasks = [task for task, rows in found.items() if any(_is_share(row.at("student", "value").value) for row in rows)]
     if not tasks:
         return
+    indices = {run.key: index for index, run in enumerate(runs)}
 
     def rows(run: Node, role: str) -> list[Point]:
-        found = [(str(row.at("student", "task").value), row.at(role)) for row in run.at("eval", "rows").items()]
+        sides = [(place, found[task][indices[run.key]].at(role)) for place, task in enumerate(tasks)]
         return [
-            (tasks.index(task), row.at("value").value, 1.96 * (row.at("stderr").value or 0.0))
-            for task, row in found
-            if row.at("value") and task in tasks
+            (place, side.at("value").value, 1.96 * (side.at("stderr").value or 0.0))
+            for place, side in sides
+            if side.at("value")
         ]
 
     points = _with_teachers(runs, rows)

@@ -15,6 +15,7 @@ from .document import (
     Section,
     Table,
     agreed,
+    at_length,
     count,
     facts,
     number,
@@ -57,7 +58,7 @@ def by_length(
     lengths = sorted({row.at("length").value for node in found for row in node.items() if row.at("length")})
     lines = []
     for length in lengths:
-        rows = [_at_length(node, length) for node in found]
+        rows = [at_length(node, length) for node in found]
         line = [agreed([count(row.at("length")) for row in rows])]
         if chance:
             line.append(agreed([number(row.at("student", "chance"), ".2f") for row in rows]))
@@ -65,10 +66,6 @@ def by_length(
         lines.append((*line, *(show(row.at("student")) for row in rows)))
     heads = ("tokens", *(("chance",) if chance else ()), "teacher", *labels)
     return [Table(caption, heads, tuple(lines))] if lines else []
-
-
-def _at_length(rows: Node, length: int) -> Node:
-    return next((row for row in rows.items() if row.at("length").value == length), Node(None))
 
 
 def _perplexity(title: str, found: Sequence[Node], labels: Sequence[str]) -> list[Block]:
@@ -168,8 +165,8 @@ def cost(runs: Sequence[Node], labels: Sequence[str]) -> Section:
     for caption, show in shows:
         lines = []
         for length in lengths:
-            teachers = [_at_length(node.at("teacher", "rows"), length) for node in found]
-            students = [_at_length(node.at("student", "rows"), length) for node in found]
+            teachers = [at_length(node.at("teacher", "rows"), length) for node in found]
+            students = [at_length(node.at("student", "rows"), length) for node in found]
             shown = agreed([count(row.at("length")) for row in (*teachers, *students)])
             lines.append((shown, agreed([show(row) for row in teachers]), *(show(row) for row in students)))
         if lines:

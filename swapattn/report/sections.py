@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from . import plots
 from .baseline_section import baselines
@@ -19,6 +19,7 @@ from .document import (
     Section,
     Table,
     agreed,
+    by_task,
     count,
     duration,
     facts,
@@ -213,11 +214,10 @@ def _stage_cells(stage: Node) -> list[Cell]:
 
 
 def _evaluation(runs: Sequence[Node], labels: Sequence[str]) -> Section:
-    rows = [{str(row.at("student", "task").value): row for row in run.at("eval", "rows").items()} for run in runs]
-    tasks = list(dict.fromkeys(task for found in rows for task in found))
+    tasks = by_task([run.at("eval", "rows") for run in runs])
     blocks: list[Block] = []
     if tasks:
-        blocks += [_scores(tasks, rows, labels), _methods(tasks, rows)]
+        blocks += [_scores(tasks, labels), _methods(tasks)]
     blocks += shared_notes(runs, "eval", "warnings", kind="warning")
     thresholds = [(run, item) for run in runs for item in run.at("eval", "thresholds").items()]
     if thresholds:
@@ -232,24 +232,32 @@ def _evaluation(runs: Sequence[Node], labels: Sequence[str]) -> Section:
             for run, item in thresholds
         )
         blocks.append(Table("Thresholds", ("run", "figure", "at least", "found", "passed"), shown))
+    files = [list(run.at("eval", "files").items()) for run in runs]
+    several = any(len(found) > 1 for found in files)
     details: list[Fact] = [
-        ("documents from", lambda run: plain(run.at("eval", "data"))),
-        ("first documents only", lambda run: plain(run.at("eval", "limit"))),
-        ("batch size", lambda run: plain(run.at("eval", "batch_size"))),
-        ("seed", lambda run: plain(run.at("eval", "seed"))),
-        ("hardware", lambda run: plain(run.at("eval", "hardware"))),
-        ("time taken", lambda run: duration(run.at("eval", "seconds"))),
-        ("evaluated at", lambda run: plain(run.at("eval", "time"))),
+        ("shown from it", lambda file: joined(file.at("adds")) if several else text(NONE)),
+        ("checkpoint", lambda file: plain(file.at("checkpoint"))),
+        ("documents from", lambda file: plain(file.at("data"))),
+        ("first documents only", lambda file: plain(file.at("limit"))),
+        ("batch size", lambda file: plain(file.at("batch_size"))),
+        ("seed", lambda file: plain(file.at("seed"))),
+        ("hardware", lambda file: plain(file.at("hardware"))),
+        ("time taken", lambda file: duration(file.at("seconds"))),
+        ("evaluated at", lambda file: plain(file.at("time"))),
     ]
-    blocks += _facts("How it was evaluated", runs, labels, details)
+    names = [
+        f"{label}: {file.at('file').value}" if several else label
+        for label, found in zip(labels, files, strict=True)
+        for file in found
+    ]
+    blocks += _facts("How it was evaluated", [file for found in files for file in found], names, details)
     return Section("eval", "Tasks", blocks)
 
 
-def _scores(tasks: Sequence[str], rows: Sequence[dict[str, Node]], labels: Sequence[str]) -> Table:
+def _scores(tasks: Mapping[str, Sequence[Node]], labels: Sequence[str]) -> Table:
     heads = ("student", f"difference [95{SPACE}%]", "kept", "p")
     lines = []
-    for task in tasks:
-        found = [run.get(task, Node(None)) for run in rows]
+    for task, found in tasks.items():
         line: list[Cell] = [(Part(f"{task} "), *agreed([plain(row.at("student", "metric")) for row in found]))]
         line.append(agreed([with_error(row.at("teacher", "value"), row.at("teacher", "stderr")) for row in found]))
         for row in found:
@@ -265,7 +273,7 @@ def _scores(tasks: Sequence[str], rows: Sequence[dict[str, Node]], labels: Seque
         "kept is the share of the teacher's margin over chance (none where the teacher is near chance)"
     )
     groups = (("", 2), *((label, len(heads)) for label in labels))
-    return Table(caption, ("task, metric", "teacher", *heads * len(rows)), tuple(lines), groups)
+    return Table(caption, ("task, metric", "teacher", *heads * len(labels)), tuple(lines), groups)
 
 
 def _difference(row: Node) -> Cell:
@@ -276,10 +284,9 @@ def _difference(row: Node) -> Cell:
     return (*shown, Part(" ["), *number(low, "+.3f"), Part(f",{SPACE}"), *number(high, "+.3f"), Part("]"))
 
 
-def _methods(tasks: Sequence[str], rows: Sequence[dict[str, Node]]) -> Table:
+def _methods(tasks: Mapping[str, Sequence[Node]]) -> Table:
     lines = []
-    for task in tasks:
-        found = [run.get(task, Node(None)) for run in rows]
+    for task, found in tasks.items():
         line = [text(task)]
         line.append(agreed([number(row.at("student", "chance"), ".2f") for row in found]))
         for name, show in (("documents", count), ("num_fewshot", plain), ("version", plain), ("why", plain)):
@@ -288,6 +295,11 @@ def _methods(tasks: Sequence[str], rows: Sequence[dict[str, Node]]) -> Table:
         lines.append(tuple(line))
     heads = ("task", "chance", "documents", "shots", "version", "why this metric", "paired test")
     return Table("How each task was scored", heads, tuple(lines), numeric=False)
+
+
+def _of_files(run: Node, key: str, show: Callable[[Node], Cell]) -> Cell:
+    """What the evaluations of a run say; where they differ, all of it."""
+    return agreed([show(file.at(key)) for file in run.at("eval", "files").items()])
 
 
 def _provenance(document: Node, runs: Sequence[Node], labels: Sequence[str]) -> Section:
@@ -314,7 +326,8 @@ def _provenance(document: Node, runs: Sequence[Node], labels: Sequence[str]) -> 
     for name, path in names.items():
         rows.append((name, lambda run, path=path: plain(run.at("provenance", *path))))  # type: ignore[misc]
     rows.append(("versions", lambda run: versions(run.at("provenance", "versions"))))
-    rows.append(("versions at evaluation", lambda run: versions(run.at("eval", "versions"))))
+    for name, key, show in (("hardware", "hardware", plain), ("versions", "versions", versions)):
+        rows.append((f"{name} at evaluation", lambda run, key=key, show=show: _of_files(run, key, show)))  # type: ignore[misc]
     blocks = _facts("Where each run comes from", runs, labels, rows)
     for run, label in zip(runs, labels, strict=True):
         commands = tuple(plain(item)[0] for item in run.at("commands").items())
