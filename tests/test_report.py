@@ -19,7 +19,7 @@ from swapattn.errors import CheckpointError, UsageError
 from swapattn.recipe import load_recipe
 from swapattn.report import ReportFiles, build, plots
 from swapattn.report.collection import collect
-from swapattn.report.document import Node, Part, ranges, size
+from swapattn.report.document import Node, Part, perplexity, ranges, size, with_error
 
 EVIL = "<script>alert('x')</script> & \"q\" $a_b$ | `c`"
 TASKS = ("piqa", "arc_easy", "winogrande")
@@ -294,6 +294,25 @@ class TestPage:
         assert not page.named("script")
         assert not page.named("img")
         assert "url(http" not in "".join(page.texts)
+
+    def test_commands_are_not_broken_at_slashes(self, built):
+        codes = re.findall(r"(?s)<pre.*?</pre>", built.html.read_text())
+        assert any("/" in re.sub(r"<.*?>", "", code) for code in codes)
+        assert not any("<wbr>" in code for code in codes)
+
+    def test_prose_is_wide_enough_to_read_on_a_phone(self, run, tmp_path):
+        words = "acc_norm (likelihood divided by the length of the answer), as papers report it"
+        row = eval_row("piqa", 0.7, 0.6)
+        row["student"]["why"] = words
+        edit(run / "eval.json", {"rows": [row]})
+        page = build([run], tmp_path / "r.html").html.read_text()
+        assert re.search(rf'<td class="prose"><span [^>]*>{re.escape(words)}<', page)
+        assert '<td class="prose"><span data-key="runs.0.plan.spec' not in page
+
+    def test_recall_is_said_at_a_glance(self, built):
+        glance = built.markdown.read_text().split("## Conversion plan")[0]
+        cells = [f"{0.9 / factor - 1024 / 2000:.3f} at 1,024 tokens (teacher 0.930)" for factor in (1.1, 1.02, 1.4)]
+        assert f"| recall in the longest probe | {' | '.join(cells)} |" in glance
 
     def test_what_a_screen_reader_needs_is_there(self, built):
         page = Page(built.html.read_text())
@@ -580,6 +599,9 @@ class TestParts:
     def test_text_forms(self):
         assert ranges(Node([0, 1, 2, 5, 7, 8]))[0].text == "0–2, 5, 7–8"
         assert size(Node(4.6e6, "k")) == (Part("4.39\u00a0MiB", "k", 4.6e6),)
+        assert "".join(part.text for part in with_error(Node(1331.508), Node(13.5))) == "1,332\u00a0±14"
+        assert "".join(part.text for part in with_error(Node(1.00551), Node(0.00024))) == "1.0055\u00a0±0.0002"
+        assert [perplexity(Node(value))[0].text for value in (36.366, 50220.74)] == ["36.37", "50,221"]
         assert plots.smoothed([1.0, None, 3.0])[0] == 1.0
 
 
@@ -623,6 +645,20 @@ class TestPlots:
         assert [series.label for series in plots._with_teachers(list(document.at("runs").items()), rows)] == [
             "teacher", *(path.name for path in three)
         ]  # fmt: skip
+
+    def test_a_teacher_that_was_timed_anew_stands_beside_each_run(self, three, tmp_path):
+        fast = cost(1.1)
+        for row in fast["teacher"]["rows"]:
+            row["decode_tokens_per_second"] = 99.0
+        edit(three[1] / "eval.json", {"cost": fast})
+        edit(three[2] / "eval.json", {"cost": None})
+        files = build(three, tmp_path / "r.html")
+        markdown = files.markdown.read_text()
+        heads = [f"{run.name}: {role}" for run in three[:2] for role in ("teacher", "student")]
+        assert f"| tokens before | {' | '.join(heads)} |" in markdown
+        assert f"| tokens before | teacher | {three[0].name} | {three[1].name} |" in markdown  # memory is the same
+        decode = next(plot for plot in plots.draw(Node(collect(three, "c"))) if plot.name == "decode")
+        assert [f"teacher of {run.name}<" in decode.svg for run in three] == [True, True, False]
 
     def test_a_name_that_begins_with_an_underscore_is_in_the_legend(self, tmp_path):
         runs = [write_run(tmp_path / name) for name in ("_a", "b$x$")]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from ..baselines import title
 from .document import (
     NONE,
+    SPACE,
     Block,
     Cell,
     Node,
@@ -17,6 +18,7 @@ from .document import (
     by_task,
     number,
     percent_with_error,
+    perplexity,
     plain,
     probability,
     text,
@@ -49,7 +51,7 @@ def _rows(models: Sequence[Node]) -> Iterator[tuple[str, list[Cell]]]:
         if len({found.at("text").value for found in texts if found}) > 1:
             yield f"{words}, which differs", [plain(found.at("text")) for found in texts]
         for prefix, where in (("", ""), ("far_", ", from position 256 on")):
-            yield f"perplexity, {words}{where}", [number(found.at(f"{prefix}perplexity"), ".2f") for found in texts]
+            yield f"perplexity, {words}{where}", [perplexity(found.at(f"{prefix}perplexity")) for found in texts]
             ratio = f"{prefix}ratio"
             yield "… times the student's", [with_error(found.at(ratio), found.at(f"{ratio}_stderr")) for found in texts]
     for key, words, value, error in (
@@ -63,4 +65,4 @@ def _rows(models: Sequence[Node]) -> Iterator[tuple[str, list[Cell]]]:
 
 def _ahead(task: Node) -> Cell:
     shown, p_value = number(task.at("ahead"), "+.3f"), task.at("significance", "p_value")
-    return (*shown, Part(", p "), *probability(p_value)) if p_value else shown
+    return (*shown, Part(f", p{SPACE}"), *probability(p_value)) if p_value else shown

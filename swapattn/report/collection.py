@@ -394,6 +394,7 @@ def _missing(path: Path, entry: Mapping[str, Any], record: Mapping[str, Any] | N
         start = shlex.quote(str(record["parent"]["path"]))
     evaluation = entry["eval"] or {}
     again = evaluation["files"][0]["command"] if evaluation else f"swapattn eval {name}"
+    beside = shlex.quote(str(path / OTHERS.replace("*", "cost")))  # eval.json stays as it is
     window = ((entry["plan"] or {}).get("spec") or {}).get("local")
     parts = [
         ("record", record is None, f"{RECORD} (provenance)", "swapattn convert MODEL"),
@@ -407,6 +408,11 @@ def _missing(path: Path, entry: Mapping[str, Any], record: Mapping[str, Any] | N
         ("eval", entry["eval"] is None, f"evaluation ({REPORT})", f"swapattn eval {name} --tasks hellaswag,piqa"),
         ("probes", not evaluation.get("probes"), "probes", f"{again} --probes"),
         ("baselines", window and not evaluation.get("baselines"), "branches and baselines", f"{again} --branches"),
-        ("cost", not evaluation.get("cost"), "measured speed and memory", f"{again} --cost"),
+        (
+            "cost",
+            not evaluation.get("cost"),
+            "measured speed and memory",
+            f"swapattn eval {name} --tasks none --cost -o {beside}",
+        ),
     ]
     return [{"part": part, "what": what, "command": command} for part, absent, what, command in parts if absent]

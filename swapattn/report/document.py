@@ -179,10 +179,19 @@ def probability(node: Node) -> Cell:
     return number(node, ".3f")
 
 
-def with_error(value: Node, error: Node, pattern: str = ".3f") -> Cell:
-    """A figure and its standard error."""
-    shown = number(value, pattern)
-    return (*shown, Part(f"{SPACE}±"), *number(error, pattern)) if isinstance(error.value, int | float) else shown
+def with_error(value: Node, error: Node) -> Cell:
+    """A figure and its standard error, to the decimals that the error leaves room for."""
+    spread = error.value
+    if not isinstance(spread, int | float):
+        return number(value)
+    decimals = 0 if spread >= 10 else 1 if spread >= 1 else 4 if 0 < spread < 0.0005 else 3
+    return (*number(value, f",.{decimals}f"), Part(f"{SPACE}±"), *number(error, f",.{decimals}f"))
+
+
+def perplexity(node: Node) -> Cell:
+    """A perplexity; of a model that predicts nothing its size is enough."""
+    large = isinstance(node.value, int | float) and node.value >= 1000
+    return number(node, ",.0f" if large else ".2f")
 
 
 def facts(caption: str, labels: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]]) -> Table:

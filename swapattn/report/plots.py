@@ -150,6 +150,7 @@ def _tasks(runs: Sequence[Node]) -> Iterator[Plot]:
                 fmt="o",
                 markersize=4,
                 color=series.colour,
+                markerfacecolor="none" if series.dashed else series.colour,
                 linewidth=1.4,
                 label=series.label,
             )
@@ -164,7 +165,6 @@ def _tasks(runs: Sequence[Node]) -> Iterator[Plot]:
     words = "; ".join(
         f"{series.label}: " + ", ".join(f"{tasks[int(x)]} {y:.3f}" for x, y in zip(series.x, series.y, strict=True))
         for series in points
-        if not series.label.startswith("_")
     )
     height = max(_HEIGHT, 1.2 + 0.16 * len(tasks) * (len(points) + 1))
     yield _plot("tasks", "eval", "Tasks: teacher and student", words, body, legend=True, height=height)
@@ -209,22 +209,26 @@ def _cost(runs: Sequence[Node]) -> Iterator[Plot]:
 
 
 def _with_teachers(runs: Sequence[Node], rows: Callable[[Node, str], list[Point]]) -> list[Series]:
-    """The teachers, those with the same values once, then each run; whatever has no value is left out."""
+    """The teachers, those with the same values once, then each run; whatever has no value is left out.
+
+    Teachers that differ, such as one that was timed anew beside each run, have the colour of their run.
+    """
+    points = {(index, role): rows(run, role) for role in ("teacher", "student") for index, run in enumerate(runs)}
+    known = {key: {point for point in found if point[1] is not None} for key, found in points.items()}
+    teachers: list[int] = []
+    for index in range(len(runs)):
+        mine = known[index, "teacher"]
+        if mine and not any(mine <= known[other, "teacher"] for other in teachers):
+            teachers = [other for other in teachers if not known[other, "teacher"] <= mine] + [index]
     found: list[Series] = []
-    seen: set[Point] = set()
-    for role in ("teacher", "student"):
-        for index, run in enumerate(runs):
-            points = rows(run, role)
-            known = {point for point in points if point[1] is not None}
-            if not known or (role == "teacher" and known <= seen):
-                continue
-            label = _label(run)
-            if role == "teacher":
-                label = "_teacher" if found else "teacher"  # one entry in the legend
-                seen |= known
-            x, y, error = zip(*points, strict=True)
-            colour = TEACHER if role == "teacher" else _colour(index)
-            found.append(Series(label, x, y, colour, error, dashed=role == "teacher"))
+    for index, role in [*((index, "teacher") for index in teachers), *((i, "student") for i in range(len(runs)))]:
+        if not known[index, role]:
+            continue
+        label, colour = _label(runs[index]), _colour(index)
+        if role == "teacher":
+            label, colour = (f"teacher of {label.strip()}", colour) if len(teachers) > 1 else ("teacher", TEACHER)
+        x, y, error = zip(*points[index, role], strict=True)
+        found.append(Series(label, x, y, colour, error, dashed=role == "teacher"))
     return found
 
 
@@ -262,6 +266,7 @@ def _lines(
                 style,
                 marker="o",
                 markersize=3.5,
+                markerfacecolor="none" if line.dashed else line.colour,
                 color=line.colour,
                 label=line.label,
                 zorder=3,
@@ -277,12 +282,12 @@ def _lines(
         elif from_zero:
             axes.set_ylim(bottom=0)
 
-    words = "; ".join(f"{line.label}: {_ends(line)}" for line in series if not line.label.startswith("_"))
+    words = "; ".join(f"{line.label}: {_ends(line)}" for line in series)
     yield _plot(name, part, title, words, body, legend=True)
 
 
 def _thousands(value: float) -> str:
-    return f"{value / 1024:g}K" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
+    return f"{value / 1024:g}K" if value >= 1024 and value % 512 == 0 else f"{value:g}"
 
 
 def _ends(line: Series) -> str:

@@ -21,6 +21,7 @@ from .document import (
     number,
     percent,
     percent_with_error,
+    perplexity,
     plain,
     shared_notes,
     size,
@@ -74,8 +75,8 @@ def _perplexity(title: str, found: Sequence[Node], labels: Sequence[str]) -> lis
     rows: list[tuple[str, Show]] = [
         ("text", lambda node: plain(node.at("text"))),
         ("tokens", lambda node: count(node.at("student", "tokens"))),
-        ("teacher", lambda node: number(node.at("teacher", "perplexity"), ".2f")),
-        ("student", lambda node: number(node.at("student", "perplexity"), ".2f")),
+        ("teacher", lambda node: perplexity(node.at("teacher", "perplexity"))),
+        ("student", lambda node: perplexity(node.at("student", "perplexity"))),
         ("times the teacher's", lambda node: with_error(node.at("ratio"), node.at("ratio_stderr"))),
         ("the same from position 256 on", lambda node: with_error(node.at("far_ratio"), node.at("far_ratio_stderr"))),
     ]
@@ -85,10 +86,11 @@ def _perplexity(title: str, found: Sequence[Node], labels: Sequence[str]) -> lis
     for span in spans:
         rows_here = [_at_span(node.at("bins"), span) for node in found]
         first = next(row for row in rows_here if row)
-        where = (*count(first.at("start")), Part(f"{SPACE}–{SPACE}"), *count(first.at("end")))
-        line = [where, agreed([number(row.at("teacher"), ".2f") for row in rows_here])]
+        # without the word joiner a line may end behind the dash
+        where = (*count(first.at("start")), Part(f"{SPACE}–\u2060{SPACE}"), *count(first.at("end")))
+        line = [where, agreed([perplexity(row.at("teacher")) for row in rows_here])]
         for row in rows_here:
-            line += [number(row.at("student"), ".2f"), number(row.at("ratio"))]
+            line += [perplexity(row.at("student")), number(row.at("ratio"))]
         lines.append(tuple(line))
     if lines:
         groups = (("", 2), *((label, 2) for label in labels))
@@ -108,8 +110,8 @@ def _embedded(found: Sequence[Node], runs: Sequence[Node], labels: Sequence[str]
     own = [node.at(str(run.at("eval", "kind").value)) for node, run in zip(found, runs, strict=True)]
     rows = [
         ("tokens", [count(node.at("tokens")) for node in own]),
-        ("teacher", [number(node.at("teacher", "value"), ".2f") for node in found]),
-        ("student", [number(node.at("value"), ".2f") for node in own]),
+        ("teacher", [perplexity(node.at("teacher", "value")) for node in found]),
+        ("student", [perplexity(node.at("value")) for node in own]),
     ]
     return [facts("Held-out perplexity on the embedded text", labels, rows)]
 
@@ -145,17 +147,11 @@ def _letters(shares: Node) -> Cell:
     return tuple(parts) or text(NONE)
 
 
-def cost(runs: Sequence[Node], labels: Sequence[str]) -> Section:
-    """State or cache bytes and tokens per second by length, measured."""
+def cost(runs: Sequence[Node]) -> Section:
+    """State or cache bytes and tokens per second by length, of the runs where they were measured."""
+    runs = [run for run in runs if run.at("eval", "cost")]
+    labels = [str(run.at("label").value) for run in runs]
     found = [run.at("eval", "cost") for run in runs]
-    lengths = sorted(
-        {
-            row.at("length").value
-            for node in found
-            for role in ("student", "teacher")
-            for row in node.at(role, "rows").items()
-        }
-    )
     blocks: list[Block] = []
     shows: list[tuple[str, Show]] = [
         ("Bytes of state and cache a sequence, the whole model", lambda row: size(row.at("state_bytes"))),
@@ -163,14 +159,7 @@ def cost(runs: Sequence[Node], labels: Sequence[str]) -> Section:
         ("Prefill, tokens/s", lambda row: number(row.at("prefill_tokens_per_second"), ",.0f")),
     ]
     for caption, show in shows:
-        lines = []
-        for length in lengths:
-            teachers = [at_length(node.at("teacher", "rows"), length) for node in found]
-            students = [at_length(node.at("student", "rows"), length) for node in found]
-            shown = agreed([count(row.at("length")) for row in (*teachers, *students)])
-            lines.append((shown, agreed([show(row) for row in teachers]), *(show(row) for row in students)))
-        if lines:
-            blocks.append(Table(caption, ("tokens before", "teacher", *labels), tuple(lines)))
+        blocks += _measured(caption, found, labels, show)
     machine = [
         ("device", [plain(node.at("student", "device")) for node in found]),
         ("dtype", [plain(node.at("student", "dtype")) for node in found]),
@@ -189,3 +178,23 @@ def cost(runs: Sequence[Node], labels: Sequence[str]) -> Section:
                 )
                 blocks.append(Note((*where, *plain(item.at("reason")))))
     return Section("cost", "Speed and memory by length", blocks)
+
+
+def _measured(caption: str, found: Sequence[Node], labels: Sequence[str], show: Show) -> list[Block]:
+    """One row per length with the teacher once, or beside each run where it was timed anew with each."""
+    sides = [node.at(role, "rows") for node in found for role in ("teacher", "student")]
+    lines, alone = [], True
+    for length in sorted({row.at("length").value for side in sides for row in side.items()}):
+        rows = [at_length(side, length) for side in sides]
+        cells = [show(row) for row in rows]
+        teacher = agreed(cells[::2])
+        alone = alone and (teacher == text(NONE) or teacher in cells)
+        lines.append((agreed([count(row.at("length")) for row in rows]), teacher, cells))
+    if not lines:
+        return []
+    if alone:
+        shared = tuple((first, teacher, *cells[1::2]) for first, teacher, cells in lines)
+        return [Table(caption, ("tokens before", "teacher", *labels), shared)]
+    groups = (("", 1), *((label, 2) for label in labels))
+    heads = ("tokens before", *("teacher", "student") * len(labels))
+    return [Table(caption, heads, tuple((first, *cells) for first, _, cells in lines), groups)]

@@ -11,6 +11,7 @@ from importlib.resources import files
 from .document import Block, Cell, Code, Figure, Node, Note, Part, Section, Table
 from .plots import SOFTWARE, Plot
 
+_PROSE = 48  # characters
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -88,7 +89,7 @@ def _block(block: Block) -> str:
     if isinstance(block, Table):
         return _table(block)
     if isinstance(block, Code):
-        lines = "\n".join(_part(part) for part in block.lines)
+        lines = "\n".join(_part(part, breaks=False) for part in block.lines)
         code = f'<pre tabindex="0"><code>{lines}</code></pre>'
         return f"<details><summary>{escape(block.summary)}</summary>{code}</details>" if block.summary else code
     assert isinstance(block, Note)
@@ -127,15 +128,22 @@ def _head(name: str) -> str:
 
 def _row(row: Sequence[Cell]) -> str:
     first, *rest = row
-    return f'<tr><th scope="row">{_cell(first)}</th>' + "".join(f"<td>{_cell(cell)}</td>" for cell in rest) + "</tr>"
+    return f'<tr><th scope="row">{_cell(first)}</th>' + "".join(map(_data, rest)) + "</tr>"
+
+
+def _data(cell: Cell) -> str:
+    """Prose gets a width that a narrow screen does not take away."""
+    kind = ' class="prose"' if sum(len(part.text) for part in cell) > _PROSE else ""
+    return f"<td{kind}>{_cell(cell)}</td>"
 
 
 def _cell(cell: Cell) -> str:
     return "".join(_part(part) for part in cell)
 
 
-def _part(part: Part) -> str:
-    shown = escape(part.text).replace("/", "/<wbr>")  # paths may break, figures may not
+def _part(part: Part, *, breaks: bool = True) -> str:
+    shown = escape(part.text)
+    shown = shown.replace("/", "/<wbr>") if breaks else shown  # paths may break, figures and commands may not
     if not part.key:
         return shown
     value = escape(json.dumps(part.value, ensure_ascii=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from . import plots
 from .baseline_section import baselines
@@ -51,7 +52,7 @@ def sections(document: Node, figures: Sequence[plots.Plot]) -> list[Section]:
         _evaluation(runs, labels),
         probes(runs, labels),
         baselines(runs, labels),
-        cost(runs, labels),
+        cost(runs),
         _provenance(document, runs, labels),
     ]
     for section in found:
@@ -91,6 +92,11 @@ def _summary(runs: Sequence[Node], labels: Sequence[str]) -> Section:
             "held-out perplexity, times the teacher's",
             lambda run: _ratio(run.at("eval", "probes", "perplexity"), "ratio"),
         ),
+        (
+            "given text's perplexity, times the teacher's",
+            lambda run: _ratio(run.at("eval", "text_perplexity"), "ratio"),
+        ),
+        ("recall in the longest probe", _recall),
         ("greedy text as the teacher's", lambda run: percent(run.at("eval", "probes", "agreement", "share"))),
         ("memory a sequence in swapped layers", lambda run: size(run.at("plan", "state_bytes"))),
         ("KV cache of the same layers at 32K", lambda run: size(run.at("plan", "lengths", 2, "kv_bytes"))),
@@ -102,6 +108,17 @@ def _summary(runs: Sequence[Node], labels: Sequence[str]) -> Section:
 
 def _ratio(node: Node, name: str) -> Cell:
     return with_error(node.at(name), node.at(f"{name}_stderr"))
+
+
+def _recall(run: Node) -> Cell:
+    """What the tasks do not show: a value named once, at the greatest distance that was tried."""
+    rows = list(run.at("eval", "probes", "recall").items())
+    if not rows:
+        return text(NONE)
+    row = max(rows, key=lambda row: row.at("length").value or 0)
+    shown = (*number(row.at("student", "accuracy")), Part(" at "), *count(row.at("length")), Part(" tokens"))
+    teacher = row.at("teacher", "accuracy")
+    return (*shown, Part(" (teacher "), *number(teacher), Part(")")) if teacher else shown
 
 
 def _teacher(run: Node) -> Cell:
@@ -245,12 +262,11 @@ def _evaluation(runs: Sequence[Node], labels: Sequence[str]) -> Section:
         ("time taken", lambda file: duration(file.at("seconds"))),
         ("evaluated at", lambda file: plain(file.at("time"))),
     ]
-    names = [
-        f"{label}: {file.at('file').value}" if several else label
-        for label, found in zip(labels, files, strict=True)
-        for file in found
-    ]
-    blocks += _facts("How it was evaluated", [file for found in files for file in found], names, details)
+    pairs = [(label, file) for label, found in zip(labels, files, strict=True) for file in found]
+    names = [str(file.at("file").value) if several else label for label, file in pairs]
+    groups = (("", 1), *((label, len(found)) for label, found in zip(labels, files, strict=True) if found))
+    for table in _facts("How it was evaluated", [file for _, file in pairs], names, details):
+        blocks.append(replace(table, groups=groups) if several and isinstance(table, Table) else table)
     return Section("eval", "Tasks", blocks)
 
 
