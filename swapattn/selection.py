@@ -117,7 +117,7 @@ def select(
         output: folder, default `NAME-select` in the current directory.
         restore: restore each layer in an all-swapped model instead of swapping each alone.
         count, share: how many layers to keep, those that a checkpoint keeps already among them; default a quarter.
-        tokens: of all windows that are measured on.
+        tokens: of the windows of each kind.
         length: of a window; None = 256, of recall 512.
         on: "text" = every token of the recipe's text, "recall" = the answers in documents of `swapattn.recall`; of
             both, each layer's mean share counts.
@@ -131,6 +131,8 @@ def select(
         SwapattnError: as `convert` and `load` do.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    if not on or isinstance(on, str) or not set(on) <= _KINDS.keys():
+        raise UsageError(f"on {on!r}: expected one or more of {', '.join(_KINDS)}")
     keep = KeepSpec(count=count, share=share if share is not None or count is not None else 0.25)
     subject = _subject(str(model), resolved)
     total = len(subject.positions) + len(subject.kept)
@@ -143,8 +145,8 @@ def select(
         "version": 2, "model": fingerprint(subject.folder), "restore": restore, "tokens": tokens, "length": length,
         "recipe": resolved.to_dict() if subject.converted else None, "text": resolved.distill.text.describe(),
     }  # fmt: skip
-    scores = _Scores(folder, header, overwrite)
     windows = {kind: _KINDS[kind](subject, resolved, tokens, length) for kind in on}
+    scores = _Scores(folder, header, overwrite)
     for kind in on:
         _measure(subject, kind, windows[kind], scores, restore)
     each = [scores.costs(kind, restore) for kind in on]
@@ -187,7 +189,7 @@ _KINDS = {"text": _texts, "recall": _documents}
 
 def _mean_share(costs: Sequence[dict[int, float]]) -> dict[int, float]:
     """Of each layer's share in the costs of all, which differ in their units."""
-    sums = [sum(of_kind.values()) for of_kind in costs]
+    sums = [sum(max(cost, 0) for cost in of_kind.values()) or 1.0 for of_kind in costs]  # restoring may cost, too
     pairs = list(zip(costs, sums, strict=True))
     return {position: sum(one[position] / all_ for one, all_ in pairs) / len(pairs) for position in costs[0]}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .launch import SweepConfig
+from .launch import SweepConfig, has_bulk_copies
 from .shape import Shape, padded
 
 try:  # in a try block: transformers demands what the files of a checkpoint import outside one
@@ -34,23 +34,18 @@ def bulk_copies(shape: Shape, config: SweepConfig, group: int, tensors: Sequence
     device = tensors[0].device
     if device.type == "cuda":
         triton.set_allocator(_scratch)
-    return _capable(device)
+    return has_bulk_copies(device)
 
 
 def bulk_tensors(tensors: Sequence[Tensor]) -> bool:
     """Whether descriptors of these tensors `[B, T, H, D]` may be made on the host: nothing is expanded."""
     whole = all(x.numel() > 0 and min(x.stride()[:3]) >= x.shape[3] and _aligned(x) for x in tensors)
-    return whole and _capable(tensors[0].device)
+    return whole and has_bulk_copies(tensors[0].device)
 
 
 def _aligned(x: Tensor) -> bool:
     steps = (x.stride(i) * x.element_size() for i in range(3))
     return x.stride(1) >= x.shape[3] and x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps)
-
-
-def _capable(device: torch.device) -> bool:
-    """Whether it has bulk copies; the interpreter has."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _matrix(x: Tensor) -> bool:

@@ -26,7 +26,7 @@ def sweep_config(
 ) -> SweepConfig:
     """Launch parameters of the sweeps for o ("forward"), dq ("dq"), dk and dv ("dkv").
 
-    `narrow`: half the columns, twice the programs, where there would be fewer than multiprocessors (`can_narrow`).
+    `narrow`: half the columns, twice the programs, where there would be no more than multiprocessors (`can_narrow`).
     Chosen on an H100 in bf16 among chunks of 16 to 128, 32 to 128 columns, 2 to 8 warps and 1 to 4 stages, each
     checked against fp64: with 64 tokens in a chunk the normalised forward is miscompiled (error .25).
     """
@@ -44,19 +44,22 @@ def sweep_config(
     return SweepConfig(64, 32, 4, 3) if narrow else SweepConfig(32, 64, 4, 3)
 
 
-def can_narrow(dim: int, value_dim: int, dtype: torch.dtype, normalize: bool, group: int) -> bool:
-    """Whether the narrow form is among the measured ones; `group` query heads share a program."""
-    return dtype == torch.bfloat16 and value_dim > 64 and max(dim, value_dim) <= 128 and not normalize and group == 1
+def can_narrow(dim: int, value_dim: int, dtype: torch.dtype, normalize: bool, group: int, device: torch.device) -> bool:
+    """Whether the narrow form is among the measured ones (on an H200); `group` query heads share a program."""
+    plain = dtype == torch.bfloat16 and not normalize and group == 1
+    return plain and value_dim > 64 and max(dim, value_dim) <= 128 and has_bulk_copies(device)
 
 
 def state_config(
-    sweep: SweepConfig, dim: int, value_dim: int, dtype: torch.dtype, normalize: bool, group: int
+    sweep: SweepConfig, dim: int, value_dim: int, dtype: torch.dtype, normalize: bool, group: int, device: torch.device
 ) -> SweepConfig:
     """Launch parameters for the states between segments, which are cut for the sweep given; a sum over `group` heads.
 
-    Without outputs there is room for all columns, so that one of the two tensors is not read twice.
+    Without outputs there is room for all columns, so that one of the two tensors is not read twice (measured on an
+    H200; with loads in the place of bulk copies it would spill registers).
     """
-    wide = dtype == torch.bfloat16 and 64 < max(dim, value_dim) <= 128 and not normalize and group == 1
+    plain = dtype == torch.bfloat16 and not normalize and group == 1
+    wide = plain and 64 < max(dim, value_dim) <= 128 and has_bulk_copies(device)
     return SweepConfig(64, 128, 8, 3) if wide else sweep
 
 
@@ -66,6 +69,13 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():  # a trace on fake tensors
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def has_bulk_copies(device: torch.device) -> bool:
+    """Whether it has bulk copies (TMA: Hopper and later); the interpreter has."""
+    cuda = device.type == "cuda" and torch.cuda.is_available()
+    return not cuda or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9)
 
 
 @cache

@@ -219,7 +219,7 @@ def row_kernel(
         delta -= tl.load(dlse + there, mask=real, other=0.0)
     here = sums + head * tokens + row * length + i
     tl.store(here, weight, mask=real)
-    tl.store(here + heads.to(tl.int64) * tokens, delta, mask=real)
+    tl.store(here + tl.cast(heads, tl.int64) * tokens, delta, mask=real)
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def _key_side(
         )
         there = sums + query_head * tokens + row * length + i
         weight = tl.load(there, mask=valid, other=0.0)
-        delta = tl.load(there + query_heads.to(tl.int64) * tokens, mask=valid, other=0.0)
+        delta = tl.load(there + tl.cast(query_heads, tl.int64) * tokens, mask=valid, other=0.0)
         # Transposed scores by a dot of their own: a transposed accumulator as operand is miscompiled on sm_90.
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * factor - weight[None, :]
         seen = _near(i[None, :], start[None, :], j[:, None], reach[:, None], STREAM)
@@ -300,7 +300,7 @@ def _query_side(
     gradient = _tile(do, first_token, i, real, place, row, head, length, strides_do, columns, V, BV, PLACED)
     own = sums + head * tokens + row * length + i
     weight = tl.load(own, mask=real, other=0.0)
-    delta = tl.load(own + query_heads.to(tl.int64) * tokens, mask=real, other=0.0)
+    delta = tl.load(own + tl.cast(query_heads, tl.int64) * tokens, mask=real, other=0.0)
     factor = scale * LOG2_E
     acc = tl.zeros([BM, BD], tl.float32)
     low, high = tl.maximum(first_token - window + 1, first), tl.minimum(first_token + BM, count)

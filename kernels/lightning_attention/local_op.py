@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .bulk import TensorDescriptor, bulk_tensors
+from .launch import has_bulk_copies
 from .local_kernels import NOWHERE, backward_kernel, cached_kernel, forward_kernel, row_kernel, sink_kernel
+from .shape import padded
 
 LARGEST_BLOCK = 128
-SMALLEST_BULK = 2**25  # elements
+SMALLEST_BULK = 2**25  # elements; of less the host takes longer for descriptors than a kernel runs
 _Maybe = Tensor | None
 # Of this copy of the file: the one that travels with a checkpoint may be loaded beside the installed one.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
@@ -29,23 +31,25 @@ class LocalConfig(NamedTuple):
     step: int  # tokens of an inner step
     warps: int
     stages: int
-    registers: int | None = None  # most that a thread may have, None for as many as there are
 
 
-def local_config(kind: str, dim: int, value_dim: int, dtype: torch.dtype) -> LocalConfig:
+def local_config(kind: str, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> LocalConfig:
     """Launch parameters of the forward ("forward") and backward ("backward") kernels.
 
     Up to 128 features chosen in bf16 on an H200 among blocks of 64 and 128, steps of 32 and 64, 4 and 8 warps and 1 to
-    4 stages, each checked against fp64 (see README.md).
+    4 stages, each checked against fp64 (see README.md). Older GPUs, on which these would spill registers, take those
+    that spill least.
     """
     size = max(dim, value_dim)
     if dtype == torch.float32:
         return LocalConfig(32, 32, 8, 1) if size <= 128 else LocalConfig(16, 16, 8, 1)
+    if size > 128:
+        return LocalConfig(64, 64, 8, 1) if kind == "forward" else LocalConfig(64, 32, 8, 1)
+    if not has_bulk_copies(device):
+        return LocalConfig(64, 64, 8, 2) if kind == "forward" else LocalConfig(32, 32, 4, 1)
     if kind == "forward":
-        return LocalConfig(64, 32, 4, 3) if size <= 128 else LocalConfig(64, 64, 8, 1)
-    if size <= 128:
-        return LocalConfig(64, 64, 4, 1) if size <= 64 else LocalConfig(64, 32, 4, 2)  # larger steps spill registers
-    return LocalConfig(64, 32, 8, 1)
+        return LocalConfig(64, 32, 4, 3)
+    return LocalConfig(64, 64, 4, 1) if size <= 64 else LocalConfig(64, 32, 4, 2)  # larger steps spill registers
 
 
 def cached_config(rows: int, dim: int, value_dim: int, dtype: torch.dtype) -> LocalConfig:
@@ -83,11 +87,6 @@ def stream_of(rows: int, length: int, cu_seqlens: _Maybe, mask: _Maybe, device: 
     return Stream(torch.cat((begin, starts[-1:])).int(), owner.int(), starts.int(), place)
 
 
-def padded(size: int) -> int:
-    """Tile size of a dimension: a power of 2, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def _constants(q: Tensor, v: Tensor, config: LocalConfig, begin: _Maybe, place: _Maybe, sinks: int) -> dict[str, Any]:
     return {
         **_sizes(q, v),
@@ -99,7 +98,6 @@ def _constants(q: Tensor, v: Tensor, config: LocalConfig, begin: _Maybe, place: 
         "SINKS": sinks > 0,
         "num_warps": config.warps,
         "num_stages": config.stages,
-        "maxnreg": config.registers,
     }
 
 
@@ -150,7 +148,7 @@ def _forward(
     """
     q, k, v = _rows(q), _rows(k), _rows(v)  # the compiler may lay tensors out anew
     rows, length, heads = q.shape[:3]
-    config = local_config("forward", q.shape[3], v.shape[3], q.dtype)
+    config = local_config("forward", q.shape[3], v.shape[3], q.dtype, q.device)
     fill = v.new_empty if place is None else v.new_zeros
     o = fill(rows, length, heads, v.shape[3])
     lse = (fill if return_lse else v.new_empty)(heads, rows * length, dtype=torch.float32)
@@ -184,7 +182,7 @@ def _backward(
     q, k, v, do, o, lse = _rows(q), _rows(k), _rows(v), _rows(do), o.contiguous(), lse.contiguous()
     rows, length, heads, dim = q.shape
     shared, value_dim = k.shape[2], v.shape[3]
-    config = local_config("backward", dim, value_dim, q.dtype)
+    config = local_config("backward", dim, value_dim, q.dtype, q.device)
     fill = torch.empty if place is None else torch.zeros
     dq, dk, dv = (fill(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     total, blocks, streams = _extent(q, begin, config.block)

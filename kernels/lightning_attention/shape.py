@@ -67,7 +67,10 @@ def shape_of(
     columns = sweep_config("forward", dim, v.shape[3], q.dtype, normalize).columns
     paired = _paired(query_heads // heads, normalize)
     programs = sequences * (query_heads // paired) * -(-v.shape[3] // columns)
-    narrow = 2 * programs if can_narrow(dim, v.shape[3], q.dtype, normalize, paired) else 0
+    narrow = 0
+    if can_narrow(dim, v.shape[3], q.dtype, normalize, paired, q.device):
+        half = sweep_config("forward", dim, v.shape[3], q.dtype, normalize, narrow=True).columns
+        narrow = sequences * (query_heads // paired) * -(-v.shape[3] // half)
     if segment is None:
         segment = segment_length(length, programs, narrow, 1 if cu_seqlens is None else sequences, q.device)
     cut = -(-length // segment)
@@ -75,7 +78,7 @@ def shape_of(
     return Shape(
         rows, length, query_heads, k.shape[2], heads, dim, v.shape[3], sequences, segment, segments,
         cu_seqlens is not None, log_decay.dim() == 3, masked, normalize,
-        segment >= length and 0 < narrow <= 2 * processors(q.device),
+        segment >= length and narrow > 0 and programs <= processors(q.device),
     )  # fmt: skip
 
 

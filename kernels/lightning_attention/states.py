@@ -157,7 +157,7 @@ def entering_states(
     if not shape.split:
         return initial
     group = shape.group if reverse else 1
-    config = state_config(config, shape.dim, shape.value_dim, x.dtype, shape.normalize, group)
+    config = state_config(config, shape.dim, shape.value_dim, x.dtype, shape.normalize, group, x.device)
     items, heads, dim, value_dim = shape.items, shape.heads, shape.dim, shape.value_dim
     states = x.new_empty(items, heads, dim, value_dim, dtype=torch.float32)
     extras = x.new_empty(items, heads, dim, dtype=torch.float32) if shape.normalize else None

@@ -15,7 +15,7 @@ from .common import command, emit, output_options, recipe_option
 @click.option("--restore", is_flag=True, help="Restore each layer in an all-swapped model, not swap each alone.")
 @click.option("--count", type=click.IntRange(min=1), help="How many layers to keep softmax. [default: a quarter]")
 @click.option("--share", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="The same as a share of all.")
-@click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Measured on, in all.")
+@click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Of all windows of a kind.")
 @click.option("--length", type=click.IntRange(min=2), help="Of a window.  [default: 256; of recall 512]")
 @click.option(
     "--on",

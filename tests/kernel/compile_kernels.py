@@ -16,20 +16,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
-from lightning_attention import lightning_attention_step, local_attention, local_attention_cached, local_op
+from lightning_attention import bulk, lightning_attention_step, local_attention, local_attention_cached, local_op
+from lightning_attention import launch as launch_parameters
 from lightning_attention.linear_op import lightning_attention_kernel
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -61,16 +61,17 @@ def compiling(arch: int) -> Iterator[dict[str, tuple[str, Any]]]:
     launch = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        if arch < 90 and "BULK" in options:
-            options["BULK"] = False  # what `bulk_copies` finds on such a device
-            args = tuple(x.base if isinstance(x, TensorDescriptor) else x for x in args)
         if "EARLY" in options:
             options["EARLY"] = arch >= 90  # as `dependent_launch`
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
         found[kernel.hash] = self.__name__, kernel
         return kernel
 
-    with mock.patch.object(JITFunction, "run", run), mock.patch.dict(os.environ, SWAPATTN_KERNELS="triton"):
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(JITFunction, "run", run))
+        patches.enter_context(mock.patch.dict(os.environ, SWAPATTN_KERNELS="triton"))
+        for module in (launch_parameters, bulk, local_op):
+            patches.enter_context(mock.patch.object(module, "has_bulk_copies", return_value=arch >= 90))
         driver.set_active(Target(arch))
         yield found
 
@@ -113,10 +114,14 @@ def step(dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 64, length
 
 
 def window(
-    dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 2, length: int = 256, return_lse: bool = False
-) -> None:
+    dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 2, length: int = 256, return_lse: bool = False,
+    heads: tuple[int, int] = (4, 2),
+) -> None:  # fmt: skip
     """The softmax window, its backward pass, with hidden tokens, and on a cache."""
-    q, k, v = (torch.zeros(rows, length, h, d, dtype=dtype) for h, d in ((4, dim), (2, dim), (2, value_dim)))
+    q, k, v = (
+        torch.zeros(rows, length, h, d, dtype=dtype)
+        for h, d in ((heads[0], dim), (heads[1], dim), (heads[1], value_dim))
+    )
     for mask, smallest in ((None, 1), (None, 2**40), (torch.ones(rows, length, dtype=torch.bool), 1)):
         leaves = [x.requires_grad_() for x in (q, k, v)]
         with mock.patch.object(local_op, "SMALLEST_BULK", smallest):

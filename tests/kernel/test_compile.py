@@ -32,6 +32,21 @@ def test_for_hopper():
     }
 
 
+def test_the_window_spills_few_registers():
+    """On GPUs before Hopper, too, whose loads take more of them."""
+    lines = python(str(SCRIPT), "--arch", "80", "--dtype", "bf16", "--dim", "128")
+    stacks = [int(line.split("STACK:")[1]) for line in lines[:-1] if line.split()[3] == "window"]
+    assert len(stacks) > 4
+    assert max(stacks) <= 512
+
+
+def test_one_head_compiles():
+    """Triton makes a constant of an argument that is 1."""
+    call = "from compile_kernels import compiling, window\nimport torch\nwith compiling(90) as found:\n"
+    call += "    window(torch.bfloat16, 64, 64, heads=(1, 1))\nprint(len(found))"
+    assert int(python("-W", "ignore", "-c", call)[0]) >= 10
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
