@@ -361,7 +361,7 @@ class TestPage:
         edit(run / "eval.json", {"baselines": None, "probes": None})
         files = build([run], tmp_path / "r.html")
         assert [line.split(": ")[1].split(";")[0] for line in files.missing] == ["probes"]
-        assert "tasks piqa,arc_easy,winogrande --probes" in files.missing[0]
+        assert files.missing[0].endswith(f"swapattn eval {run} --tasks none --probes -o {run}/eval-probes.json")
         assert "Branches and baselines" not in files.html.read_text()
 
     def test_one_column_per_run(self, built):

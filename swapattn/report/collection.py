@@ -394,7 +394,8 @@ def _missing(path: Path, entry: Mapping[str, Any], record: Mapping[str, Any] | N
         start = shlex.quote(str(record["parent"]["path"]))
     evaluation = entry["eval"] or {}
     again = evaluation["files"][0]["command"] if evaluation else f"swapattn eval {name}"
-    beside = shlex.quote(str(path / OTHERS.replace("*", "cost")))  # eval.json stays as it is
+    # What is added lies beside eval.json, which stays as it is.
+    beside = {part: shlex.quote(str(path / OTHERS.replace("*", part))) for part in ("probes", "branches", "cost")}
     window = ((entry["plan"] or {}).get("spec") or {}).get("local")
     parts = [
         ("record", record is None, f"{RECORD} (provenance)", "swapattn convert MODEL"),
@@ -406,13 +407,23 @@ def _missing(path: Path, entry: Mapping[str, Any], record: Mapping[str, Any] | N
             f"swapattn distill {start} --recipe {recipe}",
         ),
         ("eval", entry["eval"] is None, f"evaluation ({REPORT})", f"swapattn eval {name} --tasks hellaswag,piqa"),
-        ("probes", not evaluation.get("probes"), "probes", f"{again} --probes"),
-        ("baselines", window and not evaluation.get("baselines"), "branches and baselines", f"{again} --branches"),
+        (
+            "probes",
+            not evaluation.get("probes"),
+            "probes",
+            f"swapattn eval {name} --tasks none --probes -o {beside['probes']}",
+        ),
+        (
+            "baselines",
+            window and not evaluation.get("baselines"),
+            "branches and baselines",
+            f"{again} --branches -o {beside['branches']}",
+        ),
         (
             "cost",
             not evaluation.get("cost"),
             "measured speed and memory",
-            f"swapattn eval {name} --tasks none --cost -o {beside}",
+            f"swapattn eval {name} --tasks none --cost -o {beside['cost']}",
         ),
     ]
     return [{"part": part, "what": what, "command": command} for part, absent, what, command in parts if absent]
