@@ -107,6 +107,28 @@ def test_the_command_takes_several_kinds(monkeypatch):
     assert asked == [("text",), ("recall",), ("text", "recall")]
 
 
+def test_shares_keep_the_order_of_costs_below_zero():
+    """A layer that does harm when restored costs less than nothing."""
+    harmful = {0: -0.02, 1: -0.01, 2: 0.02}
+    shares = selection._mean_share([harmful, {0: 0.0, 1: 0.0, 2: 0.0}])
+    assert sorted(shares, key=shares.__getitem__) == [0, 1, 2]
+    assert shares[2] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("on", [(), ["recal"], "text"])
+def test_an_unknown_kind_of_text_is_refused_before_a_model_is_loaded(on):
+    with pytest.raises(UsageError, match="expected one or more of text, recall"):
+        select("no such model", on=on)
+
+
+def test_a_refused_question_drops_no_measurements(teacher, tmp_path):
+    select(teacher, tmp_path / "s", count=1, **SMALL)
+    before = (tmp_path / "s" / SCORES).read_text()
+    with pytest.raises(UsageError, match="no recall probe"):
+        select(teacher, tmp_path / "s", count=1, on=["recall"], overwrite=True, **{**SMALL, "length": 40})
+    assert (tmp_path / "s" / SCORES).read_text() == before
+
+
 def test_a_tokenizer_without_words_is_asked_nothing(teacher, tmp_path):
     with pytest.raises(UsageError, match="--on recall: no recall probe: the tokenizer has too few words"):
         select(teacher, tmp_path / "s", count=1, on=["recall"], **SMALL)

@@ -45,9 +45,8 @@ def sweep_config(
 
 
 def can_narrow(dim: int, value_dim: int, dtype: torch.dtype, normalize: bool, group: int, device: torch.device) -> bool:
-    """Whether the narrow form is among the measured ones (on an H200); `group` query heads share a program."""
-    plain = dtype == torch.bfloat16 and not normalize and group == 1
-    return plain and value_dim > 64 and max(dim, value_dim) <= 128 and has_bulk_copies(device)
+    """Whether there is a narrow form; `group` query heads share a program."""
+    return value_dim > 64 and _as_measured(dim, value_dim, dtype, normalize, group, device)
 
 
 def state_config(
@@ -55,12 +54,18 @@ def state_config(
 ) -> SweepConfig:
     """Launch parameters for the states between segments, which are cut for the sweep given; a sum over `group` heads.
 
-    Without outputs there is room for all columns, so that one of the two tensors is not read twice (measured on an
-    H200; with loads in the place of bulk copies it would spill registers).
+    Without outputs there is room for all columns, so that one of the two tensors is not read twice.
     """
-    plain = dtype == torch.bfloat16 and not normalize and group == 1
-    wide = plain and 64 < max(dim, value_dim) <= 128 and has_bulk_copies(device)
+    wide = _as_measured(dim, value_dim, dtype, normalize, group, device)
     return SweepConfig(64, 128, 8, 3) if wide else sweep
+
+
+def _as_measured(
+    dim: int, value_dim: int, dtype: torch.dtype, normalize: bool, group: int, device: torch.device
+) -> bool:
+    """Whether a call is like those for which an H200 chose: loads in the place of bulk copies would spill registers."""
+    plain = dtype == torch.bfloat16 and not normalize and group == 1
+    return plain and 64 < max(dim, value_dim) <= 128 and has_bulk_copies(device)
 
 
 @cache

@@ -114,6 +114,19 @@ def _near(i, start, j, reach, STREAM: tl.constexpr):
 
 
 @triton.jit
+def _sinks_below(
+    k, v, first, low, sinks, place, row, head, length, strides_k, strides_v, places, dims, columns,
+    D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PLACED: tl.constexpr,
+):  # fmt: skip
+    """Numbers of the sinks from `first` on, which of them lie below the keys from `low` on, their keys and values."""
+    sink = first + places
+    present = (places < sinks) & (sink < low)
+    keys = _tile(k, first, sink, present, place, row, head, length, strides_k, dims, D, BD, PLACED)
+    values = _tile(v, first, sink, present, place, row, head, length, strides_v, columns, V, BV, PLACED)
+    return sink, present, keys, values
+
+
+@triton.jit
 def _work(blocks, kinds):
     """Kind (head), block and row of a program; neighbours share a block."""
     pid = tl.program_id(0)
@@ -168,11 +181,11 @@ def forward_kernel(
     factor = scale * LOG2_E
     acc = tl.zeros([BM, BV], tl.float32)
     top, weight = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
-    if SINKS:  # those among the keys below the loop; read ahead of it, seen after it, so that none waits for another
-        sink = first + places
-        present = (places < sinks) & (sink < low)
-        sink_keys = _tile(k, first, sink, present, place, row, shared, length, strides_k, dims, D, BD, PLACED)
-        sink_values = _tile(v, first, sink, present, place, row, shared, length, strides_v, columns, V, BV, PLACED)
+    if SINKS:  # read ahead of the loop, seen after it, so that none waits for another
+        sink, present, sink_keys, sink_values = _sinks_below(
+            k, v, first, low, sinks, place, row, shared, length, strides_k, strides_v, places, dims, columns,
+            D, V, BD, BV, PLACED,
+        )  # fmt: skip
     for key in range(low // BN * BN, high, BN):
         j = key + tl.arange(0, BN)
         valid = j < high
@@ -304,11 +317,11 @@ def _query_side(
     factor = scale * LOG2_E
     acc = tl.zeros([BM, BD], tl.float32)
     low, high = tl.maximum(first_token - window + 1, first), tl.minimum(first_token + BM, count)
-    if SINKS:  # those among the keys below the loop; read ahead of it, seen after it, so that none waits for another
-        sink = first + places
-        present = (places < sinks) & (sink < low)
-        sink_keys = _tile(k, first, sink, present, place, row, shared, length, strides_k, dims, D, BD, PLACED)
-        sink_values = _tile(v, first, sink, present, place, row, shared, length, strides_v, columns, V, BV, PLACED)
+    if SINKS:  # read ahead of the loop, seen after it, so that none waits for another
+        sink, present, sink_keys, sink_values = _sinks_below(
+            k, v, first, low, sinks, place, row, shared, length, strides_k, strides_v, places, dims, columns,
+            D, V, BD, BV, PLACED,
+        )  # fmt: skip
     for key in range(low // BN * BN, high, BN):
         j = key + tl.arange(0, BN)
         valid = j < high
