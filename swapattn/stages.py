@@ -53,7 +53,9 @@ class TrainStage(Section):
     teacher's own weights among the trainable ones, or of their adapters; `learning_rates` overrides both for groups
     of parameters (`optimizer.group_of`), and 0 leaves a group out. After a warm-up the `scheduler` takes all of them
     to `final_learning_rate`. `compile` runs the decoder layers through torch.compile (in align only the swaps; not a
-    teacher that is the student's own weights). With `document_mask` no document in a window is seen from the next
+    teacher that is the student's own weights). `cuda_graph` records the kernels of a micro-batch once and replays them,
+    on one GPU, without `gradient_checkpointing` and `document_mask`; elsewhere it changes nothing. With
+    `document_mask` no document in a window is seen from the next
     one, by student or teacher: attention, states and positions start anew (arXiv 2402.13991, intra-document masking);
     without it documents run on.
     """
@@ -75,6 +77,7 @@ class TrainStage(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = False
     compile: bool = False
+    cuda_graph: bool = True
     document_mask: bool = False
     text: Text | None = None
 

@@ -22,6 +22,7 @@ from .compilation import compiled_layers
 from .errors import TrainingError, UsageError
 from .optimizer import build_optimizer, build_scheduler, trainable_parameters
 from .progress import StageProgress, StepFigures
+from .replay import Inputs, Replay
 from .reporting import Reporting
 from .sharding import as_shard_of, gathered, is_sharded, shard_, shard_frozen_, whole_state_
 from .stages import AlignStage, DistillStage, TrainStage
@@ -38,7 +39,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
     # would for a batch with labels. Ours have none; said outright (5.23 here, 5.17 below) it does not hang on that.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, loss_function: LossFunction, **kwargs: Any) -> None:
+    def __init__(self, loss_function: LossFunction, *, replayed: bool = False, **kwargs: Any) -> None:
+        """`replayed`: forward and backward pass of a micro-batch are a CUDA graph, see `replay`."""
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = False
         if is_sharded(self.model):  # its parameters meet by themselves: no DDP around it
@@ -47,6 +49,23 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         self.waiting: list[StepFigures] = []
         self._losses: list[torch.Tensor] = []
         self._norm: torch.Tensor | None = None
+        self.replay = Replay(self._micro_batch, list(self.model.parameters())) if replayed else None
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """The Trainer's, or the same by a replay."""
+        if self.replay is None:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+        loss: torch.Tensor = self.replay(self._prepare_inputs(inputs))
+        self._losses.append(loss)
+        return loss / int(self.args.gradient_accumulation_steps)
+
+    def _micro_batch(self, inputs: Inputs) -> torch.Tensor:
+        """Forward and backward pass as in one process, as kernels alone: what `Replay` records."""
+        _without_dropout(self.model)
+        others = {name: value for name, value in inputs.items() if name != "input_ids"}
+        loss = self.loss_function(self.model, inputs["input_ids"], **others)
+        (loss / self.args.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -170,6 +189,12 @@ def _without_dropout(model: nn.Module) -> None:
         module.training = bool(getattr(module, "gradient_checkpointing", False))
 
 
+def _recordable(stage: TrainStage, device: str) -> bool:
+    """Whether a step is kernels of one GPU: recomputing sets the host's random state, documents differ in number."""
+    alone = device != "cpu" and processes.count() == 1
+    return stage.cuda_graph and alone and not stage.gradient_checkpointing and not stage.document_mask
+
+
 def shares(stage: TrainStage, title: str, count: int) -> tuple[int, int]:
     """Windows a forward pass and forward passes a step in each of `count` processes; the step's batch stays whole.
 
@@ -284,6 +309,7 @@ def run_stage(
     with reporting.open(folder.name):
         trainer = StageTrainer(
             loss_function,
+            replayed=_recordable(stage, device),
             model=model,
             args=arguments,
             train_dataset=dataset,

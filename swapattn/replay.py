@@ -1,0 +1,142 @@
+"""A micro-batch's loss and gradients as one CUDA graph: recorded once, replayed with a single launch.
+
+Up to some hundred million parameters the host needs longer to launch the thousands of kernels of a step than a GPU to
+run them. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import masking_utils
+
+from .environment import say
+
+WARM_UP = 3  # calls before the recording, in which kernels are compiled and tuned
+_TOLERANCE = 0.01  # relative, of loss and gradient norm of a replay to those of the last of these calls
+
+Inputs = Mapping[str, torch.Tensor]
+Work = Callable[[Inputs], torch.Tensor]
+
+
+class Replay:
+    """Calls `work` by a recording of its kernels.
+
+    What cannot be recorded (a host that waits for the device, shapes that depend on values) is called as it is, with
+    the reason on stderr. So is what a replay does not repeat: loss and gradients are compared before anything is
+    trained.
+    """
+
+    def __init__(self, work: Work, parameters: Sequence[nn.Parameter]) -> None:
+        """Prepare for micro-batches of one shape; the first one is recorded.
+
+        Args:
+            work: runs forward and backward pass on the inputs and returns the loss; adds to `.grad`. It must do the
+                same at every call, whatever the values of the inputs.
+            parameters: all that it may give a gradient to.
+        """
+        self.work, self.parameters = work, list(parameters)
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.gradients: dict[nn.Parameter, torch.Tensor] = {}
+        self.recorded: tuple[Callable[[], object], torch.Tensor] | None = None
+        self.begun = False
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        """The loss. Gradients are added to `.grad`, where there is one."""
+        if not self.begun:
+            self.begun = True
+            self._record(inputs)
+        if self.recorded is None:
+            return self.work(inputs)
+        replay, loss = self.recorded
+        for name, held in self.inputs.items():
+            held.copy_(inputs[name], non_blocking=True)
+        self._hand_out()
+        replay()
+        return loss.clone()
+
+    def _hand_out(self) -> None:
+        """Let `.grad` be what the recording adds to, from 0 on where there was none."""
+        fresh = [gradient for parameter, gradient in self.gradients.items() if parameter.grad is not gradient]
+        if fresh:
+            torch._foreach_zero_(fresh)
+        for parameter, gradient in self.gradients.items():
+            parameter.grad = gradient
+
+    def _forget(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _record(self, inputs: Inputs) -> None:
+        """Warm up, record, and compare; no gradient is there before or afterwards."""
+        self.inputs = {name: given.clone() for name, given in inputs.items()}
+        with beside():
+            for _ in range(WARM_UP):
+                self._forget()
+                expected = self.work(self.inputs)
+            found = {p: p.grad for p in self.parameters if p.grad is not None}
+            before = torch.stack((expected, _norm(list(found.values()))))
+            self.gradients = {parameter: torch.zeros_like(gradient) for parameter, gradient in found.items()}
+            del found, expected
+        self._hand_out()
+        try:
+            with _nothing_packed():
+                self.recorded = record(partial(self.work, self.inputs))
+            torch._foreach_zero_(list(self.gradients.values()))
+            self.recorded[0]()
+            after = torch.stack((self.recorded[1], _norm(list(self.gradients.values()))))
+            if not torch.allclose(before, after, rtol=_TOLERANCE, atol=0):
+                raise RuntimeError(f"loss and gradient {before.tolist()} are {after.tolist()} when replayed")
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            say(f"the step cannot be recorded as a CUDA graph ({reason}): its kernels are launched one by one")
+            self.recorded, self.gradients = None, {}
+        self._forget()
+
+
+def record(call: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+    """Record the kernels of a call: what runs them again, and what the call returned, to be overwritten each time."""
+    graph = torch.cuda.CUDAGraph()
+    # "global" would not stand the thread of the data loader, which pins memory meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = call()
+    return graph.replay, result
+
+
+@contextmanager
+def beside() -> Iterator[None]:
+    """A stream beside the current one: what a recording will need is not to be bound to the stream of all else."""
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+
+
+@contextmanager
+def _nothing_packed() -> Iterator[None]:
+    """Let transformers make the masks that it makes without a recording.
+
+    It takes a stream that is recorded for tracing, where it does not look whether sequences are packed but makes every
+    mask whole, at a cost quadratic in the length. Here they never are.
+    """
+    names = {"is_tracing": lambda *_: False, "find_packed_sequence_indices": lambda *_: None}
+    own = {name: getattr(masking_utils, name) for name in names}
+    for name, other in names.items():
+        setattr(masking_utils, name, other)
+    try:
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(masking_utils, name, function)
+
+
+def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    total: torch.Tensor = torch.stack(torch._foreach_norm(gradients)).float().norm()
+    return total

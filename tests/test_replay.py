@@ -1,0 +1,198 @@
+"""A step as a CUDA graph: the same weights as without, and what cannot be recorded is called as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import sys
+
+import pytest
+import torch
+
+from swapattn import replay, training
+from swapattn.compilation import align_function
+from swapattn.objectives import align_loss, distill_loss, hidden_states
+from swapattn.recipe import ConvertSpec
+from swapattn.stages import AlignStage, DistillStage
+from swapattn.surgery import apply_, plan
+from swapattn.training import run_stage
+
+
+def stage(kind="distill", **values):
+    settings = {"stage": kind, "length": 24, "batch": 4, "micro_batch": 2, "learning_rate": 1e-2, "tokens": 5 * 96}
+    settings |= {"train": "all", "backbone_learning_rate": 1e-3} if kind == "distill" else {}
+    return (AlignStage if kind == "align" else DistillStage).model_validate(settings | values)
+
+
+class Windows(torch.utils.data.IterableDataset):
+    def __init__(self, length=24):
+        self.length = length
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(0)
+        while True:
+            yield {"input_ids": torch.randint(2, 320, (self.length,), generator=generator)}
+
+
+def student(tiny_family, **values):
+    model = tiny_family("llama", **values)
+    apply_(model, plan(model.config, ConvertSpec.model_validate({"local": {"window": 6, "sinks": 2, "mix": "joint"}})))
+    return model
+
+
+def loss_of(what, teacher, amp=False):
+    if isinstance(what, AlignStage):
+        return functools.partial(align_loss, amp=amp)
+    return functools.partial(distill_loss, stage=what, teacher=teacher, amp=amp)
+
+
+def train(model, what, folder, loss, device="cpu"):
+    folder.mkdir()
+    data = Windows(what.length)
+    log = folder / "log.jsonl"
+    run_stage(model, what, loss, data, title="it", folder=folder / "run", log=log, device=device, seed=0)
+    return {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Stands in for a GPU: a recording calls the function again and writes its result where the first one lies."""
+    made = []
+
+    def record(call):
+        result = call().clone()
+        made.append(0)
+
+        def again():
+            made[-1] += 1
+            result.copy_(call())
+
+        return again, result
+
+    monkeypatch.setattr(replay, "record", record)
+    monkeypatch.setattr(replay, "beside", contextlib.nullcontext)
+    monkeypatch.setattr(training, "_recordable", lambda *_: True)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["align", "distill"])
+def test_replays_train_the_same_weights(tiny_family, tmp_path, monkeypatch, recorder, kind):
+    what, teacher = stage(kind), tiny_family("llama")
+    found = train(student(tiny_family), what, tmp_path / "replayed", loss_of(what, teacher))
+    assert recorder == [1 + 2 * 5]  # compared once, then two micro-batches in each of five steps
+    monkeypatch.setattr(training, "_recordable", lambda *_: False)
+    expected = train(student(tiny_family), what, tmp_path / "plain", loss_of(what, teacher))
+    assert recorder == [1 + 2 * 5]
+    start = dict(student(tiny_family).named_parameters())
+    assert any(not torch.equal(expected[name], start[name]) for name in expected)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_what_cannot_be_recorded_is_called_as_it_is(tiny_family, tmp_path, monkeypatch, recorder, capsys):
+    def refuse(call):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    what, teacher = stage(), tiny_family("llama")
+    monkeypatch.setattr(replay, "record", refuse)
+    found = train(student(tiny_family), what, tmp_path / "refused", loss_of(what, teacher))
+    assert "CUDA graph (operation not permitted when stream is capturing): its kernels" in capsys.readouterr().err
+    monkeypatch.setattr(training, "_recordable", lambda *_: False)
+    expected = train(student(tiny_family), what, tmp_path / "plain", loss_of(what, teacher))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_a_replay_that_does_something_else_is_not_trained_with(
+    tiny_family, tmp_path, monkeypatch, recorder, capsys, wrong
+):
+    def record(call):
+        result = call().clone()
+
+        def again():
+            kept = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            result.copy_(call() * (1.1 if wrong == "loss" else 1))
+            if wrong == "gradient":
+                for p, grad in zip((p for p in model.parameters() if p.grad is not None), kept, strict=True):
+                    p.grad.copy_(grad)
+
+        return again, result
+
+    monkeypatch.setattr(replay, "record", record)
+    model, what, teacher = student(tiny_family), stage(), tiny_family("llama")
+    found = train(model, what, tmp_path / "wrong", loss_of(what, teacher))
+    assert "when replayed" in capsys.readouterr().err
+    monkeypatch.setattr(training, "_recordable", lambda *_: False)
+    expected = train(student(tiny_family), what, tmp_path / "plain", loss_of(what, teacher))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_out_of_memory_is_no_reason_to_launch_one_by_one(tiny_family, tmp_path, monkeypatch, recorder):
+    def refuse(call):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(replay, "record", refuse)
+    what, teacher = stage(), tiny_family("llama")
+    with pytest.raises(training.TrainingError, match="lower micro_batch"):
+        train(student(tiny_family), what, tmp_path / "oom", loss_of(what, teacher))
+
+
+@pytest.mark.parametrize(
+    ("values", "device", "count", "expected"),
+    [
+        ({}, "cuda", 1, True),
+        ({}, "cpu", 1, False),
+        ({}, "cuda", 2, False),
+        ({"cuda_graph": False}, "cuda", 1, False),
+        ({"gradient_checkpointing": True}, "cuda", 1, False),
+        ({"document_mask": True}, "cuda", 1, False),
+    ],
+)
+def test_which_stages_are_recorded(monkeypatch, values, device, count, expected):
+    monkeypatch.setattr(training.processes, "count", lambda: count)
+    assert training._recordable(stage(**values), device) is expected
+
+
+def test_masks_are_made_as_without_a_recording(tiny_family, monkeypatch):
+    """transformers makes a quadratic mask for a model that it takes for traced."""
+    from transformers import masking_utils
+
+    model, ids = tiny_family("llama"), torch.arange(2, 26)[None]
+    seen = []
+    own = masking_utils.create_causal_mask
+
+    def kept(*args, **kwargs):
+        seen.append(own(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(sys.modules[type(model).__module__], "create_causal_mask", kept)
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)
+    model.set_attn_implementation("sdpa")
+    hidden_states(model, ids)
+    with replay._nothing_packed():
+        hidden_states(model, ids)
+    hidden_states(model, ids)
+    assert [mask is None for mask in seen] == [False, True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["align", "distill"])
+def test_on_a_gpu(tiny_family, tmp_path, capsys, kind, compiled):
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    teacher = tiny_family("llama", **sizes).cuda().bfloat16().eval()
+    found = []
+    for graph in (True, False):
+        what = stage(kind, length=256, tokens=5 * 4 * 256, cuda_graph=graph, compile=compiled)
+        loss = align_function(what, amp=True) if kind == "align" else loss_of(what, teacher, amp=True)
+        model = student(tiny_family, **copy.deepcopy(sizes))
+        found.append(train(model, what, tmp_path / str(graph), loss, "cuda"))
+    assert "cannot be recorded" not in capsys.readouterr().err
+    start = dict(student(tiny_family, **sizes).named_parameters())
+    moved = sum((found[1][name] - start[name]).norm() ** 2 for name in start) ** 0.5
+    apart = sum((found[0][name] - found[1][name]).norm() ** 2 for name in start) ** 0.5
+    assert apart < 0.05 * moved
