@@ -142,7 +142,7 @@ def _train(
         memory = fixed + kept.bytes * micro // windows + _logit_bytes(model, stage, micro)
     else:
         memory = torch.cuda.max_memory_allocated()
-    rate, seconds = figures["tokens_per_second"], figures["seconds"]
+    rate, seconds = batch * stage.length / figures["step_seconds"], figures["seconds"]
     return {"memory_bytes": memory, **_figures(stage, rate, steps, batch, seconds)}
 
 

@@ -209,14 +209,14 @@ def _measure_one(
         figures = run(steps)
         memory = torch.cuda.max_memory_allocated() if device != "cpu" else None
         table = _profiled(functools.partial(run, 2), device) if profile else ""
-    rate = figures["tokens_per_second"]
+    rate = stage.batch * stage.length / figures["step_seconds"]
     row = {
         "step": kind,
         "batch": stage.batch,
         "micro_batch": stage.micro_batch or stage.batch,
         "length": stage.length,
         "steps": steps,
-        "milliseconds": 1000 * figures["seconds"] / steps,
+        "milliseconds": 1000 * figures["step_seconds"],
         "tokens_per_second": rate,
         "flops_per_token": flops,
         "share_of_peak": share_of_peak(rate, flops, device),

@@ -260,7 +260,8 @@ def run_stage(
         reporting: where figures go besides the log.
 
     Returns:
-        Tokens, steps, seconds, tokens/s, first and last loss (means over a tenth of the steps), trained names.
+        Tokens, steps, seconds, tokens/s, seconds of a step (the first left out where it is recorded), first and last
+        loss (means over a tenth of the steps), trained names.
 
     Raises:
         TrainingError: nothing to train, a non-finite loss, out of memory, no room for a checkpoint, or SIGTERM, after
@@ -334,12 +335,14 @@ def run_stage(
     losses = [record["loss"] for record in history]
     tenth = max(1, len(losses) // 10)
     tokens, seconds = stage.steps * stage.batch * stage.length, history[-1]["seconds"]
+    begun = history[0] if trainer.replay is not None and len(history) > 1 else {"step": 0, "seconds": 0.0}
     return {
         "stage": title,
         "tokens": tokens,
         "steps": stage.steps,
         "seconds": seconds,
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "step_seconds": (seconds - begun["seconds"]) / (history[-1]["step"] - begun["step"]),
         "first_loss": sum(losses[:tenth]) / tenth,
         "last_loss": sum(losses[-tenth:]) / tenth,
         "trained": [*new, *own],
