@@ -94,9 +94,9 @@ class Replay:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            say(f"the step cannot be recorded as a CUDA graph ({reason}): its kernels are launched one by one")
+            say(f"the step cannot be recorded as a CUDA graph ({_first(error)}): its kernels are launched one by one")
             self.recorded, self.gradients = None, {}
+            clean_up()
         self._forget()
 
 
@@ -107,6 +107,12 @@ def record(call: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torc
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = call()
     return graph.replay, result
+
+
+def clean_up() -> None:
+    """After a recording that broke off: the random numbers of the device take it for going on until one has ended."""
+    torch.cuda.synchronize()
+    record(lambda: torch.zeros(1, device="cuda"))
 
 
 @contextmanager
@@ -135,6 +141,13 @@ def _nothing_packed() -> Iterator[None]:
     finally:
         for name, function in own.items():
             setattr(masking_utils, name, function)
+
+
+def _first(error: BaseException) -> str:
+    """The first line of what went wrong first: the end of a recording that broke off is an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).strip().splitlines()[0]
 
 
 def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
