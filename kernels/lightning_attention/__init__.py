@@ -3,7 +3,13 @@
 The package needs torch only and knows nothing of the models that call it.
 """
 
-from .local import local_attention, local_attention_cached
+from .local import local_attention, local_attention_cached, merged_local_attention
 from .op import lightning_attention, lightning_attention_step
 
-__all__ = ["lightning_attention", "lightning_attention_step", "local_attention", "local_attention_cached"]
+__all__ = [
+    "lightning_attention",
+    "lightning_attention_step",
+    "local_attention",
+    "local_attention_cached",
+    "merged_local_attention",
+]

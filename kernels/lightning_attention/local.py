@@ -9,7 +9,7 @@ W tokens in a block, NB blocks, N sequences, S keys given to the cached form.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,16 @@ MOST_SINKS = 64  # of the kernels
 
 # Blocks shorter than this cost more in small matmuls than they save in hidden scores.
 _SMALLEST_BLOCK = 32
+
+
+class _Sizes(TypedDict):
+    """What the forms for whole sequences take alike."""
+
+    window: int
+    sinks: int
+    scale: float | None
+    cu_seqlens: Tensor | None
+    mask: Tensor | None
 
 
 class _Blocks(NamedTuple):
@@ -80,15 +90,11 @@ def local_attention(
     Raises:
         ValueError: if shapes, `window` or `sinks` do not fit.
     """
-    _check(q, k, v, window, sinks)
-    if mask is not None and mask.shape != q.shape[:2]:
-        raise ValueError(f"mask: expected shape {list(q.shape[:2])}, found {list(mask.shape)}")
-    if cu_seqlens is not None and q.shape[0] != 1:
-        raise ValueError(f"q: expected one row beside cu_seqlens, found {q.shape[0]}")
+    _check(q, k, v, window, sinks, cu_seqlens, mask)
     if q.shape[1] == 0:
         nothing = v.new_zeros(*q.shape[:3], v.shape[-1])
         return (nothing, nothing.new_zeros(q.shape[:3], dtype=accumulation_dtype(q, k, v))) if return_lse else nothing
-    if _on_kernels(q, k, v, sinks):
+    if _on_kernels(sinks, q, k, v):
         from .local_op import local_attention_kernel
 
         return local_attention_kernel(
@@ -105,6 +111,61 @@ def local_attention(
     if not return_lse:
         return out
     return out, _join(_logsumexp(queries, keys, hidden, scale, accumulation_dtype(q, k, v)), blocks, rows, length)
+
+
+def merged_local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    other: Tensor,
+    other_log_sum: Tensor,
+    other_scale: Tensor,
+    *,
+    window: int,
+    sinks: int,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`local_attention` and an attention over other keys under one denominator, as if one softmax saw all of them.
+
+    o = (e^lse * local + e^other_log_sum * other_scale * other) / (e^lse + e^other_log_sum)
+
+    Args:
+        q: as in `local_attention`, and so are k, v, window, sinks, scale, cu_seqlens and mask.
+        other: output of the other attention `[B, T, Hq, Dv]`.
+        other_log_sum: `[B, T, Hq]` natural logarithm of its weight, beside the lse of the window; -inf where it has
+            none, and `other` is ignored.
+        other_scale: `[Hq, Dv]` its factor.
+
+    Returns:
+        `[B, T, Hq, Dv]` in the dtype of v, 0 for a hidden token; differentiable in all six tensors.
+
+    Raises:
+        ValueError: if shapes, `window` or `sinks` do not fit.
+    """
+    _check(q, k, v, window, sinks, cu_seqlens, mask)
+    expected = {
+        "other": [*q.shape[:3], v.shape[3]],
+        "other_log_sum": [*q.shape[:3]],
+        "other_scale": [q.shape[2], v.shape[3]],
+    }
+    for (name, shape), x in zip(expected.items(), (other, other_log_sum, other_scale), strict=True):
+        if [*x.shape] != shape:
+            raise ValueError(f"{name}: expected shape {shape}, found {list(x.shape)}")
+    sizes: _Sizes = {"window": window, "sinks": sinks, "scale": scale, "cu_seqlens": cu_seqlens, "mask": mask}
+    if q.shape[1] > 0 and _on_kernels(sinks, q, k, v, other):
+        from .local_op import merged_local_attention_kernel
+
+        return merged_local_attention_kernel(q, k, v, other, other_log_sum, other_scale, **sizes)
+    local, lse = local_attention(q, k, v, return_lse=True, **sizes)
+    if mask is not None:
+        other_log_sum = other_log_sum.masked_fill(~mask[..., None], -torch.inf)
+    # Filling, not weighting by 0: it may hold NaN.
+    other = other.masked_fill((other_log_sum == -torch.inf)[..., None], 0)
+    share = torch.sigmoid(lse - other_log_sum)[..., None]
+    out = (other * ((1 - share) * other_scale) + local * share).to(v.dtype)
+    return out if mask is None else out.masked_fill(~mask[..., None, None], 0)
 
 
 @overload
@@ -155,7 +216,7 @@ def local_attention_cached(
         if positions.shape != tokens.shape[:2]:
             raise ValueError(f"{name}: expected shape {list(tokens.shape[:2])}, found {list(positions.shape)}")
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.numel() > 0 and not differentiated and _on_kernels(q, k, v, 0):
+    if q.numel() > 0 and not differentiated and _on_kernels(0, q, k, v):
         from .local_op import local_attention_cached_kernel
 
         return local_attention_cached_kernel(
@@ -179,12 +240,20 @@ def local_attention_cached(
     return out, _logsumexp(q, k, hidden, scale, accumulation_dtype(q, k, v)).masked_fill(nothing, 0)
 
 
-def _on_kernels(q: Tensor, k: Tensor, v: Tensor, sinks: int) -> bool:
+def _on_kernels(sinks: int, *tensors: Tensor) -> bool:
     """Whether the Triton kernels take this call."""
-    return on_kernels(q, k, v, refused=f"{sinks} sinks are more than {MOST_SINKS}" if sinks > MOST_SINKS else None)
+    return on_kernels(*tensors, refused=f"{sinks} sinks are more than {MOST_SINKS}" if sinks > MOST_SINKS else None)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    sinks: int,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [B, T, H, D], found shape {list(x.shape)}")
@@ -196,6 +265,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> None:
         raise ValueError(f"window: expected at least 1, found {window}")
     if sinks < 0:
         raise ValueError(f"sinks: expected at least 0, found {sinks}")
+    if mask is not None and mask.shape != q.shape[:2]:
+        raise ValueError(f"mask: expected shape {list(q.shape[:2])}, found {list(mask.shape)}")
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ValueError(f"q: expected one row beside cu_seqlens, found {q.shape[0]}")
 
 
 def _padded_rows(q: Tensor, width: int) -> _Blocks:

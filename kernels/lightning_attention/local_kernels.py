@@ -10,6 +10,10 @@ tokens in a block, BN in an inner step, BS places for sinks. Scores are in base 
 
 `lse` `[Hq, B * T]`, the logarithm of each query's sum of weights, is in base 2 and in the order of the stream; with LSE
 it is the caller's too, natural and in the order of the B * T. With DLSE it has a gradient.
+
+With MERGE a second attention over other keys, `other` times `other_scale`, comes under the same denominator; `log_sum`
+`[Hq, B * T]`, natural and in the order of the B * T, is the logarithm of its weight, -inf where it has none. o and
+`lse` are then those of one softmax over all keys, and the backward pass over those of the window is as without.
 """
 
 from __future__ import annotations
@@ -142,6 +146,23 @@ def _at(index, valid, place, row, length, LSE: tl.constexpr, PLACED: tl.constexp
 
 
 @triton.jit
+def _other_of(
+    other, log_sum, first_token, i, real, place, head, row, length, tokens, strides, columns,
+    V: tl.constexpr, BV: tl.constexpr, PLACED: tl.constexpr,
+):  # fmt: skip
+    """The other attention's output, 0 where it has no weight, and the logarithm of its weight, in base 2."""
+    there = log_sum + head * tokens + _at(i, real, place, row, length, True, PLACED)
+    weight = tl.load(there, mask=real, other=float("-inf")) * LOG2_E
+    some = weight > float("-inf")  # elsewhere it may be anything
+    return _tile(other, first_token, i, some, place, row, head, length, strides, columns, V, BV, PLACED), weight
+
+
+@triton.jit
+def _scale_of(other_scale, head, columns, V: tl.constexpr):
+    return tl.load(other_scale + head * V + columns, mask=columns < V, other=0.0)
+
+
+@triton.jit
 def _softmax_step(acc, top, total, q, k, v, seen, factor, PRECISION: tl.constexpr):
     """One block of keys into the running output, maximum and sum."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
@@ -157,11 +178,11 @@ def _softmax_step(acc, top, total, q, k, v, seen, factor, PRECISION: tl.constexp
 
 @triton.jit(do_not_specialize=["scale", "length", "total", "tokens", "window", "sinks"])
 def forward_kernel(
-    q, k, v, k_steps, v_steps, o, lse, begin, place,
-    scale, length, total, tokens, window, sinks, query_heads, group, strides_q, strides_k, strides_v,
+    q, k, v, k_steps, v_steps, other, log_sum, other_scale, o, lse, begin, place,
+    scale, length, total, tokens, window, sinks, query_heads, group, strides_q, strides_k, strides_v, strides_other,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BS: tl.constexpr, STREAM: tl.constexpr, PLACED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
-    BULK: tl.constexpr, LSE: tl.constexpr,
+    BULK: tl.constexpr, LSE: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """o and `lse`, by one program per block of queries and head."""
     head, block, row = _work(tl.cdiv(total, BM), query_heads)
@@ -199,9 +220,33 @@ def forward_kernel(
             seen = present[None, :] & (sink[None, :] >= start[:, None])
             acc, top, weight = _softmax_step(acc, top, weight, queries, sink_keys, sink_values, seen, factor, PRECISION)
     weight = tl.where(real, weight, 1.0)
-    there = _offsets(i, real, place, row, length, length.to(tl.int64) * query_heads * V, query_heads * V, PLACED)
-    _put(o + head * V, there, acc / weight[:, None], real, columns, V, BV)
+    acc = acc / weight[:, None]
     logarithm = top + tl.log2(weight)
+    if MERGE:
+        further, weight = _other_of(
+            other,
+            log_sum,
+            first_token,
+            i,
+            real,
+            place,
+            head,
+            row,
+            length,
+            tokens,
+            strides_other,
+            columns,
+            V,
+            BV,
+            PLACED,
+        )
+        own = tl.where(real, logarithm, 0.0)
+        higher = tl.maximum(own, weight)
+        logarithm = higher + tl.log2(tl.exp2(own - higher) + tl.exp2(weight - higher))
+        further = further.to(tl.float32) * _scale_of(other_scale, head, columns, V)[None, :]
+        acc = acc * tl.exp2(own - logarithm)[:, None] + further * tl.exp2(weight - logarithm)[:, None]
+    there = _offsets(i, real, place, row, length, length.to(tl.int64) * query_heads * V, query_heads * V, PLACED)
+    _put(o + head * V, there, acc, real, columns, V, BV)
     if LSE:
         logarithm *= LN_2
     tl.store(lse + head * tokens + _at(i, real, place, row, length, LSE, PLACED), logarithm, mask=real)
@@ -209,13 +254,14 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["length", "total", "tokens"])
 def row_kernel(
-    o, do, lse, dlse, sums, begin, place,
-    length, total, tokens, heads, strides_o, strides_do,
+    o, do, lse, dlse, sums, other, log_sum, other_scale, d_other, d_log_sum, d_scale, begin, place,
+    length, total, tokens, heads, strides_o, strides_do, strides_other,
     V: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, STREAM: tl.constexpr, PLACED: tl.constexpr,
-    LSE: tl.constexpr, DLSE: tl.constexpr,
+    LSE: tl.constexpr, DLSE: tl.constexpr, MERGE: tl.constexpr, D_SCALE: tl.constexpr,
 ):  # fmt: skip
     """`sums` `[2, Hq, B * T]` in the order of the stream: `lse` in base 2, and what the softmax subtracts from the
-    gradient of its weights, sum(o * do) - dlse.
+    gradient of its weights, sum(o * do) - dlse. With MERGE also the gradients of the other attention; with D_SCALE
+    those of its scale, of each block of tokens alone: `[blocks, Hq, V]`.
     """
     head, block, row = _work(tl.cdiv(total, BM), heads)
     i = block * BM + tl.arange(0, BM)
@@ -233,6 +279,21 @@ def row_kernel(
     here = sums + head * tokens + row * length + i
     tl.store(here, weight, mask=real)
     tl.store(here + tl.cast(heads, tl.int64) * tokens, delta, mask=real)
+    if MERGE:
+        further, log_weight = _other_of(
+            other, log_sum, block * BM, i, real, place, head, row, length, tokens, strides_other, columns, V, BV, PLACED
+        )
+        further = further.to(tl.float32)
+        scaled = gradient.to(tl.float32) * _scale_of(other_scale, head, columns, V)[None, :]
+        share = tl.exp2(log_weight - weight)
+        there = head * tokens + _at(i, real, place, row, length, True, PLACED)
+        tl.store(d_log_sum + there, share * (tl.sum(scaled * further, 1) - delta), mask=real)
+        there = _offsets(i, real, place, row, length, length.to(tl.int64) * heads * V, heads * V, PLACED)
+        _put(d_other + head * V, there, scaled * share[:, None], real, columns, V, BV)
+        if D_SCALE:
+            part = tl.sum(gradient.to(tl.float32) * further * share[:, None], 0)
+            slot = (row * tl.cdiv(total, BM) + block) * heads + head
+            tl.store(d_scale + slot * V + columns, part, mask=columns < V)
 
 
 @triton.jit

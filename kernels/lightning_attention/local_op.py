@@ -6,6 +6,7 @@ Dimensions: B rows, T tokens, N sequences, Hq query heads, Hkv key/value heads, 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,19 @@ from .local_kernels import NOWHERE, backward_kernel, cached_kernel, forward_kern
 from .shape import padded
 
 LARGEST_BLOCK = 128
+ROW_BLOCK = 32  # tokens of a program of `row_kernel`
 SMALLEST_BULK = 2**25  # elements; of less the host takes longer for descriptors than a kernel runs
 _Maybe = Tensor | None
 # Of this copy of the file: the one that travels with a checkpoint may be loaded beside the installed one.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+class Other(NamedTuple):
+    """Attention over other keys, to be merged with the window's."""
+
+    values: Tensor  # [B, T, Hq, Dv]
+    log_sum: Tensor  # [Hq, B * T] fp32, natural
+    scale: Tensor  # [Hq, Dv] fp32
 
 
 class LocalConfig(NamedTuple):
@@ -136,6 +146,28 @@ def _extent(q: Tensor, begin: _Maybe, block: int) -> tuple[int, int, int]:
     return total, -(-total // block), streams
 
 
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, begin: _Maybe, place: _Maybe,
+    scale: float, window: int, sinks: int, return_lse: bool = False, other: Other | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k, v = _rows(q), _rows(k), _rows(v)  # the compiler may lay tensors out anew
+    rows, length, heads = q.shape[:3]
+    config = local_config("forward", q.shape[3], v.shape[3], q.dtype, q.device)
+    fill = v.new_empty if place is None else v.new_zeros
+    o = fill(rows, length, heads, v.shape[3])
+    lse = (fill if return_lse else v.new_empty)(heads, rows * length, dtype=torch.float32)
+    total, blocks, streams = _extent(q, begin, config.block)
+    bulk = _bulk(place, k, v)
+    further = (o, lse, lse) if other is None else (_rows(other.values), *_contiguous(other.log_sum, other.scale))
+    forward_kernel[(heads * blocks * streams,)](
+        q, k, v, *_steps(bulk, config.step, k, v), *further, o, lse,
+        o if begin is None else begin, o if place is None else place,
+        scale, length, total, rows * length, window, sinks, heads, heads // k.shape[2], *_strides(q, k, v, further[0]),
+        **_constants(q, v, config, begin, place, sinks), BULK=bulk, LSE=return_lse, MERGE=other is not None,
+    )  # fmt: skip
+    return o, lse
+
+
 @torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe,
@@ -146,20 +178,7 @@ def _forward(
     The latter is to base 2 and in the order of the stream, for the backward pass only; with `return_lse` natural and
     in the order of the tokens, 0 for hidden ones.
     """
-    q, k, v = _rows(q), _rows(k), _rows(v)  # the compiler may lay tensors out anew
-    rows, length, heads = q.shape[:3]
-    config = local_config("forward", q.shape[3], v.shape[3], q.dtype, q.device)
-    fill = v.new_empty if place is None else v.new_zeros
-    o = fill(rows, length, heads, v.shape[3])
-    lse = (fill if return_lse else v.new_empty)(heads, rows * length, dtype=torch.float32)
-    total, blocks, streams = _extent(q, begin, config.block)
-    bulk = _bulk(place, k, v)
-    forward_kernel[(heads * blocks * streams,)](
-        q, k, v, *_steps(bulk, config.step, k, v), o, lse, o if begin is None else begin, o if place is None else place,
-        scale, length, total, rows * length, window, sinks, heads, heads // k.shape[2], *_strides(q, k, v),
-        **_constants(q, v, config, begin, place, sinks), BULK=bulk, LSE=return_lse,
-    )  # fmt: skip
-    return o, lse
+    return _launch_forward(q, k, v, begin, place, scale, window, sinks, return_lse)
 
 
 @_forward.register_fake
@@ -172,17 +191,17 @@ def _(
     return o, v.new_empty(heads, rows * length, dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor, dlse: _Maybe,
-    begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe,
-    scale: float, window: int, sinks: int, return_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv; `lse` as `_forward` made it, `dlse` its gradient where it was returned and has one."""
-    q, k, v, do, o, lse = _rows(q), _rows(k), _rows(v), _rows(do), o.contiguous(), lse.contiguous()
+def _launch_backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor, table: Sequence[_Maybe],
+    scale: float, window: int, sinks: int, return_lse: bool = False, dlse: _Maybe = None,
+    other: Other | None = None, d_scale: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dq, dk, dv, and with `other` its gradients: those of its scale empty but for `d_scale`."""
+    q, k, v, do, (o, lse) = _rows(q), _rows(k), _rows(v), _rows(do), _contiguous(o, lse)
     rows, length, heads, dim = q.shape
     shared, value_dim = k.shape[2], v.shape[3]
     config = local_config("backward", dim, value_dim, q.dtype, q.device)
+    begin, _, starts, place = table
     fill = torch.empty if place is None else torch.zeros
     dq, dk, dv = (fill(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     total, blocks, streams = _extent(q, begin, config.block)
@@ -190,13 +209,21 @@ def _backward(
     near = q.new_empty((sequences, shared, sinks, dim + value_dim), dtype=torch.float32)
     far = q.new_empty((streams * blocks, heads, sinks, dim + value_dim), dtype=torch.float32)
     # What is not read still has to be a pointer.
-    table = [o if x is None else x for x in (begin, owner, starts, place)]
+    table = [o if x is None else x for x in table]
     given = lse if dlse is None else dlse.contiguous()
     sums = lse.new_empty(2, *lse.shape)
     stream = {"STREAM": begin is not None, "PLACED": place is not None}
-    row_kernel[(heads * -(-total // 32) * streams,)](
-        o, do, lse, given, sums, table[0], table[3], length, total, rows * length, heads, *_strides(o, do),
-        V=value_dim, BV=padded(value_dim), BM=32, **stream, LSE=return_lse, DLSE=dlse is not None, num_warps=4,
+    row_blocks = -(-total // ROW_BLOCK) * streams
+    further: tuple[Tensor, ...] = (o, lse, lse)
+    gradients: tuple[Tensor, ...] = further
+    if other is not None:
+        further = _rows(other.values), *_contiguous(other.log_sum, other.scale)
+        d_other, d_log_sum = (fill(x.shape, dtype=x.dtype, device=x.device) for x in further[:2])
+        gradients = d_other, d_log_sum, other.scale.new_empty(row_blocks if d_scale else 0, heads, value_dim)
+    row_kernel[(heads * row_blocks,)](
+        o, do, lse, given, sums, *further, *gradients, table[0], table[3], length, total, rows * length, heads,
+        *_strides(o, do, further[0]), V=value_dim, BV=padded(value_dim), BM=ROW_BLOCK, **stream,
+        LSE=return_lse, DLSE=dlse is not None, MERGE=other is not None, D_SCALE=d_scale, num_warps=4,
     )  # fmt: skip
     bulk = _bulk(place, q, k, v, do)
     backward_kernel[((heads + shared) * blocks * streams,)](
@@ -212,6 +239,21 @@ def _backward(
             D=dim, V=value_dim, BM=config.block, PARTS=16, COLUMNS=columns,
             **stream, num_warps=4,
         )  # fmt: skip
+    if other is None:
+        return dq, dk, dv
+    *rest, parts = gradients
+    return dq, dk, dv, *rest, parts.sum(0) if d_scale else parts
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor, dlse: _Maybe,
+    begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe,
+    scale: float, window: int, sinks: int, return_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv; `lse` as `_forward` made it, `dlse` its gradient where it was returned and has one."""
+    table = begin, owner, starts, place
+    dq, dk, dv = _launch_backward(q, k, v, o, do, lse, table, scale, window, sinks, return_lse, dlse)
     return dq, dk, dv
 
 
@@ -238,6 +280,72 @@ def _differentiate(ctx: Any, do: _Maybe, dlse: _Maybe) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::merged", mutates_args=())
+def _merged(
+    q: Tensor, k: Tensor, v: Tensor, other: Tensor, log_sum: Tensor, other_scale: Tensor,
+    begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe, scale: float, window: int, sinks: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `_forward`, of the window and the other attention under one denominator."""
+    return _launch_forward(
+        q, k, v, begin, place, scale, window, sinks, other=Other(other, log_sum, other_scale)
+    )  # fmt: skip
+
+
+@_merged.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, other: Tensor, log_sum: Tensor, other_scale: Tensor,
+    begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe, scale: float, window: int, sinks: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return v.new_empty(other.shape), log_sum.new_empty(log_sum.shape)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::merged_backward", mutates_args=())
+def _merged_backward(
+    q: Tensor, k: Tensor, v: Tensor, other: Tensor, log_sum: Tensor, other_scale: Tensor,
+    o: Tensor, do: Tensor, lse: Tensor, begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe,
+    scale: float, window: int, sinks: int, d_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the first six; that of `other_scale` is empty but for `d_scale`."""
+    table, further = (begin, owner, starts, place), Other(other, log_sum, other_scale)
+    dq, dk, dv, d_other, d_log_sum, of_scale = _launch_backward(
+        q, k, v, o, do, lse, table, scale, window, sinks, other=further, d_scale=d_scale
+    )
+    return dq, dk, dv, d_other, d_log_sum, of_scale
+
+
+@_merged_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, other: Tensor, log_sum: Tensor, other_scale: Tensor,
+    o: Tensor, do: Tensor, lse: Tensor, begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe,
+    scale: float, window: int, sinks: int, d_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv, d_other, d_log_sum = (x.new_empty(x.shape) for x in (q, k, v, other, log_sum))
+    return (
+        dq,
+        dk,
+        dv,
+        d_other,
+        d_log_sum,
+        other_scale.new_empty(other_scale.shape if d_scale else (0, *other.shape[2:])),
+    )
+
+
+def _keep_merged(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, scale, window, sinks = inputs
+    ctx.save_for_backward(*tensors[:6], *output, *tensors[6:])
+    ctx.sizes = scale, window, sinks
+
+
+def _differentiate_merged(ctx: Any, do: Tensor, _: Tensor) -> tuple[Any, ...]:
+    *operands, o, lse, begin, owner, starts, place = ctx.saved_tensors
+    d_scale = ctx.needs_input_grad[5]
+    *found, of_scale = _merged_backward(*operands, o, do, lse, begin, owner, starts, place, *ctx.sizes, d_scale)
+    return *found, of_scale if d_scale else None, *[None] * 7
+
+
+_merged.register_autograd(_differentiate_merged, setup_context=_keep_merged)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::cached", mutates_args=())
@@ -275,6 +383,10 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(1) < 2**31 // LARGEST_BLOCK else x.contiguous()
 
 
+def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in tensors)
+
+
 def _inputs(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     return [x.to(dtype) for x in (q, k, v)]
@@ -293,15 +405,43 @@ def local_attention_kernel(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`local_attention` by the kernels; arguments checked by the caller, T > 0."""
+    arguments = _arguments(q, window, sinks, scale, cu_seqlens, mask)
+    o, lse = _forward(*_inputs(q, k, v), *arguments, return_lse)
+    o = o.to(v.dtype)
+    return (o, torch.unflatten(lse, 1, q.shape[:2]).permute(1, 2, 0)) if return_lse else o
+
+
+def merged_local_attention_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    other: Tensor,
+    other_log_sum: Tensor,
+    other_scale: Tensor,
+    *,
+    window: int,
+    sinks: int,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`merged_local_attention` by the kernels; arguments checked by the caller, T > 0."""
+    arguments = _arguments(q, window, sinks, scale, cu_seqlens, mask)
+    log_sum = other_log_sum.float().permute(2, 0, 1).flatten(1)
+    o: Tensor = _merged(*_inputs(q, k, v), other, log_sum, other_scale.float(), *arguments)[0]
+    return o.to(v.dtype)
+
+
+def _arguments(
+    q: Tensor, window: int, sinks: int, scale: float | None, cu_seqlens: _Maybe, mask: _Maybe
+) -> tuple[Any, ...]:
+    """What the operators take beside tensors `[B, T, H, D]`: the stream, scale, window and sinks."""
     rows, length = q.shape[:2]
-    window, sinks = min(window, rows * length), min(sinks, length)
     table: tuple[_Maybe, ...] = (None, None, None, None)
     if cu_seqlens is not None or mask is not None:
         table = tuple(stream_of(rows, length, cu_seqlens, mask, q.device))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    o, lse = _forward(*_inputs(q, k, v), *table, scale, window, sinks, return_lse)
-    o = o.to(v.dtype)
-    return (o, torch.unflatten(lse, 1, (rows, length)).permute(1, 2, 0)) if return_lse else o
+    return *table, scale, min(window, rows * length), min(sinks, length)
 
 
 def local_attention_cached_kernel(

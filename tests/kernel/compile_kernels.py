@@ -23,7 +23,14 @@ from unittest import mock
 
 import torch
 import triton
-from lightning_attention import bulk, lightning_attention_step, local_attention, local_attention_cached, local_op
+from lightning_attention import (
+    bulk,
+    lightning_attention_step,
+    local_attention,
+    local_attention_cached,
+    local_op,
+    merged_local_attention,
+)
 from lightning_attention import launch as launch_parameters
 from lightning_attention.linear_op import lightning_attention_kernel
 from torch import Tensor
@@ -135,6 +142,20 @@ def window(
         )  # fmt: skip
 
 
+def merged(
+    dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 2, length: int = 256, heads: tuple[int, int] = (4, 2)
+) -> None:
+    """The softmax window merged with another attention, and its backward pass, also with hidden tokens."""
+    sizes = (heads[0], dim), (heads[1], dim), (heads[1], value_dim), (heads[0], value_dim)
+    leaves = [torch.zeros(rows, length, *size, dtype=dtype, requires_grad=True) for size in sizes]
+    log_sum, scale = torch.zeros(rows, length, heads[0], requires_grad=True), torch.zeros(heads[0], value_dim)
+    for mask, smallest in ((None, 1), (None, 2**40), (torch.ones(rows, length, dtype=torch.bool), 1)):
+        with mock.patch.object(local_op, "SMALLEST_BULK", smallest):
+            for trained in (False, True):
+                factor = scale.detach().requires_grad_(trained)
+                merged_local_attention(*leaves, log_sum, factor, window=64, sinks=4, mask=mask).sum().backward()
+
+
 def losses(dtype: torch.dtype, dim: int, value_dim: int) -> None:
     """The losses of `swapattn`: the usual one, and all at once."""
     from swapattn.loss_kernel import launch
@@ -154,6 +175,7 @@ CALLS: dict[str, Callable[[torch.dtype, int, int], None]] = {
     "step": step,
     "window": window,
     "lse": lambda dtype, dim, value_dim: window(dtype, dim, value_dim, return_lse=True),
+    "merged": merged,
     "losses": losses,
 }
 

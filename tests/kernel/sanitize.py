@@ -17,7 +17,13 @@ import sys
 from typing import Any
 
 import torch
-from lightning_attention import lightning_attention, lightning_attention_step, local_attention, local_attention_cached
+from lightning_attention import (
+    lightning_attention,
+    lightning_attention_step,
+    local_attention,
+    local_attention_cached,
+    merged_local_attention,
+)
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,6 +83,9 @@ def window(dtype: torch.dtype, dim: int, shared: int, kind: str) -> None:
         options["mask"] = torch.rand(rows, 197, device=DEVICE) > 0.2
     out, lse = local_attention(q, k, v, return_lse=True, **options)
     torch.autograd.grad(out.float().square().sum() + lse.sum(), (q, k, v))
+    other, log_sum = randn(rows, 197, 4, dim, dtype=dtype, grad=True), randn(rows, 197, 4, grad=True)
+    leaves = q, k, v, other, log_sum, randn(4, dim, grad=True)
+    torch.autograd.grad(merged_local_attention(*leaves, **options).float().square().sum(), leaves)
 
 
 def ring(dtype: torch.dtype, dim: int, shared: int) -> None:

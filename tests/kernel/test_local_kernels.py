@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from lightning_attention import local_attention, local_attention_cached, local_op
+from lightning_attention import local_attention, local_attention_cached, local_op, merged_local_attention
 
 EXAMPLES = int(os.environ.get("SWAPATTN_EXAMPLES", "3"))  # a second each, so none is made smaller
 
@@ -77,6 +77,56 @@ def compare(function, inputs, *, limit, **options):
         assert x.shape == like.shape
         assert (x - y).norm() <= limit * max(y.norm(), like.nan_to_num().norm() / 4), name  # a gradient may be 0
         assert mask is None or not x[~mask].any(), name
+
+
+def make_other(inputs, *, dtype=None, seed=1):
+    """Of another attention: output, logarithm of its weight, -inf for the first tokens, and scale."""
+    q, v = inputs[0], inputs[2]
+    generator = torch.Generator().manual_seed(seed)
+    other, log_sum, scale = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((*q.shape[:3], v.shape[3]), q.shape[:3], (q.shape[2], v.shape[3]))
+    )
+    log_sum[:, :7] = -torch.inf
+    return [other.to(q.device, dtype or q.dtype), (2 * log_sum).to(q.device), scale.to(q.device)]
+
+
+def quadratic_merged(q, k, v, other, log_sum, scale, **options):
+    """The definition; a hidden token's operands are finite."""
+    local, lse = quadratic(q, k, v, **options, return_lse=True)
+    both = torch.logaddexp(lse, log_sum)
+    out = (lse - both).exp()[..., None] * local + (log_sum - both).exp()[..., None] * scale * other
+    mask = options.get("mask")
+    return out if mask is None else out.masked_fill(~mask[..., None, None], 0)
+
+
+def merged_with_gradients(function, tensors, do, **options):
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = function(*leaves, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, do.to(out.dtype))]
+
+
+def compare_merged(inputs, others, *, limit, function=merged_local_attention, **options):
+    """As `compare`, in all six gradients; what has no weight is NaN and ignored."""
+    *tensors, do = inputs
+    mask = options.get("mask")
+    other, log_sum, scale = others
+    poisoned = other.masked_fill((log_sum == -torch.inf)[..., None], torch.nan)
+    if mask is not None:
+        poisoned, log_sum = (x.masked_fill(~mask.view(*mask.shape, *[1] * (x.dim() - 2)), torch.nan)
+                             for x in (poisoned, log_sum))  # fmt: skip
+    found = merged_with_gradients(function, [*tensors, poisoned, log_sum, scale], do, **options)
+    clean = [*tensors, *others[:2], do]
+    if mask is not None:
+        clean = [x.masked_fill(~mask.view(*mask.shape, *[1] * (x.dim() - 2)), 0) for x in clean]
+    *clean, do = (x.double() for x in clean)
+    wanted = merged_with_gradients(quadratic_merged, [*clean, scale.double()], do, **options)
+    names = ("o", "dq", "dk", "dv", "d_other", "d_log_sum", "d_scale")
+    for name, x, y, like in zip(names, found, wanted, [inputs[3], *tensors, *others], strict=True):
+        assert (x.dtype, x.shape) == (like.dtype, like.shape), name
+        assert (x - y).norm() <= limit * max(y.norm(), like.nan_to_num(0, 0, 0).norm() / 4), name
+        assert mask is None or name == "d_scale" or not x[~mask].any(), name
+    assert not found[5][others[1] == -torch.inf].any()
 
 
 @pytest.fixture
@@ -286,6 +336,63 @@ def test_cached_form_equals_full_form(step):
                     held_k[row, place], held_v[row, place], held[row, place] = k[row, new], v[row, new], p
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("length", "window", "sinks"), [(1, 1, 4), (40, 64, 0), (65, 300, 4), (150, 64, 4), (150, 20, 0)]
+)
+@pytest.mark.usefixtures("interpreted")
+def test_merged_with_other_attention(length, window, sinks, dtype):
+    inputs = make(length, rows=2, heads=4, shared=2, value_dim=24, dtype=dtype)
+    sizes = {"window": window, "sinks": sinks, "limit": DTYPES[dtype]}
+    compare_merged(inputs, make_other(inputs), **sizes)
+    if dtype == torch.float16:
+        compare_merged(inputs, make_other(inputs, dtype=torch.float32), **sizes)
+
+
+@pytest.mark.parametrize("form", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("bounds", "where"),
+    [
+        (None, "left"),
+        (None, "holes"),
+        (None, "whole row"),
+        ([0, 0, 1, 2, 66, 66, 130], None),
+        ([0, 5, 9, 130], "every"),
+    ],
+)
+def test_merged_where_tokens_are_hidden_or_packed(bounds, where, form, interpreted, monkeypatch):
+    monkeypatch.setenv("SWAPATTN_KERNELS", form)
+    options = {"window": 20, "sinks": 4, "limit": 2e-6}
+    if bounds is not None:
+        options["cu_seqlens"] = torch.tensor(bounds)
+        options["mask"] = torch.arange(130)[None] % 4 != 0 if where else None
+    else:
+        options["mask"] = masks(130)[where]
+    inputs = make(130, rows=1 if bounds else 2, heads=4, shared=2)
+    others = make_other(inputs)
+    if options["mask"] is not None:
+        inputs = [x.masked_fill(~options["mask"][..., None, None], torch.nan) for x in inputs]
+    compare_merged(inputs, others, **options)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_merged_takes_views_and_gives_no_more_gradients_than_wanted():
+    """Bit for bit the same from tensors laid otherwise, without a gradient of the scale, and again."""
+    inputs = make(100, rows=2, heads=4, shared=2)
+    *tensors, do = inputs
+    other, log_sum, scale = make_other(inputs)
+    sizes = {"window": 16, "sinks": 2}
+    first = merged_with_gradients(merged_local_attention, [*tensors, other, log_sum, scale], do, **sizes)
+    room = torch.full((2, 4, 130, 40), torch.nan)
+    view = room[:, :, :100, 8:24].transpose(1, 2).copy_(other)
+    turned, wide = log_sum.permute(2, 1, 0).contiguous().permute(2, 1, 0), torch.stack((scale, scale), 1)[:, 1]
+    second = merged_with_gradients(merged_local_attention, [*tensors, view, turned, wide], do, **sizes)
+    assert all(map(torch.equal, first, second))
+    leaves = [x.detach().requires_grad_() for x in (*tensors, view, turned)]
+    found = torch.autograd.grad(merged_local_attention(*leaves, wide, **sizes), leaves, do)
+    assert all(map(torch.equal, first[1:6], found))
+
+
 def test_operators_are_traceable(interpreted):
     """Fake implementations, autograd, and one graph for torch.compile."""
     from lightning_attention import local_op as module
@@ -297,6 +404,15 @@ def test_operators_are_traceable(interpreted):
         for test in ("test_faketensor", "test_autograd_registration"):
             for asked in (False, True):
                 torch.library.opcheck(module._forward, (*leaves, *table, 0.25, 8, 2, asked), test_utils=test)
+        others = make_other((q, k, v, do))
+        for other in (others, [x.requires_grad_() for x in others]):
+            arguments = (*leaves, other[0], other[1][0].T, other[2], *table, 0.25, 8, 2)
+            for test in ("test_faketensor", "test_autograd_registration"):
+                torch.library.opcheck(module._merged, arguments, test_utils=test)
+    compiled = torch.compile(merged_local_attention, fullgraph=True, backend="aot_eager")
+    options, tensors = {"window": 8, "sinks": 2, "mask": mask}, (q, k, v, *others)
+    found, wanted = (merged_with_gradients(x, tensors, do, **options) for x in (compiled, merged_local_attention))
+    assert all(map(torch.equal, found, wanted))
     positions = torch.arange(40)[None]
     compiled = torch.compile(local_attention, fullgraph=True, backend="aot_eager")
     for asked in (False, True):
@@ -380,6 +496,52 @@ def test_on_gpu_graph_capture_and_compile(return_lse):
     graph.replay()
     wanted = with_gradients(local_attention, (q, k, v, do), **options)
     assert all(torch.equal(x, y) for x, y in zip(captured, wanted, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bulk", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (96, 96), (128, 128), (192, 128)])
+def test_on_gpu_merged(dtype, dim, value_dim, bulk, monkeypatch):
+    monkeypatch.setattr(local_op, "SMALLEST_BULK", 1 if bulk else 2**40)
+    inputs = make(1000, rows=2, heads=4, shared=2, dim=dim, value_dim=value_dim, dtype=dtype, device="cuda")
+    for window, sinks in ((64, 4), (100, 0), (1024, 4)):
+        for of_other in {dtype, torch.float32}:
+            others = make_other(inputs, dtype=of_other)
+            compare_merged(inputs, others, window=window, sinks=sinks, limit=DTYPES[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 63, 65, 1000])
+def test_on_gpu_merged_any_length_mask_and_packing(length):
+    inputs = make(length, rows=2, heads=4, dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda")
+    options = {"window": 64, "sinks": 4, "limit": DTYPES[torch.bfloat16]}
+    for mask in masks(length).values():
+        poisoned = [x.masked_fill(~mask.cuda()[..., None, None], torch.nan) for x in inputs]
+        compare_merged(poisoned, make_other(inputs), mask=mask.cuda(), **options)
+    bounds = torch.tensor([0, length // 3, length // 2, length, length], device="cuda")
+    compare_merged([x[:1] for x in inputs], make_other([x[:1] for x in inputs]), cu_seqlens=bounds, **options)
+
+
+@pytest.mark.gpu
+def test_on_gpu_merged_graph_capture_and_compile():
+    """A compiled and a captured call give the same bits, and so do two runs."""
+    inputs = make(500, rows=2, heads=4, dim=64, value_dim=64, dtype=torch.bfloat16, device="cuda")
+    *tensors, do = inputs
+    tensors += make_other(inputs)
+    mask = masks(500)["left"].cuda()
+    options = {"window": 64, "sinks": 4, "mask": mask}
+    wanted = merged_with_gradients(merged_local_attention, tensors, do, **options)
+    for form in (merged_local_attention, torch.compile(merged_local_attention, fullgraph=True)):
+        found = merged_with_gradients(form, tensors, do, **options)
+        assert all(map(torch.equal, found, wanted))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = merged_with_gradients(merged_local_attention, tensors, do, **options)
+    mask.copy_(masks(500)["holes"])
+    graph.replay()
+    wanted = merged_with_gradients(merged_local_attention, tensors, do, **options)
+    assert all(map(torch.equal, captured, wanted))
 
 
 @pytest.mark.gpu
