@@ -38,9 +38,14 @@ try:
         lightning_attention_step,
         local_attention,
         local_attention_cached,
+        merged_local_attention,
     )
 except ImportError:  # inside a saved checkpoint, where the plain PyTorch forms lie beside this file
-    from .local import local_attention, local_attention_cached  # type: ignore[no-redef, import-untyped]
+    from .local import (  # type: ignore[no-redef, import-untyped]
+        local_attention,
+        local_attention_cached,
+        merged_local_attention,
+    )
     from .op import lightning_attention, lightning_attention_step  # type: ignore[no-redef, import-untyped]
 
 KERNEL_FOLDER = Path(inspect.getfile(lightning_attention)).parent  # this folder, inside a saved checkpoint
@@ -300,6 +305,8 @@ class LightningSwap(nn.Module):
         """`forward` without the record."""
         if self.branch == "local" and self.mix is not None and cache is None:
             return self.local(call)[0].to(call.v.dtype)
+        if self.branch == "both" and self.joint and (cache is None or cache.ring_k is None):
+            return self.joined(call, cache)
         parts = self.parts(call, cache)
         if self.branch == "local" and parts.local is not None:
             return parts.local
@@ -308,6 +315,29 @@ class LightningSwap(nn.Module):
         else:
             o = parts.linear * ((1 - parts.share) * self.out_scale) + parts.local * parts.share
         return o.to(call.v.dtype)
+
+    def joined(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
+        """`both` of a joint layer that sees whole sequences: what `parts` hands out is never made."""
+        place = call.last, call.rows, call.length, call.q.device
+        positions = cache.positions(*place) if cache is not None else None
+        seen = self.outside(call)
+        linear, log_sum = self.linear(call, cache, seen)
+        o = merged_local_attention(
+            call.q,
+            call.k,
+            call.v,
+            linear,
+            self.log_weight(call.q, log_sum, seen.some),
+            self.out_scale,
+            window=self.window,
+            sinks=self.sinks,
+            scale=call.scaling,
+            cu_seqlens=call.cu_seqlens,
+            mask=call.tokens,
+        )
+        if cache is not None and positions is not None:
+            cache.remember(call.in_rows(call.k), call.in_rows(call.v), positions, self.window, self.sinks)
+        return o
 
     def parts(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> Parts:
         """Both branches and the share of the local one; reads and advances the cache."""
@@ -322,20 +352,20 @@ class LightningSwap(nn.Module):
         seen = self.outside(call, cache, positions)
         linear, log_sum = self.linear(call, cache, seen)
         local, lse = self.local(call, cache, positions)
-        return Parts(linear, local, self.share(call.q, lse, log_sum, seen.some)[..., None])
+        return Parts(linear, local, torch.sigmoid(lse - self.log_weight(call.q, log_sum, seen.some))[..., None])
 
-    def share(
-        self, q: torch.Tensor, lse: torch.Tensor, log_sum: torch.Tensor | None, some: torch.Tensor
-    ) -> torch.Tensor:
-        """Share `[B, T, Hq]` of the window in the denominator of a joint layer; all of it where nothing is outside."""
+    def log_weight(self, q: torch.Tensor, log_sum: torch.Tensor | None, some: torch.Tensor) -> torch.Tensor:
+        """ln of the linear branch's weight in the denominator of a joint layer, fp32 `[B, T, Hq]`.
+
+        -inf where nothing is outside the window.
+        """
         assert self.mix is not None
         assert self.mix_query is not None
         assert self.mix_sum is not None
         assert log_sum is not None
         # An ALiBi bias in further channels of q stays out.
         of_query = torch.einsum("bthd,hd->bth", q[..., : self.mix_query.shape[1]], self.mix_query.to(q.dtype))
-        share = torch.sigmoid(lse - self.mix - self.mix_sum * log_sum - of_query)
-        return torch.where(some[..., None], share, 1)
+        return torch.where(some[..., None], self.mix + self.mix_sum * log_sum + of_query, -torch.inf)
 
 
 def _softmax_function(base: str, module: nn.Module) -> Callable[..., Any]:
