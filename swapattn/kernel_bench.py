@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_attention import lightning_attention, lightning_attention_step, local_attention
+from lightning_attention import (
+    lightning_attention,
+    lightning_attention_step,
+    local_attention,
+    merged_local_attention,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -292,24 +297,31 @@ def _both(lab: Lab, backward: bool) -> Callable[[], Found]:
         shape = lab.shape(8, 8192)
         tensors = lab.inputs(shape, grad=backward)
         decay = lab.decay(shape.heads)
-        share = torch.full((shape.heads, 1), 0.5, device=lab.device, requires_grad=backward)
-        scale = torch.ones(shape.heads, shape.dim, device=lab.device, requires_grad=backward)
-        # As in a compiled layer; its parameters are float32 and get gradients.
+        # As in a joint layer; its parameters are float32 and get gradients.
+        log_sum = torch.randn(shape.rows, shape.length, shape.heads, device=lab.device, generator=lab.generator)
+        scale = torch.ones(shape.heads, shape.dim, device=lab.device)
+        work = (*tensors, *(x.requires_grad_(backward) for x in (log_sum, scale)))
         mix = _mix if lab.small else torch.compile(_mix, dynamic=False)
+        sizes: dict[str, Any] = {"window": _WINDOW, "sinks": _SINKS}
 
-        def branches(q: Tensor, k: Tensor, v: Tensor, share: Tensor, scale: Tensor) -> Tensor:
-            window = local_attention(q, k, v, window=_WINDOW, sinks=_SINKS)
-            return mix(own_attention(q, k, v, decay), window, share, scale)
+        def merged(q: Tensor, k: Tensor, v: Tensor, log_sum: Tensor, scale: Tensor) -> Tensor:
+            return merged_local_attention(q, k, v, own_attention(q, k, v, decay), log_sum, scale, **sizes)
 
-        alone = lab.time(_work(lab, own_attention, (*tensors, decay), backward))
-        together = lab.time(_work(lab, branches, (*tensors, share, scale), backward))
-        return Found(together, together / alone, {"linear alone": alone})
+        def separate(q: Tensor, k: Tensor, v: Tensor, log_sum: Tensor, scale: Tensor) -> Tensor:
+            window, lse = local_attention(q, k, v, return_lse=True, **sizes)
+            return mix(own_attention(q, k, v, decay), window, lse - log_sum, scale)
+
+        alone, together, apart = (
+            lab.time(_work(lab, attend, operands, backward))
+            for attend, operands in ((own_attention, (*tensors, decay)), (merged, work), (separate, work))
+        )
+        return Found(together, together / alone, {"linear alone": alone, "separate": apart})
 
     return run
 
 
 def _mix(linear: Tensor, local: Tensor, share: Tensor, scale: Tensor) -> Tensor:
-    share = torch.sigmoid(share)
+    share = torch.sigmoid(share)[..., None]
     return (linear * ((1 - share) * scale) + local * share).to(linear.dtype)
 
 

@@ -46,7 +46,7 @@ def test_a_failing_kernel_is_a_row_of_its_own(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no image for this device\nmore")
 
-    monkeypatch.setattr(kernel_bench, "local_attention", broken)
+    monkeypatch.setattr(kernel_bench, "merged_local_attention", broken)
     rows = measure_kernels(("decay", "both"), device="cpu").rows
     errors = [row["error"] for row in rows]
     assert errors == [None, None] + 2 * ["RuntimeError: no image for this device"]
