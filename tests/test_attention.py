@@ -245,6 +245,15 @@ def test_the_joint_layer_is_its_formula(sinks):
     assert torch.allclose(swap(call), expected, rtol=0, atol=1e-7)
 
 
+def test_a_joint_layer_mixes_what_its_parts_are():
+    """Where the cache has no window yet, as without one, branches and share are one operator."""
+    _, _, _, call = call_of()
+    swap = layer(feature_map="elu1", normalizer="sum", local={"window": 4, "sinks": 2, "mix": "joint"})
+    parts = swap.parts(call)
+    mixed = parts.linear * ((1 - parts.share) * swap.out_scale) + parts.local * parts.share
+    assert torch.equal(swap(call), mixed)
+
+
 def test_a_joint_layer_is_the_window_alone_while_nothing_has_left_it():
     _, _, _, call = call_of(length=13)
     swap = layer(feature_map="elu1", normalizer="sum", local={"window": 9, "sinks": 2, "mix": "joint"})

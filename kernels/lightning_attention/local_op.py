@@ -336,6 +336,7 @@ def _keep_merged(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     *tensors, scale, window, sinks = inputs
     ctx.save_for_backward(*tensors[:6], *output, *tensors[6:])
     ctx.sizes = scale, window, sinks
+    ctx.set_materialize_grads(False)  # of the two outputs o alone is handed on
 
 
 def _differentiate_merged(ctx: Any, do: Tensor, _: Tensor) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_attention import local_attention, local_attention_cached
+from lightning_attention import local_attention, local_attention_cached, merged_local_attention
 
 EXACT = 1e-10
 
@@ -235,6 +235,46 @@ def test_argument_errors(change, message):
     q, k, v = make(6, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         local_attention(**({"q": q, "k": k, "v": v, "window": 4, "sinks": 1} | change))
+
+
+@pytest.mark.parametrize("length", [1, 33, 130])
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (40, 2)])
+def test_merged_is_one_softmax_over_the_keys_of_both(length, window, sinks):
+    """The other attention has keys of its own, none for the first tokens, where its output is ignored."""
+    q, k, v = make(length, rows=1)
+    generator = torch.Generator().manual_seed(2)
+    far_k, far_v = (torch.randn(1, 9, *x.shape[2:], generator=generator, dtype=x.dtype) for x in (k, v))
+    leaves = [x.requires_grad_() for x in (q, k, v, far_k, far_v)]
+    scale = torch.full((4, 3), 0.5, dtype=q.dtype)
+    none = (torch.arange(length) < 20)[None, :, None]
+
+    def of_others():
+        scores = torch.einsum("bthd,bshd->bths", q, far_k.repeat_interleave(2, 2)) * q.shape[-1] ** -0.5
+        far = torch.einsum("bths,bshe->bthe", scores.softmax(-1), far_v.repeat_interleave(2, 2))
+        return far, scores.logsumexp(-1).masked_fill(none, -torch.inf)
+
+    far, log_sum = of_others()
+    other = (far / scale).masked_fill(none[..., None], torch.nan)
+    found = merged_local_attention(q, k, v, other, log_sum, scale, window=window, sinks=sinks)
+    local, lse = dense(q, k, v, window, sinks, return_lse=True)
+    far, log_sum = of_others()
+    far_weight, weight = (x.exp()[..., None] for x in (log_sum, lse))
+    wanted = (weight * local + far_weight * far) / (weight + far_weight)
+    torch.testing.assert_close(found, wanted, atol=EXACT, rtol=0)
+    torch.testing.assert_close(gradients(found, leaves), gradients(wanted, leaves), atol=EXACT, rtol=0)
+
+
+def test_merged_without_tokens_and_with_wrong_shapes():
+    q, k, v = make(6)
+    others = {"other": v.new_zeros(2, 6, 4, 3), "other_log_sum": v.new_zeros(2, 6, 4), "other_scale": v.new_ones(4, 3)}
+    sizes = {"window": 4, "sinks": 1}
+    empty = {name: x if name == "other_scale" else x[:, :0] for name, x in others.items()}
+    assert merged_local_attention(q[:, :0], k[:, :0], v[:, :0], **empty, **sizes).shape == (2, 0, 4, 3)
+    for name, x in others.items():
+        with pytest.raises(ValueError, match=rf"{name}: expected shape \[.*\], found \[.*1\]"):
+            merged_local_attention(q, k, v, **(others | {name: x[..., :1]}), **sizes)
+    with pytest.raises(ValueError, match=r"mask: expected shape \[2, 6\], found \[2, 5\]"):
+        merged_local_attention(q, k, v, **others, **sizes, mask=torch.ones(2, 5, dtype=torch.bool))
 
 
 def test_cached_argument_errors():

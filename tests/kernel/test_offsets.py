@@ -4,7 +4,13 @@ import mmap
 
 import pytest
 import torch
-from lightning_attention import lightning_attention, lightning_attention_step, local_attention, local_attention_cached
+from lightning_attention import (
+    lightning_attention,
+    lightning_attention_step,
+    local_attention,
+    local_attention_cached,
+    merged_local_attention,
+)
 from lightning_attention.linear_op import lightning_attention_kernel
 
 NO_RESERVE = 0x4000
@@ -122,6 +128,22 @@ def test_window(spread, axis, masked):
     tensors = operands(rows)
     wanted = results(form, tensors)
     for x, y in zip(results(form, [spread(x.detach(), axis) for x in tensors]), wanted, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("axis", [ROW, TOKEN, HEAD])
+@pytest.mark.parametrize("masked", [False, True])
+def test_other_attention_of_a_merge(spread, axis, masked):
+    rows = 3 if axis == ROW else 1
+    mask = torch.rand(rows, 20, generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None
+    *tensors, do = operands(rows)
+    log_sum, scale = torch.zeros(rows, 20, 3), torch.full((3, 16), 0.7)
+
+    def form(q, k, other):
+        return merged_local_attention(q, k, q, other, log_sum, scale, window=6, sinks=2, mask=mask)
+
+    wanted = results(form, [*tensors, do])
+    for x, y in zip(results(form, [*tensors[:2], spread(tensors[2].detach(), axis), do]), wanted, strict=True):
         torch.testing.assert_close(x, y)
 
 
