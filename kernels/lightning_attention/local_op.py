@@ -150,6 +150,7 @@ def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, begin: _Maybe, place: _Maybe,
     scale: float, window: int, sinks: int, return_lse: bool = False, other: Other | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `_forward` and `_merged`."""
     q, k, v = _rows(q), _rows(k), _rows(v)  # the compiler may lay tensors out anew
     rows, length, heads = q.shape[:3]
     config = local_config("forward", q.shape[3], v.shape[3], q.dtype, q.device)
@@ -288,9 +289,8 @@ def _merged(
     begin: _Maybe, owner: _Maybe, starts: _Maybe, place: _Maybe, scale: float, window: int, sinks: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `_forward`, of the window and the other attention under one denominator."""
-    return _launch_forward(
-        q, k, v, begin, place, scale, window, sinks, other=Other(other, log_sum, other_scale)
-    )  # fmt: skip
+    further = Other(other, log_sum, other_scale)
+    return _launch_forward(q, k, v, begin, place, scale, window, sinks, other=further)
 
 
 @_merged.register_fake
@@ -322,14 +322,8 @@ def _(
     scale: float, window: int, sinks: int, d_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv, d_other, d_log_sum = (x.new_empty(x.shape) for x in (q, k, v, other, log_sum))
-    return (
-        dq,
-        dk,
-        dv,
-        d_other,
-        d_log_sum,
-        other_scale.new_empty(other_scale.shape if d_scale else (0, *other.shape[2:])),
-    )
+    of_scale = other_scale.new_empty(other_scale.shape if d_scale else (0, *other_scale.shape))
+    return dq, dk, dv, d_other, d_log_sum, of_scale
 
 
 def _keep_merged(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
