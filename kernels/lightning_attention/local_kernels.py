@@ -146,15 +146,10 @@ def _at(index, valid, place, row, length, LSE: tl.constexpr, PLACED: tl.constexp
 
 
 @triton.jit
-def _other_of(
-    other, log_sum, first_token, i, real, place, head, row, length, tokens, strides, columns,
-    V: tl.constexpr, BV: tl.constexpr, PLACED: tl.constexpr,
-):  # fmt: skip
-    """The other attention's output, 0 where it has no weight, and the logarithm of its weight, in base 2."""
-    there = log_sum + head * tokens + _at(i, real, place, row, length, True, PLACED)
-    weight = tl.load(there, mask=real, other=float("-inf")) * LOG2_E
-    some = weight > float("-inf")  # elsewhere it may be anything
-    return _tile(other, first_token, i, some, place, row, head, length, strides, columns, V, BV, PLACED), weight
+def _log_weight(log_sum, i, real, place, head, row, length, tokens, PLACED: tl.constexpr):
+    """Logarithm of the other attention's weight, in base 2; where it has none its output may be anything."""
+    there = head * tokens + _at(i, real, place, row, length, True, PLACED)
+    return tl.load(log_sum + there, mask=real, other=float("-inf")) * LOG2_E
 
 
 @triton.jit
@@ -202,6 +197,8 @@ def forward_kernel(
     factor = scale * LOG2_E
     acc = tl.zeros([BM, BV], tl.float32)
     top, weight = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    if MERGE:  # ahead of the loop, so that the tile behind it need not wait for two reads
+        further_weight = _log_weight(log_sum, i, real, place, head, row, length, tokens, PLACED)
     if SINKS:  # read ahead of the loop, seen after it, so that none waits for another
         sink, present, sink_keys, sink_values = _sinks_below(
             k, v, first, low, sinks, place, row, shared, length, strides_k, strides_v, places, dims, columns,
@@ -223,28 +220,13 @@ def forward_kernel(
     acc = acc / weight[:, None]
     logarithm = top + tl.log2(weight)
     if MERGE:
-        further, weight = _other_of(
-            other,
-            log_sum,
-            first_token,
-            i,
-            real,
-            place,
-            head,
-            row,
-            length,
-            tokens,
-            strides_other,
-            columns,
-            V,
-            BV,
-            PLACED,
-        )
-        own = tl.where(real, logarithm, 0.0)
-        higher = tl.maximum(own, weight)
-        logarithm = higher + tl.log2(tl.exp2(own - higher) + tl.exp2(weight - higher))
+        some = further_weight > float("-inf")
+        further = _tile(other, first_token, i, some, place, row, head, length, strides_other, columns, V, BV, PLACED)
         further = further.to(tl.float32) * _scale_of(other_scale, head, columns, V)[None, :]
-        acc = acc * tl.exp2(own - logarithm)[:, None] + further * tl.exp2(weight - logarithm)[:, None]
+        own = tl.where(real, logarithm, 0.0)
+        higher = tl.maximum(own, further_weight)
+        logarithm = higher + tl.log2(tl.exp2(own - higher) + tl.exp2(further_weight - higher))
+        acc = acc * tl.exp2(own - logarithm)[:, None] + further * tl.exp2(further_weight - logarithm)[:, None]
     there = _offsets(i, real, place, row, length, length.to(tl.int64) * query_heads * V, query_heads * V, PLACED)
     _put(o + head * V, there, acc, real, columns, V, BV)
     if LSE:
@@ -269,6 +251,10 @@ def row_kernel(
     columns = tl.arange(0, BV)
     output = _tile(o, block * BM, i, real, place, row, head, length, strides_o, columns, V, BV, PLACED)
     gradient = _tile(do, block * BM, i, real, place, row, head, length, strides_do, columns, V, BV, PLACED)
+    if MERGE:  # read with the others, so that none waits for another
+        further_weight = _log_weight(log_sum, i, real, place, head, row, length, tokens, PLACED)
+        some = further_weight > float("-inf")
+        further = _tile(other, block * BM, i, some, place, row, head, length, strides_other, columns, V, BV, PLACED)
     delta = tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
     there = head * tokens + _at(i, real, place, row, length, LSE, PLACED)
     weight = tl.load(lse + there, mask=real, other=0.0)
@@ -280,12 +266,9 @@ def row_kernel(
     tl.store(here, weight, mask=real)
     tl.store(here + tl.cast(heads, tl.int64) * tokens, delta, mask=real)
     if MERGE:
-        further, log_weight = _other_of(
-            other, log_sum, block * BM, i, real, place, head, row, length, tokens, strides_other, columns, V, BV, PLACED
-        )
         further = further.to(tl.float32)
         scaled = gradient.to(tl.float32) * _scale_of(other_scale, head, columns, V)[None, :]
-        share = tl.exp2(log_weight - weight)
+        share = tl.exp2(further_weight - weight)
         there = head * tokens + _at(i, real, place, row, length, True, PLACED)
         tl.store(d_log_sum + there, share * (tl.sum(scaled * further, 1) - delta), mask=real)
         there = _offsets(i, real, place, row, length, length.to(tl.int64) * heads * V, heads * V, PLACED)

@@ -298,6 +298,9 @@ def test_any_call_and_its_gradients(lengths, window, sinks, group, dims, packed,
     with mock.patch.dict(os.environ, SWAPATTN_KERNELS="triton"):
         options = {"mask": mask, "cu_seqlens": bounds, "return_lse": return_lse}
         compare(local_attention, inputs, window=window, sinks=sinks, limit=1e-5, **options)
+        if not return_lse:
+            del options["return_lse"]
+            compare_merged(inputs, make_other(inputs), window=window, sinks=sinks, limit=1e-5, **options)
 
 
 @pytest.mark.parametrize("step", [1, 3])
