@@ -29,10 +29,14 @@ def gradients(model, teacher, ids):
     return float(loss.detach()), found
 
 
+GATED = {"decay": {"gate": True, "half_lives": [3]}, "output_gate": "head", "local": None, "normalizer": "sum"}
+
+
+@pytest.mark.parametrize("values", [{}, {"local": {"window": 6, "sinks": 2, "mix": "joint"}}, GATED])
 @pytest.mark.parametrize("separate", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_loss_and_gradients_stay_and_each_class_compiles_few_graphs(tiny_family, separate):
+def test_loss_and_gradients_stay_and_each_class_compiles_few_graphs(tiny_family, separate, values):
     torch._dynamo.reset()
-    model = build(tiny_family("llama", num_hidden_layers=4), keep_softmax=(0,))
+    model = build(tiny_family("llama", num_hidden_layers=4), keep_softmax=(0,), **values)
     teacher = tiny_family("llama", num_hidden_layers=4).eval().requires_grad_(False) if separate else None
     ids = torch.randint(2, 320, (2, 24), generator=torch.Generator().manual_seed(0))
     expected, wanted = gradients(model, teacher, ids)

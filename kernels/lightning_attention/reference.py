@@ -63,8 +63,8 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Keep the dtypes chosen here: autocast would run the float32 state products in half precision."""
     kind = x.device.type
-    # The meta device, where models are built without memory, knows no autocast.
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    # The meta device, where models are built without memory, knows none; asking torch.amp would break a compiled graph.
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 def quadratic_attention(
