@@ -83,7 +83,8 @@ class Case:
             "return_log_sum": normalize if log_sum is None else log_sum,
         }
         self.of_sum = random(rows, length, heads)
-        self.do, self.decay, self.segment = placed(random(rows, length, heads, value_dim), layout), decay, segment
+        do = random(rows, length, heads, value_dim).to(dtype).float()  # as autograd hands it to the kernels
+        self.do, self.decay, self.segment = placed(do, layout), decay, segment
         self.leaving = [random(count, held, dim, value_dim), random(count, held, dim)]
 
     def run(self, form, dtype=None, **more):
@@ -397,7 +398,7 @@ def test_on_gpu_long_and_large():
     big[-1] = x[0]
     out, _ = lightning_attention(big, big, big, log_decay)
     wanted, _ = lightning_attention(x[:1], x[:1], x[:1], log_decay)
-    assert torch.equal(out[-1:], wanted)
+    assert relative(out[-1:], wanted) <= 3e-3  # programs of half the columns where they are few: other chunks
 
 
 @pytest.mark.gpu
