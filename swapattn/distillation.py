@@ -254,7 +254,11 @@ class _Run:
         self.work = target.parent / f".{target.name}.run"
         self.state_file = self.work / "run.json"
         values = recipe.to_dict()
-        del values["distill"]["save_steps"]  # how often it is saved does not make it another run
+        del values["distill"][
+            "save_steps"
+        ]  # how often it is saved does not make it another run, nor how it is launched
+        for stage in values["distill"]["stages"]:
+            stage.pop("cuda_graph", None)
         identity = {"recipe": values, "parent": str(start.path.resolve()), "parent_time": start.time}
         identity["teacher"] = str(teacher.resolve())
         identity["logits"] = [read_manifest(wanted.folder)["teacher"] for wanted in wanted_logits(recipe)]

@@ -25,7 +25,7 @@ from .optimizer import trainable_parameters
 from .recipe import Recipe
 from .stages import AlignStage, CalibrateStage, DistillStage, Stage, TrainStage
 from .surgery import apply_, plan
-from .throughput import RandomTokens, prepared
+from .throughput import RandomTokens, peak_memory, prepared
 from .training import LossFunction, run_stage, shares
 
 CPU_TOKENS = 1024  # a timed step on a CPU; on a GPU it has the stage's own micro-batch
@@ -141,7 +141,7 @@ def _train(
     if device == "cpu":
         memory = fixed + kept.bytes * micro // windows + _logit_bytes(model, stage, micro)
     else:
-        memory = torch.cuda.max_memory_allocated()
+        memory = peak_memory()
     rate, seconds = batch * stage.length / figures["step_seconds"], figures["seconds"]
     return {"memory_bytes": memory, **_figures(stage, rate, steps, batch, seconds)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,8 +144,8 @@ def _divergence(log_q: torch.Tensor, log_p: torch.Tensor, mixture: Mixture) -> t
     if mixture.reverse_kl > 0:
         total = total + mixture.reverse_kl * F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
     if mixture.jsd > 0:
-        beta = torch.tensor(mixture.beta, dtype=wide, device=log_q.device)
-        log_m = torch.logaddexp(log_p + beta.log(), log_q + (1 - beta).log())
+        beta = mixture.beta
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
         to_mix = (1 - beta) * F.kl_div(log_m, log_q, log_target=True, reduction="none").sum(-1)
         from_mix = beta * F.kl_div(log_m, log_p, log_target=True, reduction="none").sum(-1)
         total = total + mixture.jsd * (to_mix + from_mix)

@@ -29,8 +29,8 @@ def read_mask(mask: Any, length: int, seen: int, *, may_be_packed: bool = True) 
     Whether there is such a gap depends on values, so the host has to wait for the device to know it. That is done
     once per forward pass, for the first layer that sees the mask, and only where it can be: in a prefill or without
     a cache, with a 4D mask that was not made from a padding mask. While torch.compile traces it cannot be done:
-    there a gap is an error when the graph runs (on CUDA a device-side assertion); say `cu_seq_lens_q` instead. While a
-    CUDA graph is recorded nobody may wait either, and nothing is taken for packed.
+    there, and while a CUDA graph is recorded, a gap is an error when the graph runs (on CUDA a device-side assertion);
+    say `cu_seq_lens_q` instead.
 
     Args:
         mask: 2D `[B, K]`, 4D `[B, 1, T, K]` (bool, or additive), or None.
@@ -40,7 +40,8 @@ def read_mask(mask: Any, length: int, seen: int, *, may_be_packed: bool = True) 
     """
     if mask is None:
         return None, None
-    if torch.compiler.is_compiling():
+    may_be_packed = may_be_packed and not getattr(mask, _UNPACKED, False)
+    if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         tokens, starts = _read(mask, length, seen, may_be_packed)
         if starts is not None:
             torch._assert_async(
@@ -52,8 +53,7 @@ def read_mask(mask: Any, length: int, seen: int, *, may_be_packed: bool = True) 
     if held is not None and held[0] == key:
         found: Found = held[1]
         return found
-    known = getattr(mask, _UNPACKED, False) or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
-    tokens, starts = _read(mask, length, seen, may_be_packed and not known)
+    tokens, starts = _read(mask, length, seen, may_be_packed)
     if starts is not None and not bool(starts.any()):
         starts = None
     if starts is not None:

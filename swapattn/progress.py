@@ -78,6 +78,7 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
             disable=quiet,
         )
         self.started, self.first = time.monotonic(), state.global_step
+        self.ended = self.started
         if not quiet:
             self._cut_log()
         done = self.history()
@@ -148,7 +149,8 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
     def _log(self, figures: StepFigures) -> None:
         self.check([figures])
         loss, norm = figures.read()
-        seconds = time.monotonic() - self.started
+        self.ended = time.monotonic()
+        seconds = self.ended - self.started
         rate = (figures.step - self.first) * self.tokens_per_step / max(seconds, 1e-9)
         record = {
             "stage": self.title,

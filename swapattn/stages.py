@@ -55,9 +55,8 @@ class TrainStage(Section):
     to `final_learning_rate`. `compile` runs the decoder layers through torch.compile (in align only the swaps; not a
     teacher that is the student's own weights). `cuda_graph` records the kernels of a micro-batch once and replays them,
     on one GPU, without `gradient_checkpointing` and `document_mask`; elsewhere it changes nothing. With
-    `document_mask` no document in a window is seen from the next
-    one, by student or teacher: attention, states and positions start anew (arXiv 2402.13991, intra-document masking);
-    without it documents run on.
+    `document_mask` no document in a window is seen from the next one, by student or teacher: attention, states and
+    positions start anew (arXiv 2402.13991, intra-document masking); without it documents run on.
     """
 
     tokens: int = Field(gt=0)

@@ -219,6 +219,8 @@ def out_of_memory(error: BaseException, title: str, stage: TrainStage, micro: in
     ways = [f"lower micro_batch (now {micro})"] if micro > 1 else []
     if not stage.gradient_checkpointing:
         ways.append("set gradient_checkpointing: true" + (" and compile: false" if stage.compile else ""))
+    if not on_cpu and stage.cuda_graph:
+        ways.append("set cuda_graph: false")
     if isinstance(stage, DistillStage):
         ways.append(f"lower chunk (now {stage.chunk or 'chosen by itself'})")
     ways.append(f"lower length (now {stage.length})")
@@ -260,8 +262,8 @@ def run_stage(
         reporting: where figures go besides the log.
 
     Returns:
-        Tokens, steps, seconds, tokens/s, seconds of a step (the first left out where it is recorded), first and last
-        loss (means over a tenth of the steps), trained names.
+        Tokens, steps, seconds, tokens/s, seconds of a step without the recording, first and last loss (means over a
+        tenth of the steps), trained names.
 
     Raises:
         TrainingError: nothing to train, a non-finite loss, out of memory, no room for a checkpoint, or SIGTERM, after
@@ -331,18 +333,21 @@ def run_stage(
             raise line from error
         finally:
             progress.close()  # an error starts a line of its own
+            if trainer.replay is not None:
+                trainer.replay.release()
     history = processes.from_first(progress.history())
     losses = [record["loss"] for record in history]
     tenth = max(1, len(losses) // 10)
     tokens, seconds = stage.steps * stage.batch * stage.length, history[-1]["seconds"]
-    begun = history[0] if trainer.replay is not None and len(history) > 1 else {"step": 0, "seconds": 0.0}
+    ready = trainer.replay.ready if trainer.replay is not None else None
+    ready = progress.started if ready is None else ready
     return {
         "stage": title,
         "tokens": tokens,
         "steps": stage.steps,
         "seconds": seconds,
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-        "step_seconds": (seconds - begun["seconds"]) / (history[-1]["step"] - begun["step"]),
+        "step_seconds": (progress.ended - ready) / max(1, stage.steps - progress.first),
         "first_loss": sum(losses[:tenth]) / tenth,
         "last_loss": sum(losses[-tenth:]) / tenth,
         "trained": [*new, *own],

@@ -42,7 +42,7 @@ LAYERS = (
         "checkpoint",
     }
     | {"audit", "training", "objectives", "shards", "scores", "probes", "recall", "positions", "cost", "peak"}
-    | {"rotary_check", "loss_kernel", "compilation"}
+    | {"rotary_check", "loss_kernel", "compilation", "replay"}
     | {"optimizer", "lora", "sharding", "logits", "vocabulary"}
     | {"processes", "progress", "reporting", "stopping"}
     | {"graph", "integrity", "remote_code", "unpickling"}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import sys
+import time
+import weakref
 
 import pytest
 import torch
 
-from swapattn import replay, training
+from swapattn import progress, replay, training
 from swapattn.compilation import align_function
 from swapattn.objectives import align_loss, distill_loss, hidden_states
 from swapattn.recipe import ConvertSpec
@@ -126,7 +129,7 @@ def test_a_replay_that_does_something_else_is_not_trained_with(
     monkeypatch.setattr(replay, "record", record)
     model, what, teacher = student(tiny_family), stage(), tiny_family("llama")
     found = train(model, what, tmp_path / "wrong", loss_of(what, teacher))
-    assert "when replayed" in capsys.readouterr().err
+    assert "differ when replayed" in capsys.readouterr().err
     monkeypatch.setattr(training, "_recordable", lambda *_: False)
     expected = train(student(tiny_family), what, tmp_path / "plain", loss_of(what, teacher))
     for name, weight in expected.items():
@@ -141,6 +144,53 @@ def test_out_of_memory_is_no_reason_to_launch_one_by_one(tiny_family, tmp_path, 
     what, teacher = stage(), tiny_family("llama")
     with pytest.raises(training.TrainingError, match="lower micro_batch"):
         train(student(tiny_family), what, tmp_path / "oom", loss_of(what, teacher))
+
+
+def test_a_reason_without_words_is_named_by_its_kind(tiny_family, tmp_path, monkeypatch, recorder, capsys):
+    monkeypatch.setattr(replay, "record", lambda call: next(iter(())))
+    what = stage("align")
+    train(student(tiny_family), what, tmp_path / "refused", loss_of(what, None))
+    assert "CUDA graph (StopIteration)" in capsys.readouterr().err
+
+
+def test_a_recording_ends_with_its_stage(tiny_family, tmp_path, monkeypatch, recorder):
+    found, own = [], replay.record
+
+    def record(call):
+        again, result = own(call)
+        found.append(weakref.ref(again))
+        return again, result
+
+    monkeypatch.setattr(replay, "record", record)
+    what = stage("align")
+    gc.disable()  # Trainer and callbacks hold each other until it is collected; a GPU's memory must not wait for that
+    try:
+        train(student(tiny_family), what, tmp_path / "it", loss_of(what, None))
+        assert [ref() for ref in found] == [None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_time_of_a_step_leaves_the_recording_out(tiny_family, tmp_path, monkeypatch, recorder, steps):
+    own = replay.record
+
+    def record(call):
+        time.sleep(1)
+        return own(call)
+
+    def slow(model, ids):
+        time.sleep(0.1)
+        return align_loss(model, ids)
+
+    monkeypatch.setattr(replay, "record", record)
+    monkeypatch.setattr(progress, "immediate", lambda device: False)  # figures one step late, as on a GPU
+    what = stage("align", tokens=steps * 96)
+    (tmp_path / "it").mkdir()
+    log = tmp_path / "log.jsonl"
+    places = {"title": "it", "folder": tmp_path / "it", "log": log, "device": "cpu", "seed": 0}
+    figures = run_stage(student(tiny_family), what, slow, Windows(), **places)
+    assert 0.2 < figures["step_seconds"] < 0.6
 
 
 @pytest.mark.parametrize(
@@ -222,6 +272,7 @@ def test_a_gpu_goes_on_after_a_recording_that_broke_off(tiny_family, tmp_path, c
         what = stage("align", length=256, tokens=5 * 4 * 256, cuda_graph=graph)
         found.append(train(student(tiny_family, **SIZES), what, tmp_path / str(graph), waits, "cuda"))
         assert ("cannot be recorded" in capsys.readouterr().err) is graph
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
         torch.compile(lambda x: torch.nn.functional.dropout(x, 0.5))(torch.ones(64, device="cuda"))
     for name, weight in found[1].items():
         torch.testing.assert_close(found[0][name], weight, rtol=1e-2, atol=1e-4, msg=name)
