@@ -211,7 +211,9 @@ def shares(stage: TrainStage, title: str, count: int) -> tuple[int, int]:
     return micro, own // micro
 
 
-def out_of_memory(error: BaseException, title: str, stage: TrainStage, micro: int) -> TrainingError | None:
+def out_of_memory(
+    error: BaseException, title: str, stage: TrainStage, micro: int, *, replayed: bool = False
+) -> TrainingError | None:
     """The line for a stage that ran out of memory, with the settings that help most first; None for other errors."""
     on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
     if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
@@ -219,7 +221,7 @@ def out_of_memory(error: BaseException, title: str, stage: TrainStage, micro: in
     ways = [f"lower micro_batch (now {micro})"] if micro > 1 else []
     if not stage.gradient_checkpointing:
         ways.append("set gradient_checkpointing: true" + (" and compile: false" if stage.compile else ""))
-    if not on_cpu and stage.cuda_graph:
+    if replayed:  # a recording keeps what it works in to itself
         ways.append("set cuda_graph: false")
     if isinstance(stage, DistillStage):
         ways.append(f"lower chunk (now {stage.chunk or 'chosen by itself'})")
@@ -327,7 +329,7 @@ def run_stage(
             with deferring(), compiled_layers(*compiled) if stage.compile else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
         except (RuntimeError, MemoryError) as error:
-            line = out_of_memory(error, title, stage, micro)
+            line = out_of_memory(error, title, stage, micro, replayed=trainer.replay is not None)
             if line is None:
                 raise
             raise line from error
