@@ -25,11 +25,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .attention import LightningSwap, observing, swaps
+from .attention import observing, swaps
 from .call import AttentionCall
 from .decay import slope_of_distance
 from .errors import TrainingError
 from .stages import CalibrateStage
+from .swap import LightningSwap
 
 SINKS_LEFT_OUT = 4  # first tokens get attention from everywhere and say nothing about distance
 SHARE_RANGE = (0.02, 0.98)  # keeps the gradient of the mix alive

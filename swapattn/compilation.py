@@ -12,9 +12,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import processes
-from .attention import LightningSwap
 from .objectives import LayerError, align_loss, layer_error
 from .stages import AlignStage
+from .swap import LightningSwap
 
 
 @contextmanager

@@ -23,10 +23,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .adapters import adapt_, adaptable
-from .attention import BASES, KERNEL_FOLDER, PADDING_ONLY, PREFIX, LightningSwap, find_cache, register, swaps
+from .attention import BASES, PADDING_ONLY, PREFIX, find_cache, register, swaps
 from .cache import CACHE, LightningCacheLayer, adopt
 from .errors import CheckpointError
 from .inputs import NoRotary, drop_rotary, rotation_of
+from .swap import KERNEL_FOLDER, LightningSwap
 
 MODEL_TYPE_PREFIX = "swapattn_"
 SCHEMA_VERSION = 2
@@ -35,6 +36,7 @@ RUNTIME = (
     "modeling.py",
     "adapters.py",
     "attention.py",
+    "swap.py",
     "call.py",
     "cache.py",
     "rollback.py",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from .attention import LightningSwap, observing
+from .attention import observing
 from .call import AttentionCall
 from .data import SHORTEST, boundaries
 from .errors import UnsupportedModelError
@@ -19,6 +19,7 @@ from .losses import Mixture, OutputEmbedding, TopK, linear_loss, normalized_mse
 from .modeling import MODEL_TYPE_PREFIX
 from .peak import forward_flops, step_flops
 from .stages import AlignStage, DistillStage, TrainStage
+from .swap import LightningSwap
 
 LayerError = Callable[[LightningSwap, AttentionCall, torch.Tensor], torch.Tensor]
 

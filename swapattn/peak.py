@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .attention import LightningSwap
+from .swap import LightningSwap
 
 # Dense bf16 tensor-core FLOP/s, from the vendor's data sheets, by what the device's name holds; the first match counts.
 PEAK_BF16 = (

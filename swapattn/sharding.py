@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import processes
-from .attention import LightningSwap
 from .environment import is_first_process
+from .swap import LightningSwap
 
 
 def is_sharded(model: nn.Module) -> bool:

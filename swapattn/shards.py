@@ -21,13 +21,13 @@ from torch import nn
 from transformers import AutoConfig
 
 from . import surgery
-from .attention import LightningSwap
 from .checkpoint import RECORD, write_json
 from .errors import CheckpointError, SourceError, UnsupportedModelError
 from .integrity import check_shards
 from .model_card import CARD, model_card
 from .modeling import MODEL_TYPE_PREFIX, write_runtime
 from .remote_code import use_own_code
+from .swap import LightningSwap
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

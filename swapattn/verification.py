@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from . import sources
-from .attention import LightningSwap, swaps
+from .attention import swaps
 from .audit import beyond_linear
 from .cache import CACHE
 from .call import AttentionCall
@@ -31,6 +31,7 @@ from .modeling import swap_classes
 from .remote_code import use_own_code
 from .shards import INDEX, decays, read_config, read_weight_map
 from .surgery import SwapPlan, plan
+from .swap import LightningSwap
 
 DOUBLE_LIMIT = 600_000_000  # parameters up to which the comparisons run in fp64
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # of the largest logit; the models' own norms compute in fp32

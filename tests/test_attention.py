@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from swapattn.attention import LightningSwap, observing, only_branch, swaps
+from swapattn.attention import observing, only_branch, swaps
 from swapattn.call import AttentionCall
 from swapattn.recipe import ConvertSpec
 from swapattn.surgery import apply_, plan, revert_
+from swapattn.swap import LightningSwap
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "gpt_neox", "gpt2", "opt"]
 SPEC = ConvertSpec.model_validate({"local": {"window": 5, "sinks": 2, "share": 0.4}})
@@ -350,6 +351,6 @@ def test_autocast_reaches_the_operators(tiny_llama):
             seen.append({q.dtype, k.dtype, v.dtype})
             return local_attention(q, k, v, **options)
 
-        patch.setattr("swapattn.attention.local_attention", spy)
+        patch.setattr("swapattn.swap.local_attention", spy)
         model(torch.arange(12)[None])
     assert seen == [{torch.bfloat16}] * 2

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from swapattn import data
-from swapattn.attention import LightningSwap, observing, swaps
+from swapattn.attention import observing, swaps
 from swapattn.compilation import compiled_layers
 from swapattn.errors import UnsupportedModelError
 from swapattn.losses import OutputEmbedding
@@ -18,6 +18,7 @@ from swapattn.objectives import align_loss, check_document_mask, distill_loss, h
 from swapattn.recipe import ConvertSpec
 from swapattn.stages import AlignStage, DistillStage
 from swapattn.surgery import apply_, plan
+from swapattn.swap import LightningSwap
 from swapattn.training import run_stage
 
 FAMILIES = ["llama", "gpt_neox", "qwen3", "gemma2"]  # the last with sliding layers

@@ -274,10 +274,10 @@ def test_state_after_a_rollback_is_that_of_a_fresh_run(tiny_family, spec):
 
 @torch.no_grad()
 def test_the_record_is_bounded_and_says_where_it_ends(linear_model, monkeypatch):
-    from swapattn import attention
+    from swapattn import swap
 
     monkeypatch.setattr(rollback, "MOST_TOKENS", 8)
-    monkeypatch.setattr(attention, "MOST_TOKENS", 8)
+    monkeypatch.setattr(swap, "MOST_TOKENS", 8)
     ids, cache = ids_of(1, 60), DynamicCache(config=linear_model.config)
     fresh = DynamicCache(config=linear_model.config)
     linear_model(input_ids=ids[:, :3], past_key_values=cache)

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from swapattn.attention import LightningSwap, observing, only_branch, swaps
+from swapattn.attention import observing, only_branch, swaps
 from swapattn.call import AttentionCall
 from swapattn.conversion import convert
 from swapattn.errors import UnsupportedModelError
@@ -20,6 +20,7 @@ from swapattn.norms import HeadNorm
 from swapattn.objectives import align_loss
 from swapattn.recipe import ConvertSpec, parse_recipe
 from swapattn.surgery import AttentionSite, _check_options, apply_, plan, revert_
+from swapattn.swap import LightningSwap
 
 LOCAL = {"window": 5, "sinks": 2, "share": 0.4}
 OPTIONS = {

@@ -29,6 +29,7 @@ LAYERS = (
         "surgery",
         "calibration",
         "attention",
+        "swap",
         "outside",
         "call",
         "adapters",
@@ -62,7 +63,7 @@ LAYERS = (
     | {"rollback", "masks", "section", "stages", "text"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
-OWNERS_OF_KERNELS = {"attention", "kernel_bench", "kernel_lab"}
+OWNERS_OF_KERNELS = {"swap", "kernel_bench", "kernel_lab"}
 
 
 def imports(file: Path, *, top_level: bool = False) -> set[str]:

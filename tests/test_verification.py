@@ -10,13 +10,13 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from swapattn.attention import LightningSwap
 from swapattn.audit import beyond_linear
 from swapattn.cache import LightningCacheLayer
 from swapattn.cli import common, main
 from swapattn.conversion import convert
 from swapattn.recipe import ConvertSpec
 from swapattn.surgery import apply_, plan
+from swapattn.swap import LightningSwap
 from swapattn.verification import verify
 from swapattn.wheels import sha256_of
 
@@ -234,13 +234,13 @@ def test_the_command_reloads_in_two_processes_and_prints_a_table(checkpoint, mon
 
 def test_code_that_was_changed_runs_only_when_asked_and_is_caught(checkpoint, monkeypatch):
     monkeypatch.setattr(common, "_quiet_libraries", lambda: None)
-    code = checkpoint / "attention.py"
+    code = checkpoint / "swap.py"
     code.write_text(code.read_text().replace("self.mix + self.mix_sum", "self.mix - 1 + self.mix_sum"))
     result = CliRunner().invoke(main, ["verify", str(checkpoint), "--json"])
     assert result.exit_code == 3
     rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
     assert [name for name, row in rows.items() if not row["passed"]] == RELOADS
-    assert "attention.py is not what this swapattn writes" in rows["reload"]["detail"]
+    assert "swap.py is not what this swapattn writes" in rows["reload"]["detail"]
     found = verify(checkpoint, trust_remote_code=True)
     assert found.failed == ["reload, swapattn blocked"]
     assert "logits differ" in found.rows[-1].detail

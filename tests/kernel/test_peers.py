@@ -9,9 +9,9 @@ import torch
 from lightning_attention import lightning_attention
 from torch.nn import functional as F
 
-from swapattn.attention import LightningSwap
 from swapattn.decay import decay_slopes
 from swapattn.inputs import LayerInputs
+from swapattn.swap import LightningSwap
 from swapattn.wheels import CarriedWheel, unpacked
 
 FLA = CarriedWheel(
