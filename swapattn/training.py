@@ -61,22 +61,24 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
     def _micro_batch(self, inputs: Inputs) -> torch.Tensor:
         """Forward and backward pass as in one process, as kernels alone: what `Replay` records."""
-        _without_dropout(self.model)
-        others = {name: value for name, value in inputs.items() if name != "input_ids"}
-        loss = self.loss_function(self.model, inputs["input_ids"], **others)
+        loss = self._loss_of(self.model, inputs)
         (loss / self.args.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """The stage's loss of one micro-batch, kept for `record_step`."""
+        loss = self._loss_of(model, inputs)
+        self._losses.append(loss.detach())
+        return (loss, None) if return_outputs else loss
+
+    def _loss_of(self, model: Any, inputs: Inputs) -> torch.Tensor:
         """The stage's loss of one micro-batch, without dropout: the teacher may be the model itself."""
         inner = self.accelerator.unwrap_model(model)
         _without_dropout(inner)
         others = {name: value for name, value in inputs.items() if name != "input_ids"}
-        loss = _through(model, inner, self.loss_function, inputs["input_ids"], **others)
-        self._losses.append(loss.detach())
-        return (loss, None) if return_outputs else loss
+        return _through(model, inner, self.loss_function, inputs["input_ids"], **others)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
