@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -145,6 +146,7 @@ def sample(
             raise UsageError(f"{path} exists: use --overwrite, or another file with -o")
     texts = -(-tokens // length)
     begun = start if text is None else f"{prompt_tokens} tokens of {text.describe()}"
+    batch = min(batch, texts)
     plan = SampleResult(
         target, folder, note, begun, texts, texts * length, length, batch, temperature, top_p, seed, hardware(device)
     )
@@ -255,12 +257,14 @@ class _Run:
                 if ids.shape[1] >= plan.length:
                     raise UsageError(f"a text starts from {ids.shape[1]} tokens: raise --length (now {plan.length})")
                 bar.update(ids.numel())
+                given = len(ids)  # the last batch is filled up: another shape would be compiled anew
+                ids = torch.cat((ids, ids[-1:].expand(plan.batch - given, -1)))
                 torch.manual_seed(plan.seed * _SEED_STRIDE + self.done // plan.batch)
-                for row in _written(model, ids, plan, bar.update)[:, hidden:].tolist():
+                for row in _written(model, ids, plan, partial(bar.update, given))[:given, hidden:].tolist():
                     words = tokenizer.decode(row, skip_special_tokens=False).rstrip("\ufffd")  # a character cut in two
                     file.write(json.dumps({"text": words}, ensure_ascii=False) + "\n")
                 file.flush()
-                self.done += len(ids)
+                self.done += given
         seconds = time.monotonic() - start
         rate = (plan.tokens - resumed) / max(seconds, 1e-9)
         found = dataclasses.replace(plan, seconds=round(seconds, 2), tokens_per_second=round(rate, 1), resumed=resumed)
@@ -271,12 +275,16 @@ class _Run:
 
 
 @torch.no_grad()
-def _written(model: Any, ids: torch.Tensor, plan: SampleResult, tick: Callable[[int], Any]) -> torch.Tensor:
+def _written(model: Any, ids: torch.Tensor, plan: SampleResult, tick: Callable[[], Any]) -> torch.Tensor:
     """Rows of `plan.length` tokens that start with `ids` `[B, t]`."""
     from transformers import GenerationConfig, StoppingCriteriaList
 
+    # A cache of a fixed length lets `generate` compile the step and record it as a CUDA graph, or else it is the host,
+    # launching kernel after kernel, that a batch waits for.
+    static = model.device.type == "cuda" and getattr(model, "_can_compile_fullgraph", False)
+
     def count(made: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        tick(made.shape[0])
+        tick()
         return torch.zeros(made.shape[0], dtype=torch.bool, device=made.device)
 
     # in the place of the model's own, which may bring a penalty, a top-k, or tokens to stop at
@@ -287,6 +295,7 @@ def _written(model: Any, ids: torch.Tensor, plan: SampleResult, tick: Callable[[
         top_k=0,
         max_length=plan.length,
         pad_token_id=0,  # never needed, and asked for
+        cache_implementation="static" if static else None,
     )
     ids = ids.to(model.device)
     try:

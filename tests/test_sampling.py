@@ -219,7 +219,7 @@ def test_the_command_prints_its_result_and_a_dry_run_writes_nothing(tiny_teacher
     planned = CliRunner().invoke(main, [*command, "--dry-run"])
     assert planned.exit_code == 0, planned.output
     assert "would write s.jsonl" in planned.stdout
-    assert "3 of 20 tokens, 60 in all, batches of 16" in planned.stdout
+    assert "3 of 20 tokens, 60 in all, batches of 3" in planned.stdout
     assert not list(work.iterdir())
     done = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
     assert (done["texts"], done["tokens"], done["path"], done["start"]) == (3, 60, "s.jsonl", "bos")
