@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -42,7 +43,7 @@ def compute(
 ) -> torch.Tensor:
     """What a swapped layer puts out, `[B, T, Hq, Dv]`, for q `[B, Hq, T, D]`, k and v; see `LightningSwap.call`."""
     cache, swap.cache_layer = swap.cache_layer, None
-    seen = cache.seen - q.shape[-2] if cache is not None else 0
+    seen = cache.seen_before(q.shape[-2]) if cache is not None else 0
     count = cache.count if cache is not None else None
     output: torch.Tensor = swap(swap.call(q, k, v, mask, seen, given, count), cache)
     batch, _, length, _ = q.shape
@@ -81,7 +82,8 @@ def _mask_function(base: str) -> Callable[..., Any]:
 def _padding_only(*_: Any, batch_size: int, kv_length: int, attention_mask: Any = None, **more: Any) -> torch.Tensor:
     """Real tokens, bool `[B, S]`: swapped layers need no more, and nothing quadratic is made."""
     if attention_mask is not None:
-        return attention_mask[:, -kv_length:].bool()  # type: ignore[no-any-return]
+        known = attention_mask[:, -kv_length:].bool()
+        return F.pad(known, (0, kv_length - known.shape[1]))  # a static cache has room for tokens to come
     place = more.get("device")
     place = place if place is not None else more["cache_position"].device
     return torch.ones(batch_size, kv_length, dtype=torch.bool, device=place)

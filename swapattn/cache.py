@@ -33,13 +33,15 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         count: int64 `[B]`, real tokens seen by each row.
 
     Attributes:
+        seen: tokens seen, padding included. Where the cache is static it is a tensor on the device from the first
+            token on, int64 `[]`: a number on the host would be a constant of the compiled step.
         record_past: keep what `crop` needs; set by the generate modes that draft tokens, through
             `Cache.activate_past_recording`. Otherwise nothing is kept and nothing is done for it.
         rollback: what is kept.
-        static_length: length of the cache where its other layers are static, else 0.
+        static_length: length of the cache where its other layers are static, else 0. Then all tensors are changed in
+            place, from call to call: a recorded CUDA graph knows no more of them than their addresses.
     """
 
-    is_compileable = True
     is_croppable = True
     is_sliding = False
     TENSORS = ("state", "norm", "ring_k", "ring_v", "ring_position", "count")
@@ -47,7 +49,7 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
     def __init__(self) -> None:
         CacheLayerMixin.__init__(self)
         LinearAttentionCacheLayerMixin.__init__(self)
-        self.seen = 0
+        self.seen: int | torch.Tensor = 0
         self.record_past = False
         self.rollback = Rollback()
         self.static_length = 0
@@ -61,12 +63,19 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
     ring_position: torch.Tensor | None
     count: torch.Tensor | None
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile the step: not while it is recorded, call by call, on the host."""
+        return not self.record_past
+
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the attention layer knows the shapes and allocates."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Count the new tokens and hand keys and values `[B, Hkv, T, D]` back; nothing is appended."""
-        self.seen += key_states.shape[-2]
+        if self.static_length and not isinstance(self.seen, torch.Tensor):
+            self.seen = self._at_fixed_address(torch.zeros((), dtype=torch.long, device=key_states.device))
+        self._count(key_states.shape[-2])
         self.is_initialized = True
         return key_states, value_states
 
@@ -78,14 +87,27 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         """Refuse: the layer's own recurrence lives elsewhere (a model that mixes both in one layer)."""
         raise TypeError("a swapped attention layer keeps its own state; this model type mixes both in one layer")
 
-    def get_seq_length(self) -> int:
+    def _count(self, tokens: int) -> None:
+        if isinstance(self.seen, torch.Tensor):
+            self.seen.add_(tokens)
+        else:
+            self.seen += tokens
+
+    def get_seq_length(self) -> int | torch.Tensor:
         """Tokens seen, padding included."""
         return self.seen
+
+    def seen_before(self, length: int) -> int | torch.Tensor:
+        """Tokens seen before the last `length`; the int 0 at the start, which the host knows without the device."""
+        return self.seen - length if self.state is not None else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the key axis that a mask for `query_length` new tokens covers."""
         # transformers 5.17 sizes the mask of all layers on the first one, and static layers want all of their slots.
-        return max(self.seen + query_length, self.static_length), 0
+        if self.static_length:
+            return self.static_length, 0
+        assert isinstance(self.seen, int)
+        return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
         """−1: there is no maximum."""
@@ -109,8 +131,9 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop: expected minus the number of tokens to remove, found {tokens_to_remove}")
+        tokens_to_remove = int(tokens_to_remove)  # a tensor in transformers 5.17
         self.rollback.take_back(-tokens_to_remove, self)
-        self.seen += tokens_to_remove
+        self._count(tokens_to_remove)
 
     def tensors(self) -> list[tuple[str, torch.Tensor | None]]:
         """Name and value of every tensor."""
@@ -119,7 +142,7 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
     def restore(self, tensors: Mapping[str, torch.Tensor | None]) -> None:
         """Take over what `tensors()` gave."""
         for name in self.TENSORS:
-            setattr(self, name, tensors[name])
+            self._put(name, tensors[name])
 
     def reset(self) -> None:
         """Forget everything."""
@@ -129,12 +152,26 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         for name in self.TENSORS:
             setattr(self, name, None)
 
+    def _put(self, name: str, tensor: torch.Tensor | None) -> None:
+        """Set a tensor; of a static cache in place, unless there is none yet or its size changes."""
+        held = getattr(self, name)
+        if self.static_length and held is not None and tensor is not None and held.shape == tensor.shape:
+            held.copy_(tensor)
+        else:
+            setattr(self, name, self._at_fixed_address(tensor) if tensor is not None else None)
+
+    def _at_fixed_address(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, marked if the cache is static: a compiled step that changes other inputs is no CUDA graph."""
+        if self.static_length and not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(tensor)
+        return tensor
+
     def _map(self, function: Any) -> None:
         self.rollback.map(function)
         for name in self.TENSORS:
             tensor = getattr(self, name)
             if tensor is not None:
-                setattr(self, name, function(tensor))
+                self._put(name, function(tensor))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take row `beam_idx[i]` as row i (beam search)."""
@@ -165,20 +202,22 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
     def keep(self, final: Any) -> None:
         """Take over a final state; cloned, for it may be a view of the states of all chunks."""
         if isinstance(final, tuple):
-            self.state, self.norm = (tensor.clone() for tensor in final)
+            for name, tensor in zip(("state", "norm"), final, strict=True):
+                self._put(name, tensor.clone())
         else:
-            self.state = final.clone()
+            self._put("state", final.clone())
 
     def positions(self, tokens: torch.Tensor | None, batch: int, length: int, device: torch.device) -> torch.Tensor:
         """Positions `[B, T]` of new tokens among their row's real tokens, −1 for padding; advances `count`."""
         if self.count is None:
-            self.count = torch.zeros(batch, dtype=torch.long, device=device)
+            self._put("count", torch.zeros(batch, dtype=torch.long, device=device))
+            assert self.count is not None
         if tokens is None:
             positions = self.count[:, None] + torch.arange(length, device=device)
-            self.count = self.count + length
+            self.count.add_(length)
             return positions
         running = self.count[:, None] + tokens.long().cumsum(1)
-        self.count = running[:, -1].clone()  # not a view, which would keep a number per token
+        self.count.copy_(running[:, -1])
         return torch.where(tokens, running - 1, -1)
 
     def in_order(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -195,9 +234,12 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         batch = k.shape[0]
         slots = sinks + window
         if self.ring_k is None or self.ring_v is None or self.ring_position is None:
-            self.ring_k = k.new_zeros(batch, slots + 1, *k.shape[2:])
-            self.ring_v = v.new_zeros(batch, slots + 1, *v.shape[2:])
-            self.ring_position = positions.new_full((batch, slots + 1), -1)
+            self._put("ring_k", k.new_zeros(batch, slots + 1, *k.shape[2:]))
+            self._put("ring_v", v.new_zeros(batch, slots + 1, *v.shape[2:]))
+            self._put("ring_position", positions.new_full((batch, slots + 1), -1))
+        assert self.ring_k is not None
+        assert self.ring_v is not None
+        assert self.ring_position is not None
         assert self.count is not None
         sink = (positions >= 0) & (positions < sinks)
         recent = (positions >= sinks) & (positions >= self.count[:, None] - window)
@@ -207,6 +249,14 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         self.ring_v[rows, slot] = v
         self.ring_position[rows, slot] = positions
         self.ring_position[:, slots] = -1
+
+
+def _static_length(layer: Any) -> int:
+    """Tokens that a static layer has room for; 0 for one that drops old ones, and so for any number."""
+    if isinstance(layer, LightningCacheLayer):
+        return layer.static_length
+    keeps_all = not getattr(layer, "is_sliding", False) or getattr(layer, "is_croppable", False)
+    return getattr(layer, "max_cache_len", 0) if keeps_all else 0
 
 
 def adopt(cache: Any, layer_idx: int) -> LightningCacheLayer:
@@ -226,7 +276,6 @@ def adopt(cache: Any, layer_idx: int) -> LightningCacheLayer:
         raise TypeError(f"the cache already holds softmax keys for layer {layer_idx}, which is swapped")
     recurrent = LightningCacheLayer()
     recurrent.record_past = getattr(layer, "record_past", False)
-    lengths = (getattr(x, "max_cache_len", 0) or getattr(x, "static_length", 0) for x in cache.layers)
-    recurrent.static_length = max(lengths)
+    recurrent.static_length = max(map(_static_length, cache.layers))
     cache.layers[layer_idx] = recurrent
     return recurrent

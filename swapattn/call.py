@@ -36,7 +36,7 @@ class AttentionCall:
         v: torch.Tensor,
         scaling: float | None,
         mask: Any,
-        seen: int,
+        seen: int | torch.Tensor,
         *,
         hidden: torch.Tensor | None = None,
         linear: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -50,8 +50,9 @@ class AttentionCall:
         )
         self.scaling = scaling if scaling is not None else q.shape[-1] ** -0.5
         self.hidden = hidden
-        given = cu_seqlens if seen == 0 else None
-        self.tokens, starts = read_mask(mask, q.shape[-2], seen, may_be_packed=given is None)
+        first = not isinstance(seen, torch.Tensor) and seen == 0
+        given = cu_seqlens if first else None
+        self.tokens, starts = read_mask(mask, q.shape[-2], seen, may_be_packed=first and given is None)
         if alibi is not None:
             self._add_alibi(*alibi)
         self.cu_seqlens: torch.Tensor | None = None

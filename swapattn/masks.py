@@ -20,7 +20,7 @@ def unpacked(mask: Any) -> Any:
     return mask
 
 
-def read_mask(mask: Any, length: int, seen: int, *, may_be_packed: bool = True) -> Found:
+def read_mask(mask: Any, length: int, seen: int | torch.Tensor, *, may_be_packed: bool = True) -> Found:
     """Real tokens `[B, T]` and sequence starts `[B, T]` (None when nothing is packed) from a 2D or 4D mask.
 
     The diagonal of transformers' 4D mask is the padding mask of the new tokens, for full, sliding and chunked
@@ -35,11 +35,13 @@ def read_mask(mask: Any, length: int, seen: int, *, may_be_packed: bool = True) 
     Args:
         mask: 2D `[B, K]`, 4D `[B, 1, T, K]` (bool, or additive), or None.
         length: T, the number of new tokens.
-        seen: tokens in the cache before them.
+        seen: tokens in the cache before them; a tensor `[]` is not read on the host.
         may_be_packed: False to take the sequences for unpacked, or for already known.
     """
     if mask is None:
         return None, None
+    if isinstance(seen, torch.Tensor):
+        return _read(mask, length, seen, False)
     may_be_packed = may_be_packed and not getattr(mask, _UNPACKED, False)
     if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         tokens, starts = _read(mask, length, seen, may_be_packed)
@@ -62,19 +64,20 @@ def read_mask(mask: Any, length: int, seen: int, *, may_be_packed: bool = True) 
     return tokens, starts
 
 
-def _read(mask: torch.Tensor, length: int, seen: int, may_be_packed: bool) -> Found:
+def _read(mask: torch.Tensor, length: int, seen: int | torch.Tensor, may_be_packed: bool) -> Found:
     """Real tokens, and what comes right after a gap where there may be one, `[B, T]` each."""
     if mask.dtype == torch.bool:
         allowed = mask
     else:  # eager's additive mask holds 0 where attending is allowed, a 2D mask holds 1
         allowed = mask == 0 if mask.dim() == 4 else mask > 0
-    offset = min(seen, allowed.shape[-1] - length)
+    last = allowed.shape[-1] - length
+    offset = seen.clamp(max=last) if isinstance(seen, torch.Tensor) else min(seen, last)
     index = torch.arange(length, device=mask.device)  # not slices or diagonals: a graph would hold for one offset only
     if allowed.dim() == 2:
         return allowed[:, offset + index], None
     rows = allowed[:, 0]
     tokens = rows[:, index, offset + index]
-    if seen or length == 1 or not may_be_packed:
+    if length == 1 or not may_be_packed:
         return tokens, None
     starts = torch.zeros_like(tokens)
     starts[:, 1:] = ~rows[:, index[1:], index[1:] - 1] & tokens[:, 1:] & tokens[:, :-1]

@@ -36,6 +36,10 @@ class Tokens(Protocol):
         """The same with `function` applied to every tensor; the batch is the first dimension."""
 
 
+def _copied(cache: Any) -> Tensors:
+    return {name: tensor.clone() if tensor is not None else None for name, tensor in cache.tensors()}
+
+
 class Rollback:
     """What one cache layer keeps to take tokens back; empty unless it records.
 
@@ -64,7 +68,7 @@ class Rollback:
         if self.length + call.length > 2 * MOST_TOKENS:
             self._fold(call.length, cache)
         if self.base is None:
-            self.base = {name: tensor.clone() if tensor is not None else None for name, tensor in cache.tensors()}
+            self.base = _copied(cache)
         self.log.append(call.map(torch.Tensor.detach))
 
     def take_back(self, count: int, cache: Any) -> None:
@@ -96,12 +100,12 @@ class Rollback:
 
     def _fold(self, new: int, cache: Any) -> None:
         """Commit to the oldest tokens: a mode that drafts without ever cropping must not fill the memory."""
-        now = dict(cache.tensors())
+        now = _copied(cache)  # a static cache takes tensors over in place
         assert self.base is not None
         cache.restore(self.base)
         while self.log and self.length + new > MOST_TOKENS:
             self._replay(self.log.pop(0), cache)
-        self.base = dict(cache.tensors()) if self.log else None
+        self.base = _copied(cache) if self.log else None
         cache.restore(now)
 
     @torch.no_grad()

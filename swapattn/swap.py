@@ -156,7 +156,7 @@ class LightningSwap(nn.Module):
         k: torch.Tensor,
         v: torch.Tensor,
         mask: Any,
-        seen: int,
+        seen: int | torch.Tensor,
         given: Mapping[str, Any],
         count: torch.Tensor | None = None,
     ) -> AttentionCall:

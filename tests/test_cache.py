@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from torch._dynamo.utils import counters, get_static_address_type
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from swapattn.cache import LightningCacheLayer, adopt
-from swapattn.recipe import ConvertSpec
+from swapattn.recipe import ConvertSpec, load_recipe
 from swapattn.surgery import apply_, plan
 
 
@@ -36,6 +37,19 @@ def ids_of(rows, length, seed=3):
 def generate(model, ids, new=16, **kwargs):
     settings = {"do_sample": False, "pad_token_id": 1, "eos_token_id": None}
     return model.generate(ids, max_new_tokens=new, **{**settings, **kwargs})
+
+
+def lightning(cache):
+    return [layer for layer in cache.layers if isinstance(layer, LightningCacheLayer)]
+
+
+def held(layer):
+    """All tensors of a layer by name."""
+    return {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
+
+
+def addresses(cache):
+    return [{name: tensor.data_ptr() for name, tensor in held(layer).items()} for layer in lightning(cache)]
 
 
 def storage_bytes(layer):
@@ -73,6 +87,106 @@ def test_static_cache_gives_the_same(linear_model):
     mask[0, :5] = 0
     expected = generate(linear_model, ids, attention_mask=mask)
     assert torch.equal(generate(linear_model, ids, attention_mask=mask, cache_implementation="static"), expected)
+
+
+@pytest.fixture
+def compiled():
+    """Settings under which `generate` compiles its step on a CPU as it does on a GPU; counts from nought."""
+    torch._dynamo.reset()
+    counters.clear()
+    config = CompileConfig(backend="aot_eager", mode=None)
+    config._compile_all_devices = True
+    yield {"compile_config": config}
+    torch._dynamo.reset()
+
+
+def assert_compiled_once():
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("short", ["convert.local.window=6"]),
+        ("short", ["convert.local.window=6", "convert.keep_softmax=[0]"]),
+        ("short-pure", []),
+    ],
+    ids=["window", "keep-0", "linear"],
+)
+def test_a_static_cache_compiles_one_step_for_all(tiny_llama, compiled, recipe, overrides):
+    """The number of tokens seen is no constant of the graph, nor is the cache: a second one is served by it too."""
+    model = tiny_llama()
+    apply_(model, plan(model.config, load_recipe(recipe, overrides).convert))
+    ids, mask = ids_of(2, 12), torch.ones(2, 12, dtype=torch.long)
+    padded = mask.clone()
+    padded[0, :5] = 0
+    for given in (padded, mask):
+        expected = generate(model, ids, 24, attention_mask=given)
+        assert expected[:, 12:].unique().numel() > 3, "the outputs do not vary: the test says nothing"
+        static = {"cache_implementation": "static", **compiled}
+        assert torch.equal(generate(model, ids, 24, attention_mask=given, **static), expected)
+        assert_compiled_once()
+
+
+def test_a_static_cache_serves_a_second_turn_after_compiled_steps(model, compiled):
+    ids, cache = ids_of(1, 9), StaticCache(config=model.config, max_cache_len=80)
+    first = generate(model, ids, past_key_values=cache, **compiled)
+    assert torch.equal(first, generate(model, ids, use_cache=False))
+    longer = torch.cat((first, ids_of(1, 25, seed=8)), 1)
+    before = addresses(cache)
+    second = generate(model, longer, past_key_values=cache, **compiled)
+    assert torch.equal(second, generate(model, longer, use_cache=False))
+    assert_compiled_once()
+    assert addresses(cache) == before
+    assert cache.get_seq_length() == second.shape[1] - 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_static_cache_changes_its_tensors_in_place(model, padding):
+    """What a recorded CUDA graph reads and writes is where it was: after steps, a long call, a crop, and for beams."""
+    ids, mask = ids_of(2, 30), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :padding] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    caches = StaticCache(config=model.config, max_cache_len=40), DynamicCache(config=model.config)
+
+    def run(start, stop):
+        more = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+        found, expected = (model(input_ids=ids[:, start:stop], past_key_values=x, **more).logits for x in caches)
+        assert torch.allclose(found, expected, rtol=0, atol=1e-9)
+        assert all(int(layer.get_seq_length()) == stop for cache in caches for layer in cache.layers)
+
+    run(0, 8)
+    before = addresses(caches[0])
+    assert all(set(found) == {"seen", *LightningCacheLayer.TENSORS} for found in before)
+    for layer in lightning(caches[0]):
+        assert all(get_static_address_type(tensor) == "unguarded" for tensor in held(layer).values())
+        assert layer.get_mask_sizes(1) == (40, 0)
+    for start, stop in ((8, 9), (9, 10), (10, 13), (13, 25), (25, 26)):
+        run(start, stop)
+    for cache in caches:
+        for layer in lightning(cache):
+            layer.activate_past_recording()
+            assert not layer.is_compileable
+    run(26, 29)
+    cropped = 2 if caches[0].is_croppable else 0  # kept static layers cannot in transformers 5.17
+    for cache in caches if cropped else ():
+        cache.crop(-cropped)
+    run(29 - cropped, 30)
+    for cache in caches:
+        cache.reorder_cache(torch.tensor([1, 1]))
+    ids[0], mask[0], positions[0] = ids[1], mask[1], positions[1]
+    ids = torch.cat((ids, ids_of(2, 2, seed=8)), 1)
+    run(30, 32)
+    assert addresses(caches[0]) == before
+
+
+def test_a_static_cache_of_sliding_layers_alone(tiny_family):
+    """None of them has room for all tokens, so nothing says how many there can be."""
+    model = build(tiny_family("mistral", sliding_window=6), (1,))
+    ids = ids_of(2, 12)
+    assert torch.equal(generate(model, ids, cache_implementation="static"), generate(model, ids))
 
 
 @pytest.mark.parametrize("padding", [0, 3])
