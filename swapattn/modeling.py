@@ -49,7 +49,7 @@ RUNTIME = (
     "errors.py",
 )
 KERNEL_RUNTIME = (
-    *("op.py", "reference.py", "switch.py", "local.py", "local_op.py", "local_kernels.py"),
+    *("op.py", "reference.py", "switch.py", "local.py", "local_op.py", "local_kernels.py", "local_cached.py"),
     *("linear_op.py", "forward.py", "backward.py", "states.py", "sweep.py", "shape.py", "bulk.py", "launch.py"),
     *("decay.py", "decode.py", "group.py"),
 )

@@ -217,7 +217,7 @@ def local_attention_cached(
             raise ValueError(f"{name}: expected shape {list(tokens.shape[:2])}, found {list(positions.shape)}")
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if q.numel() > 0 and not differentiated and _on_kernels(0, q, k, v):
-        from .local_op import local_attention_cached_kernel
+        from .local_cached import local_attention_cached_kernel
 
         return local_attention_cached_kernel(
             q, k, v, k_positions=k_positions, q_positions=q_positions, window=window, sinks=sinks, scale=scale,

@@ -1,4 +1,4 @@
-"""Triton kernels of `local_attention`: forward, backward and a few new tokens on a ring of keys.
+"""Triton kernels of `local_attention`, forward and backward.
 
 Tokens are numbered along a stream: each row alone where nothing is hidden or packed; else one stream of all real
 tokens, sequence after sequence, so that window and sinks are plain differences of numbers whatever the mask. `begin`
@@ -51,7 +51,8 @@ def _offsets(index, valid, place, row, length, stride_row, stride, PLACED: tl.co
 
 
 @triton.jit
-def _load(pointer, offsets, valid, dims, D: tl.constexpr, BD: tl.constexpr):
+def load_features(pointer, offsets, valid, dims, D: tl.constexpr, BD: tl.constexpr):
+    """Rows of D features at `offsets`, 0 where they are not valid."""
     if D == BD:
         return tl.load(pointer + offsets[:, None] + dims[None, :], mask=valid[:, None], other=0.0)
     else:
@@ -67,7 +68,7 @@ def _tile(
     """Tokens `index` (from `begin` on) of one head, 0 where not valid; offsets between them fit 32 bits."""
     if PLACED:
         there = _offsets(index, valid, place, row, length, strides[0], strides[1], PLACED)
-        tile = _load(pointer + head * strides[2], there, valid, dims, D, BD)
+        tile = load_features(pointer + head * strides[2], there, valid, dims, D, BD)
     else:
         pointer += row * strides[0] + head * strides[2]
         tile = load_rows(pointer, tl.cast(begin, tl.int64), strides[1], index - begin, dims, valid, D, BD)
@@ -91,7 +92,8 @@ def _step(
 
 
 @triton.jit
-def _put(pointer, offsets, x, valid, dims, D: tl.constexpr, BD: tl.constexpr):
+def store_features(pointer, offsets, x, valid, dims, D: tl.constexpr, BD: tl.constexpr):
+    """The valid rows of x to `offsets`."""
     store_rows(pointer + offsets[:, None] + dims[None, :], x, valid, dims, D, BD)
 
 
@@ -158,7 +160,7 @@ def _scale_of(other_scale, head, columns, V: tl.constexpr):
 
 
 @triton.jit
-def _softmax_step(acc, top, total, q, k, v, seen, factor, PRECISION: tl.constexpr):
+def softmax_step(acc, top, total, q, k, v, seen, factor, PRECISION: tl.constexpr):
     """One block of keys into the running output, maximum and sum."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
     scores = tl.where(seen, scores, float("-inf"))
@@ -211,11 +213,11 @@ def forward_kernel(
         values = _step(v_steps, key, j, valid, place, row, shared, length, strides_v, columns, V, BV, BN, PLACED, BULK)
         reach = _reach(j, begin, total, window, sinks, BM, STREAM, SINKS)
         seen = _near(i[:, None], start[:, None], j[None, :], reach[None, :], STREAM)
-        acc, top, weight = _softmax_step(acc, top, weight, queries, keys, values, seen, factor, PRECISION)
+        acc, top, weight = softmax_step(acc, top, weight, queries, keys, values, seen, factor, PRECISION)
     if SINKS:
         if low > first:
             seen = present[None, :] & (sink[None, :] >= start[:, None])
-            acc, top, weight = _softmax_step(acc, top, weight, queries, sink_keys, sink_values, seen, factor, PRECISION)
+            acc, top, weight = softmax_step(acc, top, weight, queries, sink_keys, sink_values, seen, factor, PRECISION)
     weight = tl.where(real, weight, 1.0)
     acc = acc / weight[:, None]
     logarithm = top + tl.log2(weight)
@@ -228,7 +230,7 @@ def forward_kernel(
         logarithm = higher + tl.log2(tl.exp2(own - higher) + tl.exp2(further_weight - higher))
         acc = acc * tl.exp2(own - logarithm)[:, None] + further * tl.exp2(further_weight - logarithm)[:, None]
     there = _offsets(i, real, place, row, length, length.to(tl.int64) * query_heads * V, query_heads * V, PLACED)
-    _put(o + head * V, there, acc, real, columns, V, BV)
+    store_features(o + head * V, there, acc, real, columns, V, BV)
     if LSE:
         logarithm *= LN_2
     tl.store(lse + head * tokens + _at(i, real, place, row, length, LSE, PLACED), logarithm, mask=real)
@@ -272,7 +274,7 @@ def row_kernel(
         there = head * tokens + _at(i, real, place, row, length, True, PLACED)
         tl.store(d_log_sum + there, share * (tl.sum(scaled * further, 1) - delta), mask=real)
         there = _offsets(i, real, place, row, length, length.to(tl.int64) * heads * V, heads * V, PLACED)
-        _put(d_other + head * V, there, scaled * share[:, None], real, columns, V, BV)
+        store_features(d_other + head * V, there, scaled * share[:, None], real, columns, V, BV)
         if D_SCALE:
             part = tl.sum(gradient.to(tl.float32) * further * share[:, None], 0)
             slot = (row * tl.cdiv(total, BM) + block) * heads + head
@@ -330,12 +332,12 @@ def _key_side(
             if STREAM:
                 sequence = tl.load(owner + j, mask=sink, other=0).to(tl.int64)
             there = ((sequence * shared + head) * sinks + tl.where(sink, j - start_j, 0)) * (D + V)
-            _put(near, there, acc_k, sink, dims, D, BD)
-            _put(near + D, there, acc_v, sink, columns, V, BV)
+            store_features(near, there, acc_k, sink, dims, D, BD)
+            store_features(near + D, there, acc_v, sink, columns, V, BV)
     there = _offsets(j, real, place, row, length, length.to(tl.int64) * shared * D, shared * D, PLACED)
-    _put(dk + head * D, there, acc_k, plain, dims, D, BD)
+    store_features(dk + head * D, there, acc_k, plain, dims, D, BD)
     there = _offsets(j, real, place, row, length, length.to(tl.int64) * shared * V, shared * V, PLACED)
-    _put(dv + head * V, there, acc_v, plain, columns, V, BV)
+    store_features(dv + head * V, there, acc_v, plain, columns, V, BV)
 
 
 @triton.jit
@@ -392,10 +394,10 @@ def _query_side(
             part_v = tl.dot(p.to(gradient.dtype), gradient, input_precision=PRECISION)
             part_k = tl.dot((p * slope).to(queries.dtype), queries, input_precision=PRECISION) * scale
             there = ((slot * query_heads + head) * sinks + places) * (D + V)
-            _put(far, there, part_k, places < sinks, dims, D, BD)
-            _put(far + D, there, part_v, places < sinks, columns, V, BV)
+            store_features(far, there, part_k, places < sinks, dims, D, BD)
+            store_features(far + D, there, part_v, places < sinks, columns, V, BV)
     there = _offsets(i, real, place, row, length, length.to(tl.int64) * query_heads * D, query_heads * D, PLACED)
-    _put(dq + head * D, there, acc * scale, real, dims, D, BD)
+    store_features(dq + head * D, there, acc * scale, real, dims, D, BD)
 
 
 @triton.jit(do_not_specialize=["scale", "length", "total", "tokens", "window", "sinks"])
@@ -467,47 +469,3 @@ def sink_kernel(
     tl.store(dk + there + head * D + dim, total.to(dk.dtype.element_ty), mask=valid & (dim < D))
     there = _offsets(token, valid, place, row, length, length.to(tl.int64) * shared * V, shared * V, PLACED)
     tl.store(dv + there + head * V + dim - D, total.to(dv.dtype.element_ty), mask=valid & (dim >= D))
-
-
-@triton.jit(do_not_specialize=["scale", "length", "slots", "window", "sinks"])
-def cached_kernel(
-    q, k, v, o, lse, q_position, k_position,
-    scale, length, slots, window, sinks, query_heads, group,
-    stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
-    D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, LSE: tl.constexpr,
-):  # fmt: skip
-    """o of a few new tokens on keys in any order; the rows of a tile are the tokens and heads of a group.
-    With LSE also the natural logarithm of the sum of weights `[B, T, Hq]`.
-    """
-    pieces, shared = tl.cdiv(length * group, BM), query_heads // group
-    pid = tl.program_id(0)
-    piece, head, row = pid % pieces, (pid // pieces % shared).to(tl.int64), (pid // (pieces * shared)).to(tl.int64)
-    index = piece * BM + tl.arange(0, BM)
-    token, query_head = index // group, head * group + index % group
-    position = tl.load(q_position + row * length + token, mask=token < length, other=-1)
-    real, here = position >= 0, token < length
-    dims, columns = tl.arange(0, BD), tl.arange(0, BV)
-    there = row * stride_q_row + token.to(tl.int64) * stride_q + query_head * stride_q_head
-    queries = _load(q, there, real, dims, D, BD)
-    factor = scale * LOG2_E
-    acc = tl.zeros([BM, BV], tl.float32)
-    top, weight = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
-    for slot in range(0, slots, BN):
-        j = slot + tl.arange(0, BN)
-        number = tl.load(k_position + row * slots + j, mask=j < slots, other=-1)
-        held = number >= 0  # an empty slot may hold NaN: it is not read
-        spot = row * stride_k_row + j.to(tl.int64) * stride_k + head * stride_k_head
-        keys = _load(k, spot, held, dims, D, BD)
-        spot = row * stride_v_row + j.to(tl.int64) * stride_v + head * stride_v_head
-        values = _load(v, spot, held, columns, V, BV)
-        distance = position[:, None] - number[None, :]
-        seen = (distance >= 0) & ((distance < window) | (number < sinks)[None, :]) & (held[None, :] & real[:, None])
-        acc, top, weight = _softmax_step(acc, top, weight, queries, keys, values, seen, factor, PRECISION)
-    weight = tl.where(weight > 0, weight, 1.0)
-    acc = acc / weight[:, None]
-    there = (row * length + token) * query_heads + query_head
-    _put(o, there * V, acc, here, columns, V, BV)
-    if LSE:
-        logarithm = tl.where(top > float("-inf"), (top + tl.log2(weight)) * LN_2, 0.0)
-        tl.store(lse + there, logarithm, mask=here)

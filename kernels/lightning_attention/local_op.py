@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .bulk import TensorDescriptor, bulk_tensors
 from .launch import has_bulk_copies
-from .local_kernels import NOWHERE, backward_kernel, cached_kernel, forward_kernel, row_kernel, sink_kernel
+from .local_kernels import NOWHERE, backward_kernel, forward_kernel, row_kernel, sink_kernel
 from .shape import padded
 
 LARGEST_BLOCK = 128
@@ -62,12 +62,6 @@ def local_config(kind: str, dim: int, value_dim: int, dtype: torch.dtype, device
     return LocalConfig(64, 64, 4, 1) if size <= 64 else LocalConfig(64, 32, 4, 2)  # larger steps spill registers
 
 
-def cached_config(rows: int, dim: int, value_dim: int, dtype: torch.dtype) -> LocalConfig:
-    """Launch parameters for `rows` = new tokens times query heads of a group."""
-    wide = max(dim, value_dim) > 128 or dtype == torch.float32
-    return LocalConfig(min(padded(rows), 32 if wide else 64), 32 if wide else 64, 4, 2)
-
-
 class Stream(NamedTuple):
     """Real tokens of packed or masked sequences, numbered one sequence after the other; int32."""
 
@@ -99,7 +93,7 @@ def stream_of(rows: int, length: int, cu_seqlens: _Maybe, mask: _Maybe, device: 
 
 def _constants(q: Tensor, v: Tensor, config: LocalConfig, begin: _Maybe, place: _Maybe, sinks: int) -> dict[str, Any]:
     return {
-        **_sizes(q, v),
+        **sizes(q, v),
         "BM": config.block,
         "BN": config.step,
         "BS": padded(sinks),
@@ -111,7 +105,8 @@ def _constants(q: Tensor, v: Tensor, config: LocalConfig, begin: _Maybe, place: 
     }
 
 
-def _sizes(q: Tensor, v: Tensor) -> dict[str, Any]:
+def sizes(q: Tensor, v: Tensor) -> dict[str, Any]:
+    """Constants of every kernel."""
     dim, value_dim = q.shape[3], v.shape[3]
     precision = "ieee" if q.dtype == torch.float32 else "tf32"  # of dots of fp32, the only ones that it concerns
     return {"D": dim, "V": value_dim, "BD": padded(dim), "BV": padded(value_dim), "PRECISION": precision}
@@ -151,7 +146,7 @@ def _launch_forward(
     scale: float, window: int, sinks: int, return_lse: bool = False, other: Other | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `_forward` and `_merged`."""
-    q, k, v = _rows(q), _rows(k), _rows(v)  # the compiler may lay tensors out anew
+    q, k, v = addressable(q), addressable(k), addressable(v)  # the compiler may lay tensors out anew
     rows, length, heads = q.shape[:3]
     config = local_config("forward", q.shape[3], v.shape[3], q.dtype, q.device)
     fill = v.new_empty if place is None else v.new_zeros
@@ -159,7 +154,7 @@ def _launch_forward(
     lse = (fill if return_lse else v.new_empty)(heads, rows * length, dtype=torch.float32)
     total, blocks, streams = _extent(q, begin, config.block)
     bulk = _bulk(place, k, v)
-    further = (o, lse, lse) if other is None else (_rows(other.values), *_contiguous(other.log_sum, other.scale))
+    further = (o, lse, lse) if other is None else (addressable(other.values), *_contiguous(other.log_sum, other.scale))
     forward_kernel[(heads * blocks * streams,)](
         q, k, v, *_steps(bulk, config.step, k, v), *further, o, lse,
         o if begin is None else begin, o if place is None else place,
@@ -198,7 +193,7 @@ def _launch_backward(
     other: Other | None = None, d_scale: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """dq, dk, dv, and with `other` its gradients: those of its scale empty but for `d_scale`."""
-    q, k, v, do, (o, lse) = _rows(q), _rows(k), _rows(v), _rows(do), _contiguous(o, lse)
+    q, k, v, do, (o, lse) = addressable(q), addressable(k), addressable(v), addressable(do), _contiguous(o, lse)
     rows, length, heads, dim = q.shape
     shared, value_dim = k.shape[2], v.shape[3]
     config = local_config("backward", dim, value_dim, q.dtype, q.device)
@@ -218,7 +213,7 @@ def _launch_backward(
     further: tuple[Tensor, ...] = (o, lse, lse)
     gradients: tuple[Tensor, ...] = further
     if other is not None:
-        further = _rows(other.values), *_contiguous(other.log_sum, other.scale)
+        further = addressable(other.values), *_contiguous(other.log_sum, other.scale)
         d_other, d_log_sum = (fill(x.shape, dtype=x.dtype, device=x.device) for x in further[:2])
         gradients = d_other, d_log_sum, other.scale.new_empty(row_blocks if d_scale else 0, heads, value_dim)
     row_kernel[(heads * row_blocks,)](
@@ -343,37 +338,7 @@ def _differentiate_merged(ctx: Any, do: Tensor, _: Tensor) -> tuple[Any, ...]:
 _merged.register_autograd(_differentiate_merged, setup_context=_keep_merged)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::cached", mutates_args=())
-def _cached(
-    q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor,
-    scale: float, window: int, sinks: int, return_lse: bool,
-) -> list[Tensor]:  # fmt: skip
-    """o `[B, T, Hq, Dv]`, and with `return_lse` the natural logarithm of the sum of weights, fp32 `[B, T, Hq]`."""
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    rows, length, heads = q.shape[:3]
-    shared = k.shape[2]
-    group = heads // shared
-    config = cached_config(length * group, q.shape[3], v.shape[3], q.dtype)
-    o = v.new_empty(rows, length, heads, v.shape[3])
-    lse = [v.new_empty(rows, length, heads, dtype=torch.float32)] if return_lse else []
-    cached_kernel[(-(-length * group // config.block) * shared * rows,)](
-        q, k, v, o, *(lse or [o]), q_positions, k_positions, scale, length, k.shape[1], window, sinks, heads, group,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **_sizes(q, v),
-        BM=config.block, BN=config.step, LSE=return_lse, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-    return [o, *lse]
-
-
-@_cached.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor,
-    scale: float, window: int, sinks: int, return_lse: bool,
-) -> list[Tensor]:  # fmt: skip
-    o = v.new_empty(*q.shape[:3], v.shape[3])
-    return [o, v.new_empty(q.shape[:3], dtype=torch.float32)] if return_lse else [o]
-
-
-def _rows(x: Tensor) -> Tensor:
+def addressable(x: Tensor) -> Tensor:
     """Contiguous in the last dimension, and the offsets within a block fit 32 bits."""
     return x if x.stride(-1) == 1 and x.stride(1) < 2**31 // LARGEST_BLOCK else x.contiguous()
 
@@ -382,7 +347,8 @@ def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in tensors)
 
 
-def _inputs(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+def promoted(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """All in the dtype that can hold each of them."""
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     return [x.to(dtype) for x in (q, k, v)]
 
@@ -401,7 +367,7 @@ def local_attention_kernel(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`local_attention` by the kernels; arguments checked by the caller, T > 0."""
     arguments = _arguments(q, window, sinks, scale, cu_seqlens, mask)
-    o, lse = _forward(*_inputs(q, k, v), *arguments, return_lse)
+    o, lse = _forward(*promoted(q, k, v), *arguments, return_lse)
     o = o.to(v.dtype)
     return (o, torch.unflatten(lse, 1, q.shape[:2]).permute(1, 2, 0)) if return_lse else o
 
@@ -423,7 +389,7 @@ def merged_local_attention_kernel(
     """`merged_local_attention` by the kernels; arguments checked by the caller, T > 0."""
     arguments = _arguments(q, window, sinks, scale, cu_seqlens, mask)
     log_sum = other_log_sum.float().permute(2, 0, 1).flatten(1)
-    o: Tensor = _merged(*_inputs(q, k, v), other, log_sum, other_scale.float(), *arguments)[0]
+    o: Tensor = _merged(*promoted(q, k, v), other, log_sum, other_scale.float(), *arguments)[0]
     return o.to(v.dtype)
 
 
@@ -437,23 +403,3 @@ def _arguments(
         table = tuple(stream_of(rows, length, cu_seqlens, mask, q.device))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return *table, scale, min(window, rows * length), min(sinks, length)
-
-
-def local_attention_cached_kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    k_positions: Tensor,
-    q_positions: Tensor,
-    window: int,
-    sinks: int,
-    scale: float | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`local_attention_cached` by one kernel, without a gradient; arguments checked by the caller."""
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    positions = q_positions.contiguous(), k_positions.contiguous()
-    o, *lse = _cached(*_inputs(q, k, v), *positions, scale, window, sinks, return_lse)
-    o = o.to(v.dtype)
-    return (o, lse[0]) if return_lse else o

@@ -398,6 +398,7 @@ def test_merged_takes_views_and_gives_no_more_gradients_than_wanted():
 
 def test_operators_are_traceable(interpreted):
     """Fake implementations, autograd, and one graph for torch.compile."""
+    from lightning_attention import local_cached
     from lightning_attention import local_op as module
 
     q, k, v, do = make(40)
@@ -420,7 +421,7 @@ def test_operators_are_traceable(interpreted):
     compiled = torch.compile(local_attention, fullgraph=True, backend="aot_eager")
     for asked in (False, True):
         arguments = (q, k, v, positions, positions, 0.25, 8, 2, asked)
-        torch.library.opcheck(module._cached, arguments, test_utils="test_faketensor")
+        torch.library.opcheck(local_cached._cached, arguments, test_utils="test_faketensor")
         options = {"window": 8, "sinks": 2, "mask": mask, "return_lse": asked}
         found = with_gradients(compiled, (q, k, v, do), **options)
         wanted = with_gradients(local_attention, (q, k, v, do), **options)
