@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from importlib.resources import files
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,8 +144,13 @@ class PackedTokens(IterableDataset[dict[str, Tensor]]):
                         empty = False
                         yield [*row, *ending]
             if empty:
-                raise SourceError(f"the text {text.describe()} has no words: nothing to train on")
+                raise no_words(text)
             epoch += 1
+
+
+def no_words(text: TextSpec) -> SourceError:
+    """The error for a source without a document."""
+    return SourceError(f"the text {text.describe()} has no words")
 
 
 def _positions(starts: Sequence[int], length: int) -> Tensor:
@@ -205,7 +210,7 @@ def _embedded(part: str) -> Path:
 
 def _read_embedded(part: str) -> str:
     with ExitStack() as stack:
-        return io.TextIOWrapper(_open(_embedded(part), stack), encoding="utf-8").read()
+        return open_text(_embedded(part), stack).read()
 
 
 def _expand(patterns: Sequence[str]) -> list[Path]:
@@ -217,6 +222,11 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
             raise UsageError(f"no file matches {pattern}")
         found.update(dict.fromkeys(paths))
     return list(found)
+
+
+def sizes(text: TextSpec) -> dict[str, int]:
+    """Bytes of each file of a text, which tell whether it is still the same; nothing for what is no local file."""
+    return {str(path): path.stat().st_size for path in _expand(text.files)}
 
 
 def _kind(path: Path) -> str:
@@ -259,7 +269,6 @@ def _interleaved(paths: Sequence[Path], column: str, piece: int, rng: random.Ran
 
 def _file_documents(path: Path, column: str, piece: int) -> Iterator[str]:
     import pyarrow
-    import zstandard
 
     readers = {".txt": _text_documents, ".jsonl": _json_documents, ".parquet": _parquet_documents}
     with ExitStack() as stack:
@@ -267,24 +276,28 @@ def _file_documents(path: Path, column: str, piece: int) -> Iterator[str]:
             yield from readers[_kind(path)](path, stack, column, piece)
         except UnicodeDecodeError as error:
             raise SourceError(f"{path} is not UTF-8 text: {error.reason}") from error
-        except (OSError, zstandard.ZstdError, pyarrow.ArrowException) as error:
+        except (OSError, pyarrow.ArrowException) as error:
             raise SourceError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _open(path: Path, stack: ExitStack) -> BinaryIO:
-    import zstandard
+def open_text(path: Path, stack: ExitStack) -> io.TextIOWrapper:
+    """A UTF-8 file, plain or .zst, with or without a byte-order mark. OSError while reading one that ends too early."""
+    return io.TextIOWrapper(_open(path, stack), encoding="utf-8-sig")
 
+
+def _open(path: Path, stack: ExitStack) -> Any:
     plain = stack.enter_context(path.open("rb"))
     if path.suffix != ".zst":
         return plain
-    reader: BinaryIO = stack.enter_context(zstandard.ZstdDecompressor().stream_reader(plain, read_across_frames=True))
-    return reader
+    import pyarrow  # whose reader, unlike that of zstandard, tells a file that was cut from one that ended
+
+    return stack.enter_context(pyarrow.CompressedInputStream(plain, "zstd"))
 
 
 def _text_documents(path: Path, stack: ExitStack, column: str, piece: int) -> Iterator[str]:
     lines: list[str] = []
     characters = blank = 0
-    for raw in io.TextIOWrapper(_open(path, stack), encoding="utf-8"):
+    for raw in open_text(path, stack):
         line = raw.rstrip()
         if not line:
             blank += 1
@@ -304,7 +317,7 @@ def _text_documents(path: Path, stack: ExitStack, column: str, piece: int) -> It
 
 
 def _json_documents(path: Path, stack: ExitStack, column: str, piece: int) -> Iterator[str]:
-    for number, line in enumerate(io.TextIOWrapper(_open(path, stack), encoding="utf-8"), start=1):
+    for number, line in enumerate(open_text(path, stack), start=1):
         if not line.strip():
             continue
         try:
@@ -373,7 +386,7 @@ def _cell(row: dict[str, Any], column: str, where: str) -> Iterator[str]:
     if value is not None and not isinstance(value, str):
         raise UsageError(f"{where}: column {column!r} holds {type(value).__name__}, not text")
     if value and value.strip():
-        yield value
+        yield value.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
 
 
 def _no_column(where: str, column: str, columns: Sequence[str]) -> UsageError:

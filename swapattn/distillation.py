@@ -22,7 +22,7 @@ from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, find, new_record
 from .compilation import align_function
 from .conversion import convert
 from .curves import CURVES, draw_curves
-from .data import PackedTokens, documents
+from .data import PackedTokens, documents, no_words, sizes
 from .environment import default_device, hardware, is_first_process, say
 from .errors import CheckpointError, RecipeError, SwapattnError, UsageError
 from .estimate import estimate, table
@@ -37,10 +37,10 @@ from .recipe import Recipe, load_recipe
 from .reporting import Reporting
 from .sharding import gathered, is_sharded
 from .shards import decays, read_config, trained_keys, write_trained
-from .stages import AlignStage, CalibrateStage, DistillStage, Stage, TeacherSpec
+from .stages import AlignStage, CalibrateStage, DistillStage, Stage, TeacherSpec, stage_keys, stage_title
 from .stopping import stopping_on_sigterm
 from .text import Text, TextMixture, TextSpec
-from .training import LossFunction, run_stage, shares
+from .training import LossFunction, out_of_memory, run_stage, shares
 from .vocabulary import check_same_vocabulary
 
 _COLUMNS = (("tokens", 12), ("steps", 8), ("seconds", 10), ("tokens_per_second", 11))
@@ -155,9 +155,9 @@ def _check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str
     """What would otherwise show only after the first stages: the teacher, the texts, the device, the batches."""
     if device not in ("cpu", "cuda"):
         raise UsageError(f"device {device!r}: say cpu or cuda, and choose the GPU with CUDA_VISIBLE_DEVICES")
-    for stage in recipe.distill.stages:
+    for stage, key in zip(recipe.distill.stages, stage_keys(recipe.distill.stages), strict=True):
         if not isinstance(stage, CalibrateStage):
-            shares(stage, stage.stage, processes.count())
+            shares(stage, key, processes.count())
     own = _own_teachers(recipe, start, teacher)
     taught = [isinstance(stage, DistillStage) and stage.runs_teacher for stage in recipe.distill.stages]
     needed = named or any(run and not mine for run, mine in zip(taught, own, strict=True))
@@ -168,7 +168,8 @@ def _check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str
     check_wanted_logits(recipe, start.path)
     for spec, key in _sources(recipe).items():
         try:
-            next(iter(documents(spec)), None)
+            if next(iter(documents(spec)), None) is None:
+                raise no_words(spec)
         except SwapattnError as error:
             raise type(error)(f"{key}: {error}") from error
 
@@ -198,9 +199,11 @@ def _text_of(stage: Stage, recipe: Recipe) -> Text:
 
 
 def _sources(recipe: Recipe) -> dict[TextSpec, str]:
-    """What is read, with the first key of the recipe that says so."""
+    """What is read, with the first key of the recipe that says so; written logits have their text with them."""
     found: dict[TextSpec, str] = {}
     for index, stage in enumerate(recipe.distill.stages):
+        if _written(stage) is not None:
+            continue
         text = _text_of(stage, recipe)
         key = "distill.text" if text is recipe.distill.text else f"distill.stages.{index}.text"
         for number, (spec, _) in enumerate(text.parts):
@@ -243,6 +246,24 @@ def _estimates(start: Checkpoint, recipe: Recipe, device: str, teacher: Path) ->
     return tuple(estimate(config, recipe, stage, device, own_teacher=mine) for stage, mine in stages)
 
 
+_EXECUTION = ("micro_batch", "chunk", "compile", "cuda_graph", "gradient_checkpointing")  # change no result
+
+
+def _planned(recipe: Recipe) -> list[dict[str, Any]]:
+    """What decides the result of each stage: its settings, the text as it is, who wrote the logits."""
+    found: list[dict[str, Any]] = []
+    for stage in recipe.distill.stages:
+        values = {k: v for k, v in stage.model_dump(mode="json").items() if k not in _EXECUTION}
+        if written := _written(stage):
+            values["logits"] = read_manifest(Path(written.logits))["teacher"]
+        else:
+            values["text"] = [
+                (spec.model_dump(mode="json"), share, sizes(spec)) for spec, share in _text_of(stage, recipe).parts
+            ]
+        found.append(values)
+    return list(json.loads(json.dumps(found)))  # as it will be read again
+
+
 class _Run:
     """One distillation on disk: finished stages and Trainer checkpoints lie beside the target until it is whole."""
 
@@ -253,16 +274,15 @@ class _Run:
         self.start, self.recipe, self.target, self.device, self.teacher = start, recipe, target, device, teacher
         self.work = target.parent / f".{target.name}.run"
         self.state_file = self.work / "run.json"
-        values = recipe.to_dict()
-        del values["distill"][
-            "save_steps"
-        ]  # how often it is saved does not make it another run, nor how it is launched
-        for stage in values["distill"]["stages"]:
-            stage.pop("cuda_graph", None)
-        identity = {"recipe": values, "parent": str(start.path.resolve()), "parent_time": start.time}
-        identity["teacher"] = str(teacher.resolve())
-        identity["logits"] = [read_manifest(wanted.folder)["teacher"] for wanted in wanted_logits(recipe)]
-        self.state: dict[str, Any] = {"identity": identity, "stages": []}
+        self.keys = stage_keys(recipe.distill.stages)
+        identity = {
+            "convert": recipe.convert.model_dump(mode="json"),
+            "seed": recipe.distill.seed,
+            "parent": str(start.path.resolve()),
+            "parent_time": start.time,
+            "teacher": str(teacher.resolve()),
+        }
+        self.state: dict[str, Any] = {"identity": identity, "planned": _planned(recipe), "stages": []}
 
     def run(self, overwrite: bool) -> list[dict[str, Any]]:
         model, tokenizer = load(self.start.path, dtype=torch.float32)
@@ -276,7 +296,13 @@ class _Run:
         for index, stage in enumerate(self.recipe.distill.stages):
             if index < len(self.state["stages"]):
                 continue
-            self.state["stages"].append(self._stage(index, stage, model, tokenizer))
+            try:
+                self.state["stages"].append(self._stage(index, stage, model, tokenizer))
+            except (RuntimeError, MemoryError) as error:  # what it needs beside its steps: the teacher, a calibration
+                line = out_of_memory(error, self._title(index), self.keys[index], stage)
+                if line is None:
+                    raise
+                raise line from error
             self._save(model, index)
             if is_sharded(model):
                 del model
@@ -295,23 +321,46 @@ class _Run:
         names |= {f"{path}.weight" for stage in stages if stage.train == "lora" for path in target_paths(model, stage)}
         trained_keys(self.start.path, model, names)
 
+    def _title(self, index: int) -> str:
+        return stage_title(self.recipe.distill.stages[index].stage, self.keys[index])
+
     def _open(self, overwrite: bool) -> None:
-        """Resume a run of the same recipe on the same parent; drop another only when told to."""
+        """Resume a run of the same recipe on the same parent; drop another only when told to.
+
+        Of the stages only those that are done have to be the same. One that has begun with other settings, such as a
+        rate that was too high, begins anew when told to.
+        """
         if self.state_file.is_file():
             with contextlib.suppress(ValueError):
                 state = json.loads(self.state_file.read_text(encoding="utf-8"))
-                if state.get("identity") == self.state["identity"]:
-                    self.state = state
-                    say(f"resuming {self.work}: {len(state['stages'])} stages done")
+                found, planned, wanted = state["stages"], state.get("planned", []), self.state["planned"]
+                done = len(found)
+                if state.get("identity") == self.state["identity"] and planned[:done] == wanted[:done]:
+                    self._open_stage(done, begun_as=planned[done : done + 1], overwrite=overwrite)
+                    self.state["stages"] = found
+                    say(f"resuming {self.work}: {done} stages done")
+                    write_json(self.state_file, self.state)
                     return
-                if not overwrite and (state["stages"] or any(self.work.glob("stage-*/checkpoint-*"))):
+                if not overwrite and (found or any(self.work.glob("stage-*/checkpoint-*"))):
                     raise UsageError(
-                        f"an unfinished run of another recipe, parent or teacher lies in {self.work}: repeat its "
+                        f"an unfinished run of another recipe, parent, teacher or text lies in {self.work}: repeat its "
                         "command to finish it, or use --overwrite to drop it, or another folder with -o"
                     )
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         write_json(self.state_file, self.state)
+
+    def _open_stage(self, index: int, begun_as: list[Any], overwrite: bool) -> None:
+        """What there is of the stage that comes next is gone on from, if its settings and its text are the same."""
+        folder = self.work / f"stage-{index}"
+        if begun_as != self.state["planned"][index : index + 1] and any(folder.glob("checkpoint-*")):
+            if not overwrite:
+                raise UsageError(
+                    f"{self._title(index)} has begun with other settings or another text in {self.work}: repeat its "
+                    f"command to go on, or use --overwrite to begin this stage anew (the {index} before it are kept)"
+                )
+            say(f"{self._title(index)} begins anew")
+            shutil.rmtree(folder)
 
     def _stage(self, index: int, stage: Stage, model: Any, tokenizer: Any) -> dict[str, Any]:
         text, seed = _text_of(stage, self.recipe), self.recipe.distill.seed + index
@@ -349,6 +398,7 @@ class _Run:
                 loss,
                 data,
                 title=stage.stage,
+                key=self.keys[index],
                 folder=self.work / f"stage-{index}",
                 log=self.work / LOG,
                 device=self.device,

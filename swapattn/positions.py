@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cache import CACHE
-from .data import heldout_windows
+from .data import heldout_windows, open_text
 from .errors import SourceError, UsageError
 
 EDGES = (0, 64, 256, 1024, 2048, 4096, 8192)  # of the position bins
@@ -35,17 +35,13 @@ def perplexity_of_file(
         UsageError: no such file, or less than two tokens in it.
         SourceError: a damaged file, or one that is not UTF-8.
     """
-    import zstandard
-
     path = Path(path)
     try:
-        data = path.read_bytes()
-        if path.suffix == ".zst":
-            data = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True).read()
-        text = data.decode("utf-8")
+        with ExitStack() as stack:
+            text = open_text(path, stack).read()
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except (OSError, zstandard.ZstdError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read as UTF-8 text: {' '.join(str(error).split())}") from error
     return {**perplexity_of_text(model, tokenizer, text, windows=windows, longest=longest), "text": str(path)}
 

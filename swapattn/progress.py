@@ -19,7 +19,7 @@ from . import processes
 from .environment import is_first_process
 from .errors import TrainingError
 from .peak import share_of_peak
-from .stages import TrainStage
+from .stages import TrainStage, stage_title
 from .stopping import STOP
 
 SAVE_SECONDS = 300  # an interrupted run loses at most this much work
@@ -55,10 +55,12 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
         stage: TrainStage,
         log: Path,
         run: str,
+        key: str,
         flops: float | None = None,
         save_steps: int | None = None,
     ) -> None:
-        """`run` tells stages of the same kind apart in the log; `flops` per token, for the share of peak."""
+        """`run` tells stages of a kind apart in the log, `key` in `--set distill.stages.KEY`; `flops` are per token."""
+        self.key, self.name = key, stage_title(title, key)
         self.title, self.log, self.run, self.flops, self.save_steps = title, log, run, flops, save_steps
         self.tokens_per_step = stage.batch * stage.length
         self.bar: Any = None
@@ -72,7 +74,7 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
-            desc=self.title,
+            desc=self.name,
             unit="step",
             file=sys.stderr,
             disable=quiet,
@@ -117,8 +119,9 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
             if not math.isfinite(loss) or not math.isfinite(norm):
                 what = "gradient" if math.isfinite(loss) else "loss"
                 raise TrainingError(
-                    f"{self.title}: the {what} is not finite at step {figures.step}; no weight was changed by it. "
-                    f"Lower the learning rate (--set distill.stages.{self.title}.learning_rate=...)"
+                    f"{self.name}: the {what} is not finite at step {figures.step}; no weight was changed by it. "
+                    f"Lower the learning rate (--set distill.stages.{self.key}.learning_rate=...) and repeat the "
+                    "command with --overwrite: this stage begins anew, those before it are kept"
                 )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -142,7 +145,7 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
         """After the save that SIGTERM asked for, end."""
         if self.stopped:
             raise TrainingError(
-                f"{self.title}: stopped by SIGTERM, saved after step {state.global_step} of {state.max_steps}; "
+                f"{self.name}: stopped by SIGTERM, saved after step {state.global_step} of {state.max_steps}; "
                 "repeat the command to go on"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -14,6 +15,17 @@ ParameterGroup = Literal[
 ]
 # Of the teacher's own parameters, and of what stands for them.
 OWN_GROUPS = frozenset({"attention", "mlp", "norms", "embeddings", "lora"})
+
+
+def stage_keys(stages: Iterable[Stage]) -> list[str]:
+    """What `--set distill.stages.KEY` calls each stage: its kind, or its number (from 0) where the kind comes again."""
+    kinds = [stage.stage for stage in stages]
+    return [kind if kinds.count(kind) == 1 else str(index) for index, kind in enumerate(kinds)]
+
+
+def stage_title(kind: str, key: str) -> str:
+    """A stage's name in messages: its kind, with the number where the kind comes again."""
+    return kind if key == kind else f"{kind} {key}"
 
 
 class CalibrateStage(Section):

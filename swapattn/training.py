@@ -19,13 +19,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import processes
 from .compilation import compiled_layers
-from .errors import TrainingError, UsageError
+from .errors import SwapattnError, TrainingError, UsageError
 from .optimizer import build_optimizer, build_scheduler, trainable_parameters
 from .progress import StageProgress, StepFigures
 from .replay import Inputs, Replay
 from .reporting import Reporting
 from .sharding import as_shard_of, gathered, is_sharded, shard_, shard_frozen_, whole_state_
-from .stages import AlignStage, DistillStage, TrainStage
+from .stages import AlignStage, CalibrateStage, DistillStage, TrainStage, stage_title
 from .stopping import deferring
 
 _WEIGHTS = "trained.safetensors"
@@ -197,8 +197,10 @@ def _recordable(stage: TrainStage, device: str) -> bool:
     return stage.cuda_graph and alone and not stage.gradient_checkpointing and not stage.document_mask
 
 
-def shares(stage: TrainStage, title: str, count: int) -> tuple[int, int]:
+def shares(stage: TrainStage, key: str, count: int) -> tuple[int, int]:
     """Windows a forward pass and forward passes a step in each of `count` processes; the step's batch stays whole.
+
+    `key` is the stage's in `--set distill.stages.KEY`.
 
     Raises:
         UsageError: the batch cannot be shared out.
@@ -206,20 +208,24 @@ def shares(stage: TrainStage, title: str, count: int) -> tuple[int, int]:
     own, rest = divmod(stage.batch, count)
     if rest or not own:
         raise UsageError(
-            f"{title}: batch {stage.batch} cannot be shared out among {count} processes: choose a multiple of {count} "
-            f"(--set distill.stages.{title}.batch=...)"
+            f"{key}: batch {stage.batch} cannot be shared out among {count} processes: choose a multiple of {count} "
+            f"(--set distill.stages.{key}.batch=...)"
         )
     micro = max(size for size in range(1, own + 1) if own % size == 0 and size <= (stage.micro_batch or own))
     return micro, own // micro
 
 
 def out_of_memory(
-    error: BaseException, title: str, stage: TrainStage, micro: int, *, replayed: bool = False
+    error: BaseException, title: str, key: str, stage: TrainStage | CalibrateStage, *, replayed: bool = False
 ) -> TrainingError | None:
     """The line for a stage that ran out of memory, with the settings that help most first; None for other errors."""
     on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
     if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
         return None
+    place = f"{title}: out of memory; under distill.stages.{key}"
+    if isinstance(stage, CalibrateStage):
+        return TrainingError(f"{place}: lower length (now {stage.length})")
+    micro, _ = shares(stage, key, processes.count())
     ways = [f"lower micro_batch (now {micro})"] if micro > 1 else []
     if not stage.gradient_checkpointing:
         ways.append("set gradient_checkpointing: true" + (" and compile: false" if stage.compile else ""))
@@ -228,7 +234,13 @@ def out_of_memory(
     if isinstance(stage, DistillStage):
         ways.append(f"lower chunk (now {stage.chunk or 'chosen by itself'})")
     ways.append(f"lower length (now {stage.length})")
-    return TrainingError(f"{title}: out of memory; under distill.stages.{title}: {', or '.join(ways)}")
+    return TrainingError(f"{place}: {', or '.join(ways)}; what is done so far is kept")
+
+
+def of_worker(error: SwapattnError) -> SwapattnError:
+    """The error as it was raised: from a process of the data loader it comes with the traceback as its message."""
+    told = str(error)
+    return type(error)(told.rpartition("Error: ")[2].strip()) if "Traceback (most recent call last)" in told else error
 
 
 def run_stage(
@@ -242,6 +254,7 @@ def run_stage(
     log: Path,
     device: str,
     seed: int,
+    key: str | None = None,
     flops: float | None = None,
     teacher: Any | None = None,
     save_steps: int | None = None,
@@ -260,6 +273,7 @@ def run_stage(
         log: JSONL file, appended to.
         device: "cpu" or "cuda".
         seed: of the Trainer.
+        key: of the stage in `--set distill.stages.KEY`, for messages; default the title.
         flops: of a step per token, to show the share of peak; None if not known.
         teacher: a separate model that the loss function calls, to be sharded and compiled like the other.
         save_steps: optimiser steps between Trainer checkpoints, besides those by the clock.
@@ -274,11 +288,12 @@ def run_stage(
             a save.
         UsageError: the batch cannot be shared out among the processes.
     """
-    new, own = trainable_parameters(model, stage, title)
+    key = key or title
+    new, own = trainable_parameters(model, stage, key)
     if not new and not own:
         raise TrainingError(f"{title}: nothing is trainable")
     reporting = reporting or Reporting()
-    micro, accumulated = shares(stage, title, processes.count())
+    micro, accumulated = shares(stage, key, processes.count())
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
@@ -300,10 +315,11 @@ def run_stage(
         dataloader_pin_memory=device != "cpu",
         accelerator_config={"dispatch_batches": False},  # every process reads its own share, none waits for another's
         dataloader_num_workers=int(device != "cpu"),  # one process tokenises while this one feeds the GPU
+        ddp_find_unused_parameters=True,  # a swap may leave some of a family's own unused, such as sinks
     )
     _ = arguments.device  # sets the next line's count to all visible GPUs, which would multiply the batch
     arguments._n_gpu = 1
-    progress = StageProgress(title, stage, log, run=folder.name, flops=flops, save_steps=save_steps)
+    progress = StageProgress(title, stage, log, run=folder.name, key=key, flops=flops, save_steps=save_steps)
     # before the optimiser is chosen, which is fused on a GPU
     if processes.sharded():
         shard_(model, device, swaps=isinstance(stage, AlignStage))
@@ -330,8 +346,10 @@ def run_stage(
         try:
             with deferring(), compiled_layers(*compiled) if stage.compile else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        except SwapattnError as error:
+            raise of_worker(error) from error
         except (RuntimeError, MemoryError) as error:
-            line = out_of_memory(error, title, stage, micro, replayed=trainer.replay is not None)
+            line = out_of_memory(error, stage_title(title, key), key, stage, replayed=trainer.replay is not None)
             if line is None:
                 raise
             raise line from error

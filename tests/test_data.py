@@ -141,6 +141,22 @@ class TestTextFiles:
         with pytest.raises(SourceError, match=re.escape(f"{file} cannot be read")):
             list(documents(spec(file)))
 
+    def test_a_zst_that_was_cut_is_not_taken_for_a_shorter_text(self, tmp_path):
+        file = write(tmp_path / "a.txt.zst", "".join(f"line {n * n}\n\n\n" for n in range(20_000)))
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        with pytest.raises(SourceError, match=re.escape(f"{file} cannot be read: Truncated")):
+            list(documents(spec(file)))
+
+    def test_frames_follow_each_other(self, tmp_path):
+        file = tmp_path / "a.txt.zst"
+        file.write_bytes(zstandard.compress(b"one\n\n\n") + zstandard.compress(b"two\n"))
+        assert sorted(documents(spec(file))) == ["one", "two"]
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+    def test_a_byte_order_mark_is_no_text(self, tmp_path, name):
+        text = "x" if name == "a.txt" else '{"text": "x"}'
+        assert list(documents(spec(write(tmp_path / name, f"\ufeff{text}\n")))) == ["x"]
+
 
 class TestRows:
     ROWS = [{"text": "first", "body": "1"}, {"text": "", "body": "2"}, {"text": "third", "body": "3"}]  # noqa: RUF012
@@ -176,6 +192,10 @@ class TestRows:
         file = write(tmp_path / "a.jsonl", '{"text": 3}\n')
         with pytest.raises(UsageError, match="column 'text' holds int, not text"):
             list(documents(spec(file)))
+
+    def test_half_of_a_surrogate_pair_becomes_a_question_mark(self, tmp_path, tiny_tokenizer):
+        file = write(tmp_path / "a.jsonl", json.dumps({"text": "hello \ud83d world"}) + "\n")
+        assert list(documents(spec(file))) == ["hello ? world"]
 
     def test_a_damaged_parquet_names_the_file(self, tmp_path):
         file = write(tmp_path / "a.parquet", "PAR1 this is not it PAR1")
@@ -300,7 +320,7 @@ class TestPacking:
 
     def test_text_without_a_word_is_an_error_not_an_endless_loop(self, tiny_tokenizer, tmp_path):
         file = write(tmp_path / "a.txt", "\n \n\n")
-        with pytest.raises(SourceError, match="nothing to train on"):
+        with pytest.raises(SourceError, match="has no words"):
             self.windows(tiny_tokenizer, 1, spec(file))
 
 

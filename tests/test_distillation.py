@@ -22,7 +22,7 @@ from swapattn.attention import only_branch, swaps
 from swapattn.checkpoint import read
 from swapattn.conversion import convert
 from swapattn.distillation import distill
-from swapattn.errors import CheckpointError, RecipeError, SwapattnError, TrainingError, UsageError
+from swapattn.errors import CheckpointError, RecipeError, SourceError, SwapattnError, TrainingError, UsageError
 from swapattn.loading import load, load_teacher
 from swapattn.recipe import parse_recipe
 
@@ -338,16 +338,19 @@ def test_a_run_that_crashed_ends_as_if_it_had_not(converted, work, monkeypatch, 
         assert torch.allclose(tensors(found)[key], value, rtol=0, atol=1e-6), key
 
 
-@pytest.mark.parametrize("change", ["recipe", "parent", "teacher"])
+@pytest.mark.parametrize("change", ["recipe", "parent", "teacher", "text"])
 def test_another_unfinished_run_is_neither_resumed_nor_dropped(converted, tiny_teacher, work, monkeypatch, change):
+    (work / "a.txt").write_text("It is a truth universally acknowledged. " * 50)
+    what, start, teacher = recipe(CALIBRATE, ALIGN, text="a.txt"), converted, None
     crash_at(monkeypatch, "align", 1)
     with pytest.raises(Crash):
-        distill(converted, recipe=recipe(CALIBRATE, ALIGN), output=work / "out", device="cpu")
+        distill(converted, recipe=what, output=work / "out", device="cpu")
     monkeypatch.undo()
     monkeypatch.chdir(work)
-    what, start, teacher = recipe(CALIBRATE, ALIGN), converted, None
     if change == "recipe":
-        what = recipe(CALIBRATE, {**ALIGN, "learning_rate": 2e-2})
+        what = recipe({**CALIBRATE, "stretch": 2.0}, ALIGN, text="a.txt")
+    elif change == "text":
+        (work / "a.txt").write_text("It is a truth universally acknowledged. " * 51)
     elif change == "parent":
         start = convert(tiny_teacher, work / "c", recipe=recipe(), overwrite=True).path
     else:
@@ -360,6 +363,84 @@ def test_another_unfinished_run_is_neither_resumed_nor_dropped(converted, tiny_t
     assert (work / ".out.run" / "run.json").read_text() == before
     distill(start, recipe=what, output=work / "out", device="cpu", teacher=teacher, overwrite=True)
     assert not any("resuming" in line for line in said)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_stage_with_other_settings_begins_anew_and_those_before_it_are_kept(converted, work, monkeypatch, saved):
+    crash_at(monkeypatch, "distill", 1 if saved else 0)
+    with pytest.raises(Crash):
+        distill(converted, recipe=recipe(CALIBRATE, ALIGN, DISTILL), output=work / "out", device="cpu")
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    slower = recipe(CALIBRATE, ALIGN, {**DISTILL, "learning_rate": 1e-4})
+    if saved:
+        with pytest.raises(UsageError, match=r"distill has begun with other settings .* \(the 2 before it are kept\)"):
+            distill(converted, recipe=slower, output=work / "out", device="cpu")
+    trained = []
+    run_stage = swapattn.distillation.run_stage
+    monkeypatch.setattr(
+        swapattn.distillation, "run_stage", lambda *a, **kw: trained.append(kw["title"]) or run_stage(*a, **kw)
+    )
+    found = distill(converted, recipe=slower, output=work / "out", device="cpu", overwrite=saved).path
+    assert trained == ["distill"]
+    expected = distill(converted, recipe=slower, output=work / "whole", device="cpu").path
+    for key, value in tensors(expected).items():
+        assert torch.allclose(tensors(found)[key], value, rtol=0, atol=1e-6), key
+    log = [json.loads(line) for line in (found / "train.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if line["stage"] == "distill"] == [1, 2, 3, 4]
+
+
+def test_how_a_stage_is_carried_out_may_change_in_the_middle_of_it(converted, work, monkeypatch, capsys):
+    what = recipe(CALIBRATE, EVERYTHING)
+    expected = distill(converted, recipe=what, output=work / "whole", device="cpu").path
+    crash_at(monkeypatch, "distill", 2)
+    with pytest.raises(Crash):
+        distill(converted, recipe=what, output=work / "out", device="cpu")
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    smaller = recipe(CALIBRATE, {**EVERYTHING, "micro_batch": 1, "gradient_checkpointing": True, "chunk": 7})
+    capsys.readouterr()
+    found = distill(converted, recipe=smaller, output=work / "out", device="cpu").path
+    assert "resuming" in capsys.readouterr().err
+    for key, value in tensors(expected).items():
+        assert torch.allclose(tensors(found)[key], value, rtol=0, atol=1e-5), key
+
+
+def test_what_went_wrong_names_the_stage_as_the_recipe_can(converted, work, monkeypatch):
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    what = recipe(CALIBRATE, ALIGN, EVERYTHING, {**EVERYTHING, "learning_rate": 1e-4})
+    original = swapattn.distillation.load_teacher
+    calls = []
+
+    def second_time(*arguments, **named):
+        calls.append(0)
+        return original(*arguments, **named) if len(calls) == 1 else no_memory()
+
+    monkeypatch.setattr(swapattn.distillation, "load_teacher", second_time)
+    with pytest.raises(TrainingError, match=r"^distill 3: out of memory; under distill\.stages\.3: lower micro_batch"):
+        distill(converted, recipe=what, output=work / "out", device="cpu")
+    monkeypatch.setattr(swapattn.distillation, "calibrate_stage", no_memory)
+    with pytest.raises(TrainingError, match=r"distill\.stages\.calibrate: lower length \(now 64\)$"):
+        distill(converted, recipe=recipe(CALIBRATE), output=work / "other", device="cpu")
+
+
+def test_an_empty_text_is_named_before_anything_is_trained(converted, work):
+    (work / "a.txt").write_text("\n \n")
+    with pytest.raises(SourceError, match=r"^distill\.text\.1: the text a\.txt has no words"):
+        distill(converted, recipe=recipe(CALIBRATE, ALIGN, text=["embedded", "a.txt"]), device="cpu")
+
+
+def test_an_error_of_a_process_that_reads_is_told_as_one_line(converted, work, monkeypatch):
+    (work / "a.jsonl").write_text('{"text": "It is a truth universally acknowledged."}\n' * 3000 + "oops\n")
+    arguments = swapattn.training.TrainingArguments
+    monkeypatch.setattr(
+        swapattn.training, "TrainingArguments", lambda **kw: arguments(**{**kw, "dataloader_num_workers": 1})
+    )
+    stage = {**ALIGN, "tokens": 65536, "batch": 64, "length": 128}
+    with pytest.raises(SourceError, match=r"^a\.jsonl: line 3001 is not JSON: Expecting value$"):
+        distill(converted, recipe=recipe(stage, text="a.jsonl"), device="cpu")
 
 
 def test_ctrl_c_while_writing_leaves_the_run_to_resume(converted, work, monkeypatch):

@@ -131,6 +131,7 @@ def test_with_all_tokens_kept_a_stage_learns_the_same_without_its_teacher(conver
     record = json.loads((converted / "swapattn.json").read_text())
     record["teacher"]["path"] = str(tmp_path / "gone")
     (converted / "swapattn.json").write_text(json.dumps(record))
+    text.unlink()
     found = distill(converted, recipe=offline, output=tmp_path / "without", device="cpu").path
     assert losses(found) == pytest.approx(losses(expected), rel=2e-2)
     assert read(found).record["logits"][0]["top"] == 320
