@@ -159,16 +159,19 @@ class Run:
             free.put(gpu)
 
     def step(self, name: str, command: list[str], gpu: str) -> None:
-        """Run one command and keep what it prints, unless that is known."""
-        if name in self.found:
+        """Run one command and keep what it prints, unless that is known; what came of another one is forgotten."""
+        told = ["swapattn" if word == SWAPATTN[2] else word for word in command if word not in SWAPATTN[:2]]
+        if self.found.get(name, {}).get("command") == told:
             return
+        if not name.startswith("eval "):
+            before = list(self.found)[: list(self.found).index(name)] if name in self.found else list(self.found)
+            self.found = {key: self.found[key] for key in before}
         start = time.monotonic()
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         (self.folder / f"{name}.err").write_text(done.stderr)
         if done.returncode:
             raise Failed(f"{name} ended with {done.returncode}: {' '.join(done.stderr.split()[-60:])}")
-        told = ["swapattn" if word == SWAPATTN[2] else word for word in command if word not in SWAPATTN[:2]]
         with self.lock:
             seconds = round(time.monotonic() - start, 1)
             self.found[name] = {"command": told, "seconds": seconds, "printed": json.loads(done.stdout)}
@@ -206,7 +209,7 @@ def finetune(checkpoint: str, output: Path, recipe: str, sets: tuple[str, ...]) 
     seed = resolved.distill.seed
     windows = PackedTokens(stage.text or resolved.distill.text, tokenizer, stage.length, seed=seed + len(stages) - 1)
     loss = functools.partial(distill_loss, stage=stage, teacher=None, amp=device != "cpu")
-    output.mkdir()
+    output.mkdir(exist_ok=True)  # of an interrupted one
     figures = run_stage(
         model, stage, loss, windows, title="finetune", folder=output / "stages", log=output / "log.jsonl",
         device=device, seed=seed,
@@ -233,9 +236,9 @@ def row(name: str, options: dict[str, Any], found: dict[str, Any]) -> str:
     lambada = [model["tasks"].get("lambada_openai") for model in (own, teacher)]
     cells.append(f"{lambada[0][0] / lambada[1][0]:.3f}" if all(lambada) else "-")
     cells += ratios(off, own) if subject != "linear-off" else ["-", "-"]
-    for kind, key in (("recall", "exact"), ("passkey", "accuracy")):
+    for kind in ("recall", "passkey"):
         lengths = zip(own.get(kind, ()), teacher.get(kind, ()), strict=True)
-        cells.append(", ".join(f"{a['length']}: {a[key]:.2f}/{b[key]:.2f}" for a, b in lengths) or "-")
+        cells.append(", ".join(f"{a['length']}: {a['accuracy']:.2f}/{b['accuracy']:.2f}" for a, b in lengths) or "-")
     return "| " + " | ".join(cells) + " |"
 
 

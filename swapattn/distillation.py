@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, find, new_record
 from .compilation import align_function
 from .conversion import convert
 from .curves import CURVES, draw_curves
-from .data import PackedTokens, documents, no_words, sizes
-from .environment import default_device, hardware, is_first_process, say
-from .errors import CheckpointError, RecipeError, SwapattnError, UsageError
+from .data import PackedTokens, documents, no_words
+from .environment import check_device, default_device, hardware, is_first_process, say
+from .errors import CheckpointError, RecipeError, SwapattnError, TrainingError, UsageError
 from .estimate import estimate, table
 from .loading import load, load_teacher
 from .logits import LogitWindows, check_wanted_logits, read_manifest, wanted_logits
@@ -35,11 +36,12 @@ from .optimizer import trainable_parameters
 from .positions import positions_of
 from .recipe import Recipe, load_recipe
 from .reporting import Reporting
+from .resumption import enter, new_state, write_state
 from .sharding import gathered, is_sharded
 from .shards import decays, read_config, trained_keys, write_trained
-from .stages import AlignStage, CalibrateStage, DistillStage, Stage, TeacherSpec, stage_keys, stage_title
+from .stages import AlignStage, CalibrateStage, DistillStage, Stage, stage_keys, stage_title, text_of, written_logits
 from .stopping import stopping_on_sigterm
-from .text import Text, TextMixture, TextSpec
+from .text import TextMixture, TextSpec
 from .training import LossFunction, out_of_memory, run_stage, shares
 from .vocabulary import check_same_vocabulary
 
@@ -137,7 +139,7 @@ def distill(
     reporting.check()
     device = device or default_device()
     teacher_path = Path(teacher) if teacher is not None else start.teacher_path
-    _check_request(resolved, start, teacher_path, device, teacher is not None)
+    _check_request(resolved, start, teacher_path, device, named=teacher is not None, dry_run=dry_run)
     processes.join(device)
     if is_first_process():
         start = _with_convert_section(start, resolved, Path(directory), dry_run, overwrite)
@@ -151,10 +153,13 @@ def distill(
     return DistillResult(target, start.path, start.teacher_note, text, device, stages)
 
 
-def _check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str, named: bool) -> None:
+def _check_request(
+    recipe: Recipe, start: Checkpoint, teacher: Path, device: str, *, named: bool, dry_run: bool
+) -> None:
     """What would otherwise show only after the first stages: the teacher, the texts, the device, the batches."""
     if device not in ("cpu", "cuda"):
         raise UsageError(f"device {device!r}: say cpu or cuda, and choose the GPU with CUDA_VISIBLE_DEVICES")
+    check_device(device)
     for stage, key in zip(recipe.distill.stages, stage_keys(recipe.distill.stages), strict=True):
         if not isinstance(stage, CalibrateStage):
             shares(stage, key, processes.count())
@@ -171,7 +176,9 @@ def _check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str
             if next(iter(documents(spec)), None) is None:
                 raise no_words(spec)
         except SwapattnError as error:
-            raise type(error)(f"{key}: {error}") from error
+            if not (dry_run and spec.hub):  # steps are measured on random tokens
+                raise type(error)(f"{key}: {error}") from error
+            say(f"{key}: {error}")
 
 
 def _own_teachers(recipe: Recipe, start: Checkpoint, teacher: Path) -> list[bool]:
@@ -188,23 +195,13 @@ def _own_teachers(recipe: Recipe, start: Checkpoint, teacher: Path) -> list[bool
     return found
 
 
-def _written(stage: Stage) -> TeacherSpec | None:
-    """The logits that a stage learns from, if it does; its text is among them."""
-    return stage.teacher if isinstance(stage, DistillStage) else None
-
-
-def _text_of(stage: Stage, recipe: Recipe) -> Text:
-    own = None if isinstance(stage, CalibrateStage) else stage.text
-    return own or recipe.distill.text
-
-
 def _sources(recipe: Recipe) -> dict[TextSpec, str]:
     """What is read, with the first key of the recipe that says so; written logits have their text with them."""
     found: dict[TextSpec, str] = {}
     for index, stage in enumerate(recipe.distill.stages):
-        if _written(stage) is not None:
+        if written_logits(stage) is not None:
             continue
-        text = _text_of(stage, recipe)
+        text = text_of(stage, recipe.distill.text)
         key = "distill.text" if text is recipe.distill.text else f"distill.stages.{index}.text"
         for number, (spec, _) in enumerate(text.parts):
             found.setdefault(spec, f"{key}.{number}" if isinstance(text, TextMixture) else key)
@@ -230,7 +227,7 @@ def _with_convert_section(
         return start
     if target.exists():
         again = find(directory, target)
-        if again.recipe.convert == recipe.convert:
+        if again.recipe.convert == recipe.convert and again.teacher_path == start.teacher_path:
             return again
     origin = start.record["teacher"]
     convert(start.teacher_path, target, recipe=recipe, overwrite=overwrite, record_name=start.name, origin=origin)
@@ -240,28 +237,10 @@ def _with_convert_section(
 def _estimates(start: Checkpoint, recipe: Recipe, device: str, teacher: Path) -> tuple[dict[str, Any], ...]:
     if not (start.teacher_path / "config.json").is_file():
         raise CheckpointError(f"no teacher at {start.teacher_path}, of whose shape the steps would be measured")
-    config = read_config(start.teacher_path)
+    config, other = read_config(start.teacher_path), read_config(teacher)
     own = _own_teachers(recipe, start, teacher)
     stages = zip(recipe.distill.stages, own, strict=True)
-    return tuple(estimate(config, recipe, stage, device, own_teacher=mine) for stage, mine in stages)
-
-
-_EXECUTION = ("micro_batch", "chunk", "compile", "cuda_graph", "gradient_checkpointing")  # change no result
-
-
-def _planned(recipe: Recipe) -> list[dict[str, Any]]:
-    """What decides the result of each stage: its settings, the text as it is, who wrote the logits."""
-    found: list[dict[str, Any]] = []
-    for stage in recipe.distill.stages:
-        values = {k: v for k, v in stage.model_dump(mode="json").items() if k not in _EXECUTION}
-        if written := _written(stage):
-            values["logits"] = read_manifest(Path(written.logits))["teacher"]
-        else:
-            values["text"] = [
-                (spec.model_dump(mode="json"), share, sizes(spec)) for spec, share in _text_of(stage, recipe).parts
-            ]
-        found.append(values)
-    return list(json.loads(json.dumps(found)))  # as it will be read again
+    return tuple(estimate(config, recipe, stage, device, own_teacher=mine, teacher=other) for stage, mine in stages)
 
 
 class _Run:
@@ -273,16 +252,8 @@ class _Run:
         self.reporting = reporting
         self.start, self.recipe, self.target, self.device, self.teacher = start, recipe, target, device, teacher
         self.work = target.parent / f".{target.name}.run"
-        self.state_file = self.work / "run.json"
         self.keys = stage_keys(recipe.distill.stages)
-        identity = {
-            "convert": recipe.convert.model_dump(mode="json"),
-            "seed": recipe.distill.seed,
-            "parent": str(start.path.resolve()),
-            "parent_time": start.time,
-            "teacher": str(teacher.resolve()),
-        }
-        self.state: dict[str, Any] = {"identity": identity, "planned": _planned(recipe), "stages": []}
+        self.state = new_state(recipe, start, teacher)
 
     def run(self, overwrite: bool) -> list[dict[str, Any]]:
         model, tokenizer = load(self.start.path, dtype=torch.float32)
@@ -290,20 +261,16 @@ class _Run:
             raise CheckpointError(f"{self.start.path} has no tokenizer, which distillation needs")
         self._check_names(model)
         if is_first_process():
-            self._open(overwrite)
+            titles = [self._title(index) for index in range(len(self.keys))]
+            self.state, held = enter(self.work, self.state, titles, overwrite=overwrite)
         self.state = processes.from_first(self.state)
         model = self._restored(model)
         for index, stage in enumerate(self.recipe.distill.stages):
             if index < len(self.state["stages"]):
                 continue
-            try:
+            with self._told(index, stage):
                 self.state["stages"].append(self._stage(index, stage, model, tokenizer))
-            except (RuntimeError, MemoryError) as error:  # what it needs beside its steps: the teacher, a calibration
-                line = out_of_memory(error, self._title(index), self.keys[index], stage)
-                if line is None:
-                    raise
-                raise line from error
-            self._save(model, index)
+                self._save(model, index)
             if is_sharded(model):
                 del model
                 gc.collect()  # modules and their hooks hold each other
@@ -311,6 +278,7 @@ class _Run:
         if is_first_process():
             self._write(model, overwrite)
             shutil.rmtree(self.work)
+            held.close()
         processes.from_first(None)  # nobody leaves before the result is there
         return list(self.state["stages"])
 
@@ -324,49 +292,29 @@ class _Run:
     def _title(self, index: int) -> str:
         return stage_title(self.recipe.distill.stages[index].stage, self.keys[index])
 
-    def _open(self, overwrite: bool) -> None:
-        """Resume a run of the same recipe on the same parent; drop another only when told to.
-
-        Of the stages only those that are done have to be the same. One that has begun with other settings, such as a
-        rate that was too high, begins anew when told to.
-        """
-        if self.state_file.is_file():
-            with contextlib.suppress(ValueError):
-                state = json.loads(self.state_file.read_text(encoding="utf-8"))
-                found, planned, wanted = state["stages"], state.get("planned", []), self.state["planned"]
-                done = len(found)
-                if state.get("identity") == self.state["identity"] and planned[:done] == wanted[:done]:
-                    self._open_stage(done, begun_as=planned[done : done + 1], overwrite=overwrite)
-                    self.state["stages"] = found
-                    say(f"resuming {self.work}: {done} stages done")
-                    write_json(self.state_file, self.state)
-                    return
-                if not overwrite and (found or any(self.work.glob("stage-*/checkpoint-*"))):
-                    raise UsageError(
-                        f"an unfinished run of another recipe, parent, teacher or text lies in {self.work}: repeat its "
-                        "command to finish it, or use --overwrite to drop it, or another folder with -o"
-                    )
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir(parents=True)
-        write_json(self.state_file, self.state)
-
-    def _open_stage(self, index: int, begun_as: list[Any], overwrite: bool) -> None:
-        """What there is of the stage that comes next is gone on from, if its settings and its text are the same."""
-        folder = self.work / f"stage-{index}"
-        if begun_as != self.state["planned"][index : index + 1] and any(folder.glob("checkpoint-*")):
-            if not overwrite:
-                raise UsageError(
-                    f"{self._title(index)} has begun with other settings or another text in {self.work}: repeat its "
-                    f"command to go on, or use --overwrite to begin this stage anew (the {index} before it are kept)"
-                )
-            say(f"{self._title(index)} begins anew")
-            shutil.rmtree(folder)
+    @contextlib.contextmanager
+    def _told(self, index: int, stage: Stage) -> Iterator[None]:
+        """Say what to do where memory or the disk is full, also beside the steps: the teacher, a calibration."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            line = out_of_memory(error, self._title(index), self.keys[index], stage)
+            if line is None:
+                raise
+            raise line from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise TrainingError(
+                f"{self._title(index)}: the disk of {self.work} is full: free some space and repeat the command; what "
+                "was saved before is kept"
+            ) from error
 
     def _stage(self, index: int, stage: Stage, model: Any, tokenizer: Any) -> dict[str, Any]:
-        text, seed = _text_of(stage, self.recipe), self.recipe.distill.seed + index
+        text, seed = text_of(stage, self.recipe.distill.text), self.recipe.distill.seed + index
         apart = not isinstance(stage, CalibrateStage) and stage.document_mask
         data: Any
-        if written := _written(stage):
+        if written := written_logits(stage):
             data = LogitWindows(Path(written.logits))
         else:
             data = PackedTokens(text, tokenizer, stage.length, seed=seed, document_mask=apart)
@@ -430,7 +378,7 @@ class _Run:
         state = gathered((name, p) for name, p in model.named_parameters() if name in trained)
         if is_first_process():
             save_file(state, self._saved(index))
-            write_json(self.state_file, self.state)
+            write_state(self.work, self.state)
             if index:
                 self._saved(index - 1).unlink(missing_ok=True)
             shutil.rmtree(self.work / f"stage-{index}", ignore_errors=True)

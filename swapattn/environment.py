@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from . import __version__
+from .errors import UsageError
 
 
 def is_first_process() -> bool:
@@ -36,6 +37,14 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """UsageError where a GPU is asked for and there is none."""
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {device}: PyTorch finds no GPU here; say --device cpu")
 
 
 def hardware(device: str) -> str:

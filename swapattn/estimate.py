@@ -33,7 +33,9 @@ _STEPS = {"cpu": (1, 2), "cuda": (3, 6)}  # before the clock runs (kernels are c
 _LOGITS_ON_CPU = 6  # fp32 tensors `[chunk, V]` at a time, see `losses.linear_loss`
 
 
-def estimate(config: Any, recipe: Recipe, stage: Stage, device: str, *, own_teacher: bool) -> dict[str, Any]:
+def estimate(
+    config: Any, recipe: Recipe, stage: Stage, device: str, *, own_teacher: bool, teacher: Any = None
+) -> dict[str, Any]:
     """Figures of one stage of a recipe.
 
     Args:
@@ -66,7 +68,9 @@ def estimate(config: Any, recipe: Recipe, stage: Stage, device: str, *, own_teac
     # fp32 weights; of what is trained also gradient and Adam's two moments
     found["memory_bytes"] = 4 * sum(sizes.values()) + 12 * found["trainable_parameters"]
     if isinstance(stage, DistillStage) and stage.runs_teacher and not own_teacher:
-        found["memory_bytes"] += (4 if device == "cpu" else 2) * sum(sizes.values())
+        with torch.device("meta"):
+            beside = AutoModelForCausalLM.from_config(teacher or config)
+        found["memory_bytes"] += (4 if device == "cpu" else 2) * sum(p.numel() for p in beside.parameters())
     if processes.sharded() and not isinstance(stage, CalibrateStage):
         found["memory_bytes"] //= processes.count()
     found |= {"tokens_per_second": None, "hours": None, "measured": None}
@@ -74,7 +78,7 @@ def estimate(config: Any, recipe: Recipe, stage: Stage, device: str, *, own_teac
         return found
     if isinstance(stage, CalibrateStage):
         return found | _calibrate(config, recipe, stage, device)
-    return found | _train(config, recipe, stage, device, found["memory_bytes"], own_teacher)
+    return found | _train(config, recipe, stage, device, found["memory_bytes"], own_teacher, teacher)
 
 
 def _free_bytes(device: str) -> int:
@@ -101,14 +105,22 @@ def _calibrate(config: Any, recipe: Recipe, stage: CalibrateStage, device: str) 
 
 
 def _train(
-    config: Any, recipe: Recipe, stage: AlignStage | DistillStage, device: str, fixed: int, own_teacher: bool
+    config: Any,
+    recipe: Recipe,
+    stage: AlignStage | DistillStage,
+    device: str,
+    fixed: int,
+    own_teacher: bool,
+    teacher_config: Any,
 ) -> dict[str, Any]:
     count = processes.count()
     micro, _ = shares(stage, stage.stage, count)
     windows = min(micro, max(1, CPU_TOKENS // stage.length)) if device == "cpu" else micro
     batch = windows * count
     warmup, steps = _STEPS[device]
-    model, loss, teacher = prepared(config, recipe, stage, stage.stage, device, own_teacher=own_teacher)
+    model, loss, teacher = prepared(
+        config, recipe, stage, stage.stage, device, own_teacher=own_teacher, teacher_config=teacher_config
+    )
     flops = stage_flops(model, stage, teacher)
     vocabulary = model.config.get_text_config().vocab_size
     data: Any = RandomTokens(vocabulary, stage.length, document_mask=stage.document_mask)

@@ -198,7 +198,7 @@ class DistillSpec(Section):
     """
 
     text: Text = TextSpec(embedded=True)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     save_steps: int | None = Field(None, gt=0)
     stages: tuple[Stage, ...] = ()
 
@@ -297,7 +297,9 @@ _NOT_KEYS = ("list", "number", "[key]")  # tags of `Keep`, pydantic's word for a
 
 
 def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"] if part not in (*_NOT_KEYS, *TAGS))
+    loc = error["loc"]
+    kinds = {i for i in range(2, len(loc)) if loc[i - 2] == "stages" and isinstance(loc[i - 1], int)}  # no keys either
+    where = ".".join(str(x) for i, x in enumerate(loc) if i not in kinds and x not in (*_NOT_KEYS, *TAGS))
     if error["type"] == "extra_forbidden":
         return f"unknown key {where}"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}"
@@ -325,13 +327,16 @@ def _value(key: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {key}: not valid YAML: {' '.join(str(error).split())}") from error
+        hint = "; write a pattern that begins with * in quotes" if "alias" in str(error) else ""
+        raise RecipeError(f"--set {key}: not valid YAML: {' '.join(str(error).split())}{hint}") from error
 
 
 def _child(node: Any, part: str, key: str) -> Any:
     if isinstance(node, list):
         return node[_position(node, part, key)]
     if isinstance(node, dict):
+        if isinstance(node.get(part), str):
+            raise RecipeError(f"--set {key}: {part} is {node[part]!r} here, which has no keys: set it as a whole")
         if not isinstance(node.get(part), dict | list):
             node[part] = {}  # a default section that the file leaves out; the check that follows knows its keys
         return node[part]

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from . import sources
 from .checkpoint import RECORD, find, write_json
-from .data import PackedTokens
-from .environment import default_device, hardware, say, versions
+from .data import PackedTokens, documents, no_words
+from .environment import check_device, default_device, hardware, say, versions
 from .errors import UsageError
 from .loading import load_teacher
 from .positions import positions_of
@@ -136,6 +136,12 @@ def sample(
     if start not in get_args(Start):
         raise UsageError(f"no start {start!r}, there are: {', '.join(get_args(Start))}")
     text = TextSpec.model_validate(prompts) if isinstance(prompts, str) else prompts
+    if not 0 <= seed < 2**31:
+        raise UsageError(f"seed {seed}: choose one from 0 to {2**31 - 1}")
+    check_device(device)
+    for spec, _ in text.parts if text is not None else ():
+        if next(iter(documents(spec)), None) is None:
+            raise no_words(spec)
     name, folder, note = _teacher(model, dry_run)
     target = Path(output) if output is not None else Path(f"{name}-samples.jsonl")
     if target.suffix != ".jsonl":

@@ -23,6 +23,17 @@ def stage_keys(stages: Iterable[Stage]) -> list[str]:
     return [kind if kinds.count(kind) == 1 else str(index) for index, kind in enumerate(kinds)]
 
 
+def written_logits(stage: Stage) -> TeacherSpec | None:
+    """The logits that a stage learns from, if it does; its text is among them."""
+    return stage.teacher if isinstance(stage, DistillStage) else None
+
+
+def text_of(stage: Stage, common: Text) -> Text:
+    """What a stage reads: a text of its own, or the one of all stages."""
+    own = None if isinstance(stage, CalibrateStage) else stage.text
+    return own or common
+
+
 def stage_title(kind: str, key: str) -> str:
     """A stage's name in messages: its kind, with the number where the kind comes again."""
     return kind if key == kind else f"{kind} {key}"

@@ -227,12 +227,19 @@ def _measure_one(
 
 
 def prepared(
-    config: Any, recipe: Recipe, stage: TrainStage, kind: str, device: str, *, own_teacher: bool | None = None
+    config: Any,
+    recipe: Recipe,
+    stage: TrainStage,
+    kind: str,
+    device: str,
+    *,
+    own_teacher: bool | None = None,
+    teacher_config: Any = None,
 ) -> tuple[Any, LossFunction, Any]:
     """A model of random weights on `device`, the loss of a stage, and its teacher where that is a model beside it.
 
     `kind` is "finetune" for the unswapped model; `own_teacher` says whether the teacher is the student's own weights,
-    by default if they are frozen.
+    by default if they are frozen; `teacher_config` is that of another one.
     """
     amp = device != "cpu"
     torch.manual_seed(0)
@@ -242,7 +249,9 @@ def prepared(
     teacher = None
     own = own_teacher or (own_teacher is None and isinstance(stage, DistillStage) and stage.train in ("new", "lora"))
     if isinstance(stage, DistillStage) and stage.runs_teacher and not own:
-        teacher = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if amp else torch.float32)
+        teacher = AutoModelForCausalLM.from_config(
+            teacher_config or config, dtype=torch.bfloat16 if amp else torch.float32
+        )
         teacher = teacher.to(device).eval().requires_grad_(False)
     apply_(model, plan(model.config, recipe.convert))
     if stage.train == "lora":

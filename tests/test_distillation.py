@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -441,6 +444,59 @@ def test_an_error_of_a_process_that_reads_is_told_as_one_line(converted, work, m
     stage = {**ALIGN, "tokens": 65536, "batch": 64, "length": 128}
     with pytest.raises(SourceError, match=r"^a\.jsonl: line 3001 is not JSON: Expecting value$"):
         distill(converted, recipe=recipe(stage, text="a.jsonl"), device="cpu")
+
+
+def test_two_processes_do_not_work_in_one_folder(converted, work):
+    other = (
+        "import fcntl, pathlib, sys; f = pathlib.Path('.out.run'); f.mkdir(); f = (f / 'lock').open('w'); "
+        "fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(UsageError, match=r"another process is at work in .*\.out\.run"):
+            distill(converted, recipe=recipe(CALIBRATE), output=work / "out", device="cpu")
+        process.communicate()
+    distill(converted, recipe=recipe(CALIBRATE), output=work / "out", device="cpu")
+    assert names(work) == ["c", "out"]
+
+
+def test_a_full_disk_at_the_end_of_a_stage_keeps_those_before_it(converted, work, monkeypatch):
+    original = swapattn.distillation.save_file
+
+    def full(state, path):
+        if "stage-1" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(state, path)
+
+    monkeypatch.setattr(swapattn.distillation, "save_file", full)
+    with pytest.raises(TrainingError, match=r"^align: the disk of .*\.out\.run is full: free some space and repeat"):
+        distill(converted, recipe=recipe(CALIBRATE, ALIGN), output=work / "out", device="cpu")
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    assert len(json.loads((work / ".out.run" / "run.json").read_text())["stages"]) == 1
+    distill(converted, recipe=recipe(CALIBRATE, ALIGN), output=work / "out", device="cpu")
+
+
+def test_a_gpu_that_is_not_there_is_named(converted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="device cuda: PyTorch finds no GPU here; say --device cpu"):
+        distill(converted, recipe=recipe(CALIBRATE), device="cuda")
+
+
+def test_a_dry_run_needs_no_hub_and_counts_the_teacher_that_is_named(
+    converted, tiny_llama, tiny_tokenizer, work, capsys
+):
+    what = recipe(EVERYTHING, text={"hub": "nobody/nothing"})
+    (small,) = distill(converted, recipe=what, device="cpu", dry_run=True).stages
+    assert "distill.text: hub dataset nobody/nothing could not be read" in capsys.readouterr().err
+    tiny_llama(num_hidden_layers=6).save_pretrained(work / "t")
+    tiny_tokenizer.save_pretrained(work / "t")
+    (large,) = distill(converted, recipe=what, device="cpu", dry_run=True, teacher=work / "t").stages
+    model = tiny_llama(num_hidden_layers=6)
+    added = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in tiny_llama().parameters())
+    assert large["memory_bytes"] - small["memory_bytes"] >= 4 * added
+    with pytest.raises(SourceError, match="could not be read"):
+        distill(converted, recipe=what, device="cpu")
 
 
 def test_ctrl_c_while_writing_leaves_the_run_to_resume(converted, work, monkeypatch):

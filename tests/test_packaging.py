@@ -45,7 +45,7 @@ LAYERS = (
     | {"audit", "training", "objectives", "shards", "scores", "probes", "recall", "positions", "cost", "peak"}
     | {"rotary_check", "loss_kernel", "compilation", "replay"}
     | {"optimizer", "lora", "sharding", "logits", "vocabulary"}
-    | {"processes", "progress", "reporting", "stopping"}
+    | {"processes", "progress", "reporting", "resumption", "stopping"}
     | {"graph", "integrity", "remote_code", "unpickling"}
     | {
         "scoring",

@@ -56,7 +56,7 @@ def test_a_resolved_recipe_reads_back_to_the_same_value(name, tmp_path):
         ({"convert": {"local": {"window": 8, "sink": 1}}}, "unknown key convert.local.sink"),
         ({"convert": {"decay": {"speed": 1}}}, "unknown key convert.decay.speed"),
         ({"distill": {"text": {"embedded": True, "colum": "x"}}}, "unknown key distill.text.colum"),
-        ({"distill": {"stages": [{**ALIGN, "lr": 1}]}}, "unknown key distill.stages.0.align.lr"),
+        ({"distill": {"stages": [{**ALIGN, "lr": 1}]}}, "unknown key distill.stages.0.lr"),
         ({"eval": {"task": ["piqa"]}}, "unknown key eval.task"),
     ],
 )
@@ -92,8 +92,10 @@ def test_an_unknown_key_is_named_with_its_path(sections, path):
         ({"distill": {"text": {"embedded": True, "hub": "a/b"}}}, "exactly one"),
         ({"distill": {"text": {}}}, "exactly one"),
         ({"distill": {"stages": [{"stage": "wander"}]}}, "distill.stages.0"),
-        ({"distill": {"stages": [{"stage": "align"}]}}, "distill.stages.0.align.tokens"),
+        ({"distill": {"stages": [{"stage": "align"}]}}, "distill.stages.0.tokens"),
         ({"eval": {"limit": 0}}, "eval.limit"),
+        ({"distill": {"seed": -1}}, "distill.seed"),
+        ({"distill": {"text": [{"files": ["a.txt"], "weight": float("inf")}]}}, "distill.text.0.weight"),
     ],
 )
 def test_a_bad_or_contradictory_value_is_named(sections, words):
@@ -288,3 +290,16 @@ def test_losses_are_weights_and_old_recipes_mean_forward_kl():
     for wrong, message in (({"beta": 0.3}, "give a weight"), ({"kl": 1}, "unknown key"), ({"jsd": -1}, "greater than")):
         with pytest.raises(RecipeError, match=message):
             parse_recipe({"name": "x", "distill": {"stages": [{**stage, "losses": wrong}]}})
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("distill.text=[*.jsonl]", "write a pattern that begins with * in quotes"),
+        ("distill.text.column=body", "--set distill.text.column: text is 'embedded' here, which has no keys"),
+    ],
+)
+def test_an_override_that_cannot_be_meant_says_what_to_write(override, words):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("smoke", [override])
+    assert words in str(caught.value)
