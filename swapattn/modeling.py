@@ -108,7 +108,39 @@ def attach(
             config._attn_implementation_internal = PREFIX + (base if base in BASES else BASES[0])
 
 
-class SwapMixin:
+class GeneratesMixin:
+    """What `generate` has to be told about a swapped model."""
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+        """Put the recurrent layers in before `generate` asks the cache anything."""
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        cache = model_kwargs.get(CACHE)
+        if cache is not None:
+            assert isinstance(self, nn.Module)
+            for swap in swaps(self).values():
+                layer = adopt(cache, swap.layer_idx)
+                if generation_config.is_assistant:  # generate asked before the layer was there
+                    layer.activate_past_recording()
+        return result
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a cache that outlives it stops recording."""
+        try:
+            return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for layer in getattr(kwargs.get(CACHE), "layers", ()):
+                if isinstance(layer, LightningCacheLayer):
+                    layer.record_past = False
+                    layer.rollback.forget()
+
+
+@functools.cache
+def generating(kind: type) -> type:
+    """The same model class with that added, for a model that is swapped after it was loaded."""
+    return type(kind.__name__, (GeneratesMixin, kind), {"stock": kind, "__module__": kind.__module__})
+
+
+class SwapMixin(GeneratesMixin):
     """What the model classes of swapattn add to their base class."""
 
     # Slopes, scales and mixes lose too much in 16 bits; a few thousand numbers cost nothing.
@@ -139,28 +171,6 @@ class SwapMixin:
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         config.auto_map = write_runtime(Path(save_directory), config.swapattn["base_model_type"])
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
-        """Put the recurrent layers in before `generate` asks the cache anything."""
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
-        cache = model_kwargs.get(CACHE)
-        if cache is not None:
-            assert isinstance(self, nn.Module)
-            for swap in swaps(self).values():
-                layer = adopt(cache, swap.layer_idx)
-                if generation_config.is_assistant:  # generate asked before the layer was there
-                    layer.activate_past_recording()
-        return result
-
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a cache that outlives it stops recording."""
-        try:
-            return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            for layer in getattr(kwargs.get(CACHE), "layers", ()):
-                if isinstance(layer, LightningCacheLayer):
-                    layer.record_past = False
-                    layer.rollback.forget()
 
 
 @functools.cache

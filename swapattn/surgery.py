@@ -26,7 +26,7 @@ from .cache import CACHE, adopt
 from .decay import decay_slopes
 from .errors import RecipeError, UnsupportedModelError
 from .inputs import NoRotary, drop_rotary, layer_inputs
-from .modeling import SCHEMA_VERSION, attach, code_reference
+from .modeling import SCHEMA_VERSION, GeneratesMixin, attach, code_reference, generating
 from .recipe import ConvertSpec, KeepSpec
 from .rotary_check import rotary_dims
 
@@ -325,8 +325,9 @@ def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
 def apply_(model: nn.Module, plan: SwapPlan) -> None:
     """Swap the planned layers of a loaded model in place; its own weights are not touched.
 
-    For trials in memory: the model's class and config stay those of its base, under which it could be saved, but
-    would load again with softmax. So `save_pretrained` refuses until `revert_`; `swapattn.convert` makes checkpoints.
+    For trials in memory: the model's class (but for what `generate` asks) and config stay those of its base, under
+    which it could be saved, but would load again with softmax. So `save_pretrained` refuses until `revert_`;
+    `swapattn.convert` makes checkpoints.
 
     Raises:
         UnsupportedModelError: the model has already been swapped, or is not the one that was planned for.
@@ -340,6 +341,9 @@ def apply_(model: nn.Module, plan: SwapPlan) -> None:
     block = plan.config_block()
     attach(model, block["layers"], block["spec"], plan.slopes(), block["nope"])
     vars(model)["save_pretrained"] = _not_saved
+    if not isinstance(model, GeneratesMixin):
+        kind: Any = type(model)
+        model.__class__ = generating(kind)
 
 
 def _not_saved(*_: Any, **__: Any) -> None:
@@ -352,6 +356,7 @@ def _not_saved(*_: Any, **__: Any) -> None:
 def revert_(model: nn.Module) -> None:
     """Take every swap out again: the model computes softmax attention as before."""
     vars(model).pop("save_pretrained", None)
+    model.__class__ = vars(type(model)).get("stock", type(model))
     for path in swaps(model):
         module = model.get_submodule(path)
         del module.swap

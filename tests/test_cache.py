@@ -81,6 +81,13 @@ def test_a_users_own_cache_is_converted_in_place(model):
         assert any(isinstance(layer, LightningCacheLayer) for layer in cache.layers)
 
 
+def test_drafts_of_a_model_that_was_swapped_in_memory(model):
+    ids = ids_of(1, 6).repeat(1, 3)
+    found = generate(model, ids, prompt_lookup_num_tokens=3, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, generate(model, ids))
+    assert not any(layer.record_past for layer in lightning(found.past_key_values))
+
+
 def test_static_cache_gives_the_same(linear_model):
     ids = ids_of(2, 12)
     mask = torch.ones_like(ids)
@@ -127,6 +134,16 @@ def test_a_static_cache_compiles_one_step_for_all(tiny_llama, compiled, recipe, 
         static = {"cache_implementation": "static", **compiled}
         assert torch.equal(generate(model, ids, 24, attention_mask=given, **static), expected)
         assert_compiled_once()
+
+
+def test_a_compiled_prefill_in_chunks(tiny_family, compiled):
+    """The recurrent layers are in the cache before the first chunk: no graph is broken to look at stock's."""
+    model, ids = build(tiny_family("llama"), (1,)), ids_of(2, 15)
+    expected = generate(model, ids)
+    settings = {"prefill_chunk_size": 5, "cache_implementation": "static", **compiled}
+    assert torch.equal(generate(model, ids, **settings), expected)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 3  # as stock: the first chunk, the others, one token
 
 
 def test_a_static_cache_serves_a_second_turn_after_compiled_steps(model, compiled):

@@ -193,12 +193,13 @@ def test_a_plan_for_another_model_changes_nothing(tiny_family):
 
 def test_revert_leaves_other_hooks_alone(tiny_family):
     model = tiny_family("llama")
-    called = []
+    called, kind = [], type(model)
     model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: called.append(1))
     apply_(model, plan(model.config, spec()))
     revert_(model)
     model(input_ids=torch.ones(1, 4, dtype=torch.long))
     assert called == [1]
+    assert type(model) is kind
 
 
 def test_start_slopes_are_those_of_the_schedule(tiny_family):
