@@ -42,6 +42,7 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
             place, from call to call: a recorded CUDA graph knows no more of them than their addresses.
     """
 
+    is_compileable = True  # else kept static layers would get no mask, and would attend to tokens taken back
     is_croppable = True
     is_sliding = False
     TENSORS = ("state", "norm", "ring_k", "ring_v", "ring_position", "count")
@@ -62,11 +63,6 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
     ring_v: torch.Tensor | None
     ring_position: torch.Tensor | None
     count: torch.Tensor | None
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether `generate` may compile the step: not while it is recorded, call by call, on the host."""
-        return not self.record_past
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the attention layer knows the shapes and allocates."""

@@ -111,6 +111,13 @@ def attach(
 class GeneratesMixin:
     """What `generate` has to be told about a swapped model."""
 
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> bool:
+        """Whether `generate` compiles the step: not while a layer records it, call by call, on the host."""
+        layers = getattr(model_kwargs.get(CACHE), "layers", ())
+        if any(isinstance(layer, LightningCacheLayer) and layer.record_past for layer in layers):
+            return False
+        return bool(super()._valid_auto_compile_criteria(model_kwargs, *args, **kwargs))  # type: ignore[misc]
+
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
         """Put the recurrent layers in before `generate` asks the cache anything."""
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
