@@ -72,6 +72,17 @@ class _Whole(_Adapted):
     """Families whose forward holds everything, from the projections to the output."""
 
     layer_idx: int
+    slopes: tuple[float, ...]  # of ALiBi
+    _placed: torch.Tensor | None = None
+
+    def alibi(self, device: torch.device) -> torch.Tensor:
+        """The slopes on a device; kept there, for a copy from the host would be no part of a CUDA graph."""
+        if self._placed is not None and self._placed.device == device:
+            return self._placed
+        slopes = torch.tensor(self.slopes, dtype=torch.float64, device=device)
+        if not torch.compiler.is_compiling():  # where it may be a tensor without values
+            self._placed = slopes
+        return slopes
 
     def run(
         self,
@@ -113,7 +124,7 @@ class _Falcon(_Whole):
         if alibi is None:
             q, k = _function(self, "apply_rotary_pos_emb")(q, k, *kwargs["position_embeddings"])
         else:
-            options["alibi"] = tuple(s * self.inv_norm_factor for s in _slopes(self, self.num_heads))
+            options["alibi"] = self.alibi(q.device) * self.inv_norm_factor
             if mask is not None and mask.dim() == 4:  # the bias is in it: hidden is what is far below any bias
                 mask = mask > torch.finfo(mask.dtype).min / 2
 
@@ -130,7 +141,7 @@ class _Bloom(_Whole):
         self: Any, hidden_states: torch.Tensor, residual: torch.Tensor, alibi: Any, attention_mask: Any, **kwargs: Any
     ) -> Any:
         q, k, v = self._reshape(self.query_key_value(hidden_states))
-        options = {"scaling": self.inv_norm_factor, "alibi": _slopes(self, self.num_heads)}
+        options = {"scaling": self.inv_norm_factor, "alibi": self.alibi(q.device)}
 
         def teacher(mask: Any) -> Any:
             return super(_Bloom, self).forward(hidden_states, residual, alibi, _full_mask(mask, q), **kwargs)
@@ -150,7 +161,7 @@ class _Mpt(_Whole):
         q, k, v = (x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for x in mixed.chunk(3, dim=2))
         options: dict[str, Any] = {"scaling": self.softmax_scale}
         if position_bias is not None:
-            options["alibi"] = _slopes(self, self.n_heads)
+            options["alibi"] = self.alibi(q.device)
         mask = attention_mask  # of a kept layer beside this one: true where hidden
         mask = ~mask if mask is not None and mask.dim() == 4 else mask
 
@@ -208,12 +219,17 @@ def adapt_(module: nn.Module) -> None:
         module.__class__ = _adapted(stock)
         if not hasattr(module, "layer_idx"):
             module.layer_idx = module.layer_id  # gpt_neo's name for it
+        if isinstance(module, _Whole):
+            heads: Any = getattr(module, "num_heads", None) or module.n_heads  # the latter is mpt's name for it
+            module.slopes = _slopes(module, heads)
 
 
 def release_(module: nn.Module) -> None:
     """Give an adapted module its stock class back."""
     if isinstance(module, _Adapted):
         module.__class__ = module.stock
+        for name in ("slopes", "_placed"):
+            vars(module).pop(name, None)
 
 
 def _function(module: nn.Module, name: str) -> Any:

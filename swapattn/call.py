@@ -41,7 +41,7 @@ class AttentionCall:
         hidden: torch.Tensor | None = None,
         linear: tuple[torch.Tensor, torch.Tensor] | None = None,
         cu_seqlens: torch.Tensor | None = None,
-        alibi: tuple[Sequence[float], torch.Tensor | None] | None = None,
+        alibi: tuple[torch.Tensor | Sequence[float], torch.Tensor | None] | None = None,
     ) -> None:
         dtype = _compute_dtype(v)
         self.q, self.k, self.v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
@@ -66,7 +66,7 @@ class AttentionCall:
     softcap: float | None = None
     sliding_window: int | None = None
 
-    def _add_alibi(self, slopes: Sequence[float], count: torch.Tensor | None) -> None:
+    def _add_alibi(self, slopes: torch.Tensor | Sequence[float], count: torch.Tensor | None) -> None:
         """Give q and k two channels whose product is slope · position of the key: the bias, up to a constant a query.
 
         Softmax does not see that constant. Multiples of 256 have a channel of their own, so that bf16 holds positions
@@ -80,7 +80,7 @@ class AttentionCall:
         position = position if count is None else position + count[:, None]
         low = position % 256
         parts = torch.stack((position - low, low), -1)[:, :, None].expand(-1, -1, self.k.shape[2], -1)
-        bias = torch.tensor(slopes, device=self.q.device, dtype=torch.float64) / self.scaling
+        bias = torch.as_tensor(slopes, device=self.q.device, dtype=torch.float64) / self.scaling
         bias = bias[:, None].expand(batch, length, heads, 2)
         self.q, self.k = torch.cat((self.q, bias.to(self.q)), -1), torch.cat((self.k, parts.to(self.k)), -1)
 

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from torch._dynamo.utils import counters, get_static_address_type
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from swapattn.cache import LightningCacheLayer, adopt
+from swapattn.families import tiny_config
 from swapattn.recipe import ConvertSpec, load_recipe
 from swapattn.surgery import apply_, plan
 
@@ -135,6 +136,23 @@ def test_a_static_cache_compiles_one_step_for_all(tiny_llama, compiled, recipe, 
         static = {"cache_implementation": "static", **compiled}
         assert torch.equal(generate(model, ids, 24, attention_mask=given, **static), expected)
         assert_compiled_once()
+
+
+@pytest.mark.parametrize("kind", ["bloom", "falcon"])
+def test_alibi_compiles_one_step_for_all(compiled, kind):
+    settings = {"tie_word_embeddings": False, **({"alibi": True} if kind == "falcon" else {})}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(kind, **settings)).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(0, 0.3)
+    build(model, ()).float()
+    ids = ids_of(2, 12)
+    expected = generate(model, ids)
+    assert expected[:, 12:].unique().numel() > 3, "the outputs do not vary: the test says nothing"
+    assert torch.equal(generate(model, ids, cache_implementation="static", **compiled), expected)
+    assert_compiled_once()
 
 
 def test_a_compiled_prefill_in_chunks(tiny_family, compiled):
