@@ -106,8 +106,8 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
-        """−1: there is no maximum."""
-        return -1
+        """Length of the cache where it is static: bloom pads its mask to that; else −1, for there is no maximum."""
+        return self.static_length or -1
 
     get_max_cache_shape = get_max_length  # its name up to transformers 5.12
 

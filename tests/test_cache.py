@@ -138,8 +138,8 @@ def test_a_static_cache_compiles_one_step_for_all(tiny_llama, compiled, recipe, 
         assert_compiled_once()
 
 
-@pytest.mark.parametrize("kind", ["bloom", "falcon"])
-def test_alibi_compiles_one_step_for_all(compiled, kind):
+@pytest.mark.parametrize(("kind", "padding"), [("bloom", 0), ("bloom", 5), ("falcon", 5)])
+def test_alibi_compiles_one_step_for_all(compiled, kind, padding):
     settings = {"tie_word_embeddings": False, **({"alibi": True} if kind == "falcon" else {})}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -148,10 +148,12 @@ def test_alibi_compiles_one_step_for_all(compiled, kind):
             if parameter.dim() > 1:
                 parameter.data.normal_(0, 0.3)
     build(model, ()).float()
-    ids = ids_of(2, 12)
-    expected = generate(model, ids)
+    ids, mask = ids_of(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :padding] = 0
+    expected = generate(model, ids, attention_mask=mask)
     assert expected[:, 12:].unique().numel() > 3, "the outputs do not vary: the test says nothing"
-    assert torch.equal(generate(model, ids, cache_implementation="static", **compiled), expected)
+    found = generate(model, ids, attention_mask=mask, cache_implementation="static", **compiled)
+    assert torch.equal(found, expected)
     assert_compiled_once()
 
 
