@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .masks import recorded
 from .rollback import Rollback
 
 # What models call their cache, as an argument and in their outputs: renamed in transformers 5.24.
@@ -38,8 +39,9 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         record_past: keep what `crop` needs; set by the generate modes that draft tokens, through
             `Cache.activate_past_recording`. Otherwise nothing is kept and nothing is done for it.
         rollback: what is kept.
-        static_length: length of the cache where its other layers are static, else 0. Then all tensors are changed in
-            place, from call to call: a recorded CUDA graph knows no more of them than their addresses.
+        static_length: length of the cache where its other layers are static, 0 if they drop old tokens and do not tell,
+            None if they are not. In a static cache all tensors are changed in place, from call to call: a recorded
+            CUDA graph knows no more of them than their addresses.
     """
 
     is_compileable = True  # else kept static layers would get no mask, and would attend to tokens taken back
@@ -53,7 +55,7 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         self.seen: int | torch.Tensor = 0
         self.record_past = False
         self.rollback = Rollback()
-        self.static_length = 0
+        self.static_length: int | None = None
         for name in self.TENSORS:
             setattr(self, name, None)
 
@@ -69,7 +71,7 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Count the new tokens and hand keys and values `[B, Hkv, T, D]` back; nothing is appended."""
-        if self.static_length and not isinstance(self.seen, torch.Tensor):
+        if self.static_length is not None and not isinstance(self.seen, torch.Tensor):
             self.seen = self._at_fixed_address(torch.zeros((), dtype=torch.long, device=key_states.device))
         self._count(key_states.shape[-2])
         self.is_initialized = True
@@ -97,13 +99,19 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         """Tokens seen before the last `length`; the int 0 at the start, which the host knows without the device."""
         return self.seen - length if self.state is not None else 0
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int | torch.Tensor]:
         """Length and offset of the key axis that a mask for `query_length` new tokens covers."""
-        # transformers 5.17 sizes the mask of all layers on the first one, and static layers want all of their slots.
-        if self.static_length:
-            return self.static_length, 0
-        assert isinstance(self.seen, int)
-        return self.seen + query_length, 0
+        seen = self.seen
+        if isinstance(seen, torch.Tensor) and not recorded(seen):
+            seen = int(seen)  # `generate` makes the mask before its compiled step, when host and device wait anyway
+        if self.static_length == 0:
+            return query_length, seen  # of one size, step by step
+        # transformers sizes the mask of all full layers on the first one, and static layers want all of their slots.
+        length = self.static_length or 0
+        if isinstance(seen, torch.Tensor):
+            torch._assert_async(seen <= length - query_length, f"a static cache of {length} tokens is full")
+            return length, 0
+        return max(seen + query_length, length), 0
 
     def get_max_length(self) -> int:
         """Length of the cache where it is static: bloom pads its mask to that; else −1, for there is no maximum."""
@@ -151,14 +159,14 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
     def _put(self, name: str, tensor: torch.Tensor | None) -> None:
         """Set a tensor; of a static cache in place, unless there is none yet or its size changes."""
         held = getattr(self, name)
-        if self.static_length and held is not None and tensor is not None and held.shape == tensor.shape:
+        if self.static_length is not None and held is not None and tensor is not None and held.shape == tensor.shape:
             held.copy_(tensor)
         else:
             setattr(self, name, self._at_fixed_address(tensor) if tensor is not None else None)
 
     def _at_fixed_address(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, marked if the cache is static: a compiled step that changes other inputs is no CUDA graph."""
-        if self.static_length and not torch.compiler.is_compiling():
+        if self.static_length is not None and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(tensor)
         return tensor
 
@@ -247,12 +255,13 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         self.ring_position[:, slots] = -1
 
 
-def _static_length(layer: Any) -> int:
-    """Tokens that a static layer has room for; 0 for one that drops old ones, and so for any number."""
+def _static_length(layer: Any) -> int | None:
+    """Tokens that a static layer has room for; 0 for one that drops old ones, and so for any number; else None."""
     if isinstance(layer, LightningCacheLayer):
         return layer.static_length
     keeps_all = not getattr(layer, "is_sliding", False) or getattr(layer, "is_croppable", False)
-    return getattr(layer, "max_cache_len", 0) if keeps_all else 0
+    length: int | None = getattr(layer, "max_cache_len", None)
+    return length if keeps_all or length is None else 0
 
 
 def adopt(cache: Any, layer_idx: int) -> LightningCacheLayer:
@@ -272,6 +281,7 @@ def adopt(cache: Any, layer_idx: int) -> LightningCacheLayer:
         raise TypeError(f"the cache already holds softmax keys for layer {layer_idx}, which is swapped")
     recurrent = LightningCacheLayer()
     recurrent.record_past = getattr(layer, "record_past", False)
-    recurrent.static_length = max(map(_static_length, cache.layers))
+    lengths = [length for length in map(_static_length, cache.layers) if length is not None]
+    recurrent.static_length = max(lengths, default=None)
     cache.layers[layer_idx] = recurrent
     return recurrent

@@ -13,6 +13,11 @@ Found = tuple[torch.Tensor | None, torch.Tensor | None]
 _READ, _UNPACKED = "_swapattn_read", "_swapattn_unpacked"  # attributes of a mask: what all layers share
 
 
+def recorded(tensor: torch.Tensor) -> bool:
+    """Whether operators go into a graph, compiled or CUDA's, so that values of the tensor cannot be read here."""
+    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def unpacked(mask: Any) -> Any:
     """Note on a mask that it holds no packed sequences, so that nobody has to look."""
     if isinstance(mask, torch.Tensor) and not torch.compiler.is_compiling():
@@ -43,7 +48,7 @@ def read_mask(mask: Any, length: int, seen: int | torch.Tensor, *, may_be_packed
     if isinstance(seen, torch.Tensor):
         return _read(mask, length, seen, False)
     may_be_packed = may_be_packed and not getattr(mask, _UNPACKED, False)
-    if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if recorded(mask):
         tokens, starts = _read(mask, length, seen, may_be_packed)
         if starts is not None:
             torch._assert_async(
@@ -71,6 +76,8 @@ def _read(mask: torch.Tensor, length: int, seen: int | torch.Tensor, may_be_pack
     else:  # eager's additive mask holds 0 where attending is allowed, a 2D mask holds 1
         allowed = mask == 0 if mask.dim() == 4 else mask > 0
     last = allowed.shape[-1] - length
+    if last < 0:  # stock layers made it, which a static cache holds until the first forward pass
+        raise ValueError(f"a mask of {allowed.shape[-1]} tokens for {length} new ones: the static cache is too short")
     offset = seen.clamp(max=last) if isinstance(seen, torch.Tensor) else min(seen, last)
     index = torch.arange(length, device=mask.device)  # not slices or diagonals: a graph would hold for one offset only
     if allowed.dim() == 2:

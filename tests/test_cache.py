@@ -234,11 +234,41 @@ def test_drafts_with_a_static_cache(model, compiled, helper):
     assert not counters["stats"]["unique_graphs"]
 
 
-def test_a_static_cache_of_sliding_layers_alone(tiny_family):
+@pytest.mark.parametrize("keep", [(), (1,)], ids=["all-swapped", "keep-1"])
+def test_a_static_cache_of_sliding_layers_alone(tiny_family, compiled, keep):
     """None of them has room for all tokens, so nothing says how many there can be."""
-    model = build(tiny_family("mistral", sliding_window=6), (1,))
-    ids = ids_of(2, 12)
-    assert torch.equal(generate(model, ids, cache_implementation="static"), generate(model, ids))
+    model = build(tiny_family("mistral", sliding_window=6), keep)
+    ids, mask = ids_of(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    expected = generate(model, ids, attention_mask=mask)
+    found = generate(model, ids, attention_mask=mask, cache_implementation="static", **compiled)
+    assert torch.equal(found, expected)
+    if not keep:  # stock sliding layers count on the host
+        assert_compiled_once()
+
+
+@torch.no_grad()
+def test_more_tokens_than_a_static_cache_is_long_for(linear_model):
+    """The state has room for any number; only a graph, which cannot look, refuses them."""
+    ids, mask = ids_of(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :3] = mask[0, 20:24] = mask[1, 26:] = 0
+    for length in (18, 22):
+        caches = StaticCache(config=linear_model.config, max_cache_len=length), DynamicCache()
+        for start, stop in ((0, 12), (12, 13), (13, 28), (28, 40)):
+            more = {"attention_mask": mask[:, :stop], "position_ids": torch.arange(start, stop)[None]}
+            found, expected = (
+                linear_model(input_ids=ids[:, start:stop], past_key_values=cache, **more).logits for cache in caches
+            )
+            assert torch.allclose(found, expected, rtol=0, atol=1e-9)
+    cache = StaticCache(config=linear_model.config, max_cache_len=8)
+    with pytest.raises(ValueError, match="a mask of 8 tokens for 40 new ones: the static cache is too short"):
+        linear_model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+    cache = StaticCache(config=linear_model.config, max_cache_len=13)
+    linear_model(input_ids=ids[:, :12], past_key_values=cache)
+    step = torch.compile(linear_model, backend="eager", fullgraph=True)
+    step(input_ids=ids[:, 12:13], past_key_values=cache)
+    with pytest.raises(RuntimeError, match="static cache of 13 tokens is full"):
+        step(input_ids=ids[:, 13:14], past_key_values=cache)
 
 
 @pytest.mark.parametrize("padding", [0, 3])
