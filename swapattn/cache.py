@@ -73,6 +73,11 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         """Count the new tokens and hand keys and values `[B, Hkv, T, D]` back; nothing is appended."""
         if self.static_length is not None and not isinstance(self.seen, torch.Tensor):
             self.seen = self._at_fixed_address(torch.zeros((), dtype=torch.long, device=key_states.device))
+        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+            for name in self.TENSORS:  # what inference mode made cannot be changed in place outside of it
+                tensor = getattr(self, name)
+                if tensor is not None and tensor.is_inference():
+                    setattr(self, name, self._at_fixed_address(tensor.clone()))
         self._count(key_states.shape[-2])
         self.is_initialized = True
         return key_states, value_states
@@ -181,7 +186,9 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         """Take row `beam_idx[i]` as row i (beam search)."""
         self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
-    batch_select_indices = reorder_cache
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows of these numbers, or those that are True."""
+        self._map(lambda t: t[indices.to(t.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""

@@ -219,6 +219,32 @@ def test_a_static_cache_changes_its_tensors_in_place(model, padding):
     assert addresses(caches[0]) == before
 
 
+def test_a_cache_of_inference_mode_is_gone_on_from_outside_of_it(model):
+    ids = ids_of(2, 9)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=caches[0], use_cache=True)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=caches[1], use_cache=True)
+        found, expected = (
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits for cache in caches
+        )
+    assert torch.equal(found, expected)
+
+
+def test_rows_are_kept_by_number_or_by_truth(linear_model):
+    ids = ids_of(3, 9)
+    caches = [DynamicCache(config=linear_model.config) for _ in range(2)]
+    with torch.no_grad():
+        for cache, rows in zip(caches, (torch.tensor([2, 0]), torch.tensor([True, False, True])), strict=True):
+            linear_model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache.batch_select_indices(rows)
+        found = [linear_model(input_ids=ids[:2, :1], past_key_values=cache, use_cache=True).logits for cache in caches]
+        alone = linear_model(input_ids=torch.cat((ids[:1], ids[:1, :1]), 1)).logits[:, -1:]
+    assert torch.allclose(found[1][:1], alone, atol=1e-9)
+    assert [logits.shape[0] for logits in found] == [2, 2]
+
+
 @pytest.mark.parametrize("helper", ["prompt lookup", "assistant"])
 def test_drafts_with_a_static_cache(model, compiled, helper):
     """A kept layer does not see the tokens that were taken back, and the recorded step is not compiled."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .reference import accumulation_dtype, no_autocast
+from .reference import accumulation_dtype, check_boundaries, no_autocast
 from .switch import on_kernels
 
 MOST_SINKS = 64  # of the kernels
@@ -75,7 +75,8 @@ def local_attention(
         sinks: number of tokens at the start of a sequence seen by all later ones, at least 0; a sink within the
             window counts once.
         scale: factor of the scores, None for D ** -0.5.
-        cu_seqlens: `[N + 1]` integer boundaries of sequences packed in one row (B = 1); empty ones are allowed.
+        cu_seqlens: `[N + 1]` integer boundaries, from 0 to T, of sequences packed in one row (B = 1); empty ones are
+            allowed.
         mask: `[B, T]` bool; a False token is not attended, its output is 0, and it counts neither for the window
             nor for the sinks: a padded row gives what its real tokens give alone.
         return_lse: whether to return also lse, with which outputs on disjoint sets of keys can be merged.
@@ -91,7 +92,7 @@ def local_attention(
         ValueError: if shapes, `window` or `sinks` do not fit.
     """
     _check(q, k, v, window, sinks, cu_seqlens, mask)
-    if q.shape[1] == 0:
+    if 0 in q.shape[:2]:
         nothing = v.new_zeros(*q.shape[:3], v.shape[-1])
         return (nothing, nothing.new_zeros(q.shape[:3], dtype=accumulation_dtype(q, k, v))) if return_lse else nothing
     if _on_kernels(sinks, q, k, v):
@@ -154,7 +155,7 @@ def merged_local_attention(
         if [*x.shape] != shape:
             raise ValueError(f"{name}: expected shape {shape}, found {list(x.shape)}")
     sizes: _Sizes = {"window": window, "sinks": sinks, "scale": scale, "cu_seqlens": cu_seqlens, "mask": mask}
-    if q.shape[1] > 0 and _on_kernels(sinks, q, k, v, other):
+    if 0 not in q.shape[:2] and _on_kernels(sinks, q, k, v, other):
         from .local_op import merged_local_attention_kernel
 
         return merged_local_attention_kernel(q, k, v, other, other_log_sum, other_scale, **sizes)
@@ -267,8 +268,8 @@ def _check(
         raise ValueError(f"sinks: expected at least 0, found {sinks}")
     if mask is not None and mask.shape != q.shape[:2]:
         raise ValueError(f"mask: expected shape {list(q.shape[:2])}, found {list(mask.shape)}")
-    if cu_seqlens is not None and q.shape[0] != 1:
-        raise ValueError(f"q: expected one row beside cu_seqlens, found {q.shape[0]}")
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, *q.shape[:2])
 
 
 def _padded_rows(q: Tensor, width: int) -> _Blocks:

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import State, accumulation_dtype, chunked_attention, recurrent_attention
+from .reference import (
+    State,
+    accumulation_dtype,
+    check_boundaries,
+    chunked_attention,
+    expect_integer,
+    recurrent_attention,
+)
 from .switch import on_kernels
 
 # MKL's vector functions find out the processor in their first call, without a lock: where several threads share it, one
@@ -85,7 +92,7 @@ def lightning_attention(
         _check_mask(mask, rows, length)
     sequences = rows
     if cu_seqlens is not None:
-        _check_boundaries(cu_seqlens, rows, length)
+        check_boundaries(cu_seqlens, rows, length)
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         _check_state("initial_state", initial_state, sequences, k, v, log_decay, normalize)
@@ -157,7 +164,7 @@ def lightning_attention_step(
         _check_mask(mask, rows, length)
     if slots is not None:
         _expect("slots", slots, (rows,))
-        _expect_integer("slots", slots)
+        expect_integer("slots", slots)
     _check_state("state", state, rows if slots is None else None, k, v, log_decay, normalize)
     pools = state if isinstance(state, tuple) else (state,)
     for pool in pools:
@@ -212,11 +219,6 @@ def _expect(name: str, x: Tensor, shape: Sequence[int]) -> None:
         raise ValueError(f"{name}: expected shape {list(shape)}, found {list(x.shape)}")
 
 
-def _expect_integer(name: str, x: Tensor) -> None:
-    if x.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: expected int32 or int64, found {x.dtype}")
-
-
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
@@ -261,19 +263,6 @@ def _check_mask(mask: Tensor, rows: int, length: int) -> None:
     _expect("mask", mask, (rows, length))
     if mask.dtype != torch.bool:
         raise ValueError(f"mask: expected torch.bool, found {mask.dtype}")
-
-
-def _check_boundaries(cu_seqlens: Tensor, rows: int, length: int) -> None:
-    if rows != 1:
-        raise ValueError(f"q: expected one row beside cu_seqlens, found {rows}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens: expected shape [N + 1] with N >= 1, found {list(cu_seqlens.shape)}")
-    _expect_integer("cu_seqlens", cu_seqlens)
-    # On another device the values could be read only by waiting for it, and in a traced call not at all.
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
-            raise ValueError(f"cu_seqlens: expected values rising from 0 to T = {length}, found {bounds}")
 
 
 def _check_state(

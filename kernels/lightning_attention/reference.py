@@ -442,3 +442,23 @@ def _scan_weights(total: Tensor, owner: Tensor | None) -> Tensor:
     if owner is not None:
         hidden = hidden | (owner[:, None] != owner)
     return F.pad(steps, (0, 0, 1, 0)).cumsum(-2).masked_fill(hidden, -torch.inf).exp()
+
+
+def expect_integer(name: str, x: Tensor) -> None:
+    """ValueError for another dtype than int32 and int64."""
+    if x.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: expected int32 or int64, found {x.dtype}")
+
+
+def check_boundaries(cu_seqlens: Tensor, rows: int, length: int) -> None:
+    """ValueError for boundaries that do not go from 0 to `length` in one row; values are looked at on the CPU alone."""
+    if rows != 1:
+        raise ValueError(f"q: expected one row beside cu_seqlens, found {rows}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens: expected shape [N + 1] with N >= 1, found {list(cu_seqlens.shape)}")
+    expect_integer("cu_seqlens", cu_seqlens)
+    # On another device the values could be read only by waiting for it, and in a traced call not at all.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
+            raise ValueError(f"cu_seqlens: expected values rising from 0 to T = {length}, found {bounds}")

@@ -199,6 +199,8 @@ def test_autocast_leaves_float32_alone():
 def test_no_tokens():
     assert local_attention(*make(0), window=4, sinks=1).shape == (2, 0, 4, 3)
     assert local_attention(*make(0), window=4, sinks=1, return_lse=True)[1].shape == (2, 0, 4)
+    nobody = [x[:0] for x in make(5)]
+    assert local_attention(*nobody, window=4, sinks=1).shape == (0, 5, 4, 3)
 
 
 def test_cached_query_that_sees_no_key():
@@ -229,10 +231,13 @@ def test_memory_grows_with_the_length_not_its_square():
         ({"v": torch.zeros(2, 7, 2, 3)}, r"v: expected .* found shape \[2, 7, 2, 3\]"),
         ({"mask": torch.ones(2, 5, dtype=torch.bool)}, r"mask: expected shape \[2, 6\], found \[2, 5\]"),
         ({"cu_seqlens": torch.tensor([0, 6])}, "q: expected one row"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "rows": 1}, "cu_seqlens: expected values rising from 0 to T = 6"),
     ],
 )
 def test_argument_errors(change, message):
-    q, k, v = make(6, dtype=torch.float32)
+    rows = change.get("rows", 2)
+    change = {key: value for key, value in change.items() if key != "rows"}
+    q, k, v = (x[:rows] for x in make(6, dtype=torch.float32))
     with pytest.raises(ValueError, match=message):
         local_attention(**({"q": q, "k": k, "v": v, "window": 4, "sinks": 1} | change))
 
