@@ -138,7 +138,10 @@ def test_a_static_cache_compiles_one_step_for_all(tiny_llama, compiled, recipe, 
         assert_compiled_once()
 
 
-@pytest.mark.parametrize(("kind", "padding"), [("bloom", 0), ("bloom", 5), ("falcon", 5)])
+@pytest.mark.parametrize(
+    ("kind", "padding"),
+    [pytest.param("bloom", 0, marks=pytest.mark.slow), ("bloom", 5), pytest.param("falcon", 5, marks=pytest.mark.slow)],
+)
 def test_alibi_compiles_one_step_for_all(compiled, kind, padding):
     settings = {"tie_word_embeddings": False, **({"alibi": True} if kind == "falcon" else {})}
     with torch.random.fork_rng(devices=[]):
@@ -157,6 +160,7 @@ def test_alibi_compiles_one_step_for_all(compiled, kind, padding):
     assert_compiled_once()
 
 
+@pytest.mark.slow
 def test_a_compiled_prefill_in_chunks(tiny_family, compiled):
     """The recurrent layers are in the cache before the first chunk: no graph is broken to look at stock's."""
     model, ids = build(tiny_family("llama"), (1,)), ids_of(2, 15)
@@ -260,7 +264,7 @@ def test_drafts_with_a_static_cache(model, compiled, helper):
     assert not counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("keep", [(), (1,)], ids=["all-swapped", "keep-1"])
+@pytest.mark.parametrize("keep", [(), pytest.param((1,), marks=pytest.mark.slow)], ids=["all-swapped", "keep-1"])
 def test_a_static_cache_of_sliding_layers_alone(tiny_family, compiled, keep):
     """None of them has room for all tokens, so nothing says how many there can be."""
     model = build(tiny_family("mistral", sliding_window=6), keep)

@@ -160,7 +160,7 @@ def test_a_learning_rate_for_nothing_is_refused(llama, values, group):
 
 def test_a_group_that_does_not_exist_is_refused_with_its_path():
     stages = [{"stage": "align", "tokens": 1024, "length": 32, "learning_rate": 1e-2, "learning_rates": {"q": 1}}]
-    with pytest.raises(RecipeError, match=r"distill\.stages\.0\.align\.learning_rates\.q: Input should be 'decay', "):
+    with pytest.raises(RecipeError, match=r"distill\.stages\.0\.learning_rates\.q: Input should be 'decay', "):
         parse_recipe({"name": "x", "distill": {"stages": stages}})
 
 
