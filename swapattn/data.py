@@ -280,9 +280,12 @@ def _file_documents(path: Path, column: str, piece: int) -> Iterator[str]:
             raise SourceError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def open_text(path: Path, stack: ExitStack) -> io.TextIOWrapper:
-    """A UTF-8 file, plain or .zst, with or without a byte-order mark. OSError while reading one that ends too early."""
-    return io.TextIOWrapper(_open(path, stack), encoding="utf-8-sig")
+def open_text(path: Path, stack: ExitStack, newline: str | None = None) -> io.TextIOWrapper:
+    """A UTF-8 file, plain or .zst, with or without a byte-order mark; `newline` as for `open`.
+
+    OSError while reading one that ends too early.
+    """
+    return io.TextIOWrapper(_open(path, stack), encoding="utf-8-sig", newline=newline)
 
 
 def _open(path: Path, stack: ExitStack) -> Any:

@@ -38,7 +38,7 @@ def perplexity_of_file(
     path = Path(path)
     try:
         with ExitStack() as stack:
-            text = open_text(path, stack).read()
+            text = open_text(path, stack, newline="").read()  # as it is, to the last token
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

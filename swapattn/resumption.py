@@ -24,13 +24,8 @@ from .stages import text_of, written_logits
 
 STATE = "run.json"
 LOCK = "lock"
-_EXECUTION = (
-    "micro_batch",
-    "chunk",
-    "compile",
-    "cuda_graph",
-    "gradient_checkpointing",
-)  # of a stage; no result changes
+# Of a stage: how it is carried out, which changes no result.
+_EXECUTION = ("micro_batch", "chunk", "compile", "cuda_graph", "gradient_checkpointing")
 
 
 def new_state(recipe: Recipe, start: Checkpoint, teacher: Path) -> dict[str, Any]:

@@ -239,8 +239,10 @@ def out_of_memory(
 
 def of_worker(error: SwapattnError) -> SwapattnError:
     """The error as it was raised: from a process of the data loader it comes with the traceback as its message."""
-    told = str(error)
-    return type(error)(told.rpartition("Error: ")[2].strip()) if "Traceback (most recent call last)" in told else error
+    kind, told = type(error), str(error)
+    if "Traceback (most recent call last)" not in told:
+        return error
+    return kind(told.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
 
 
 def run_stage(

@@ -193,7 +193,7 @@ class TestRows:
         with pytest.raises(UsageError, match="column 'text' holds int, not text"):
             list(documents(spec(file)))
 
-    def test_half_of_a_surrogate_pair_becomes_a_question_mark(self, tmp_path, tiny_tokenizer):
+    def test_half_of_a_surrogate_pair_becomes_a_question_mark(self, tmp_path):
         file = write(tmp_path / "a.jsonl", json.dumps({"text": "hello \ud83d world"}) + "\n")
         assert list(documents(spec(file))) == ["hello ? world"]
 

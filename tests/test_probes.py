@@ -168,11 +168,12 @@ class TestPerplexity:
 
     def test_files_plain_and_packed(self, model, tiny_tokenizer, text, tmp_path):
         plain, packed = tmp_path / "a.txt", tmp_path / "a.txt.zst"
-        plain.write_text(text[:2000], encoding="utf-8")
-        half = len(text[:2000].encode()) // 2
-        frames = (text[:2000].encode()[:half], text[:2000].encode()[half:])
+        text = text[:2000] + "\r\nThe end."  # line ends stay as they are
+        data = text.encode()
+        plain.write_bytes(data)
+        frames = data[: len(data) // 2], data[len(data) // 2 :]
         packed.write_bytes(b"".join(map(zstandard.compress, frames)))  # tools write a frame for each part
-        expected = {**probes.perplexity_of_text(model, tiny_tokenizer, text[:2000])}
+        expected = probes.perplexity_of_text(model, tiny_tokenizer, text)
         for path in (plain, packed):
             found = probes.perplexity_of_file(model, tiny_tokenizer, path)
             assert found == {**expected, "text": str(path)}

@@ -6,19 +6,20 @@ import contextlib
 import copy
 import functools
 import json
+import traceback
 
 import pytest
 import torch
 
 from swapattn.attention import swaps
-from swapattn.errors import RecipeError, TrainingError, UnsupportedModelError, UsageError
+from swapattn.errors import RecipeError, SourceError, TrainingError, UnsupportedModelError, UsageError
 from swapattn.losses import normalized_mse
 from swapattn.objectives import align_loss, check_head, distill_loss, hidden_states, output_embedding
 from swapattn.optimizer import build_optimizer, build_scheduler, trainable_parameters
 from swapattn.recipe import ConvertSpec, parse_recipe
 from swapattn.stages import AlignStage, DistillStage
 from swapattn.surgery import apply_, plan
-from swapattn.training import run_stage, shares
+from swapattn.training import of_worker, run_stage, shares
 
 FAMILIES = [
     "llama",
@@ -437,6 +438,21 @@ def test_out_of_memory_says_what_to_lower(llama, tmp_path, what, settings, on_cp
     with pytest.raises(TrainingError) as caught:
         train(llama, what, tmp_path, loss)
     assert str(caught.value).startswith(f"align: out of memory; under distill.stages.align: {settings}")
+
+
+def test_an_error_of_another_process_keeps_its_own_words():
+    def raised(message):
+        try:
+            raise SourceError(message)
+        except SourceError as error:
+            return SourceError(
+                f"Caught SourceError in DataLoader worker 0.\n{''.join(traceback.format_exception(error))}"
+            )
+
+    message = "hub dataset a/b could not be read (ConnectionError: no route); use a local copy"
+    assert str(of_worker(raised(message))) == message
+    plain = SourceError(message)
+    assert of_worker(plain) is plain
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(llama, tmp_path):
