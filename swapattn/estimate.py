@@ -7,6 +7,7 @@ micro-batch; of the many steps of a stage no more than a few seconds' worth.
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,17 +185,18 @@ class _Kept:
         self.own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        seen: dict[int, int] = {}
+        saved: list[weakref.ref[torch.Tensor]] = []
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.own:
-                seen[storage.data_ptr()] = storage.nbytes()
+            saved.append(weakref.ref(tensor))
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = self.loss(model, *args, **kwargs)
-        self.bytes = sum(seen.values())
+        # a graph inside of the loss (see `losses.linear_loss`) is gone by now, and its memory may be another's
+        kept = [tensor.untyped_storage() for reference in saved if (tensor := reference()) is not None]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in kept}
+        self.bytes = sum(size for place, size in sizes.items() if place not in self.own)
         return loss
 
 
