@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList, TextStreamer
 
 from .cache import CACHE
 from .cost import state_bytes
-from .environment import default_device
+from .environment import default_device, say
 from .errors import UsageError
+
+_WARM_TOKENS = 3  # the prefill's, and two by the step: one that compiles it, one that shows what may change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,7 @@ class GenerationStats:
         prefill_seconds: wall time to the first new token.
         tokens_per_second: new tokens after the first per second after the prefill; 0 when there was only one.
         state_bytes: bytes of all tensors in the cache at the end.
+        compile_seconds: wall time spent on compiling the step before all that; 0 where it was not asked for.
     """
 
     prompt_tokens: int
@@ -37,6 +40,7 @@ class GenerationStats:
     prefill_seconds: float
     tokens_per_second: float
     state_bytes: int
+    compile_seconds: float = 0.0
 
     def to_dict(self) -> dict[str, int | float]:
         """All figures by name."""
@@ -44,74 +48,89 @@ class GenerationStats:
 
     def to_line(self) -> str:
         """One line for a terminal."""
+        compiled = f", compiled in {self.compile_seconds:.1f} s before" if self.compile_seconds else ""
         return (
             f"{self.tokens} tokens in {self.seconds:.2f} s, {self.tokens_per_second:.1f} tokens/s after a prefill of "
-            f"{self.prompt_tokens} tokens in {self.prefill_seconds:.2f} s, state {self.state_bytes:,} bytes"
+            f"{self.prompt_tokens} tokens in {self.prefill_seconds:.2f} s, state {self.state_bytes:,} bytes{compiled}"
         )
 
 
-class Generation:
-    """One answer: iterate over it for pieces of text; `stats` is there when the iteration has ended."""
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Text that a model made, and what it cost."""
 
-    def __init__(self, pieces: Iterable[str], clock: _Clock) -> None:
-        self._pieces = pieces
-        self._clock = clock
-        self._stats: GenerationStats | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._pieces
-        self._stats = self._clock.stats()
-
-    @property
-    def stats(self) -> GenerationStats:
-        """What it cost.
-
-        Raises:
-            RuntimeError: the text has not been read to its end.
-        """
-        if self._stats is None:
-            raise RuntimeError("the statistics of a generation exist when its text has been read to the end")
-        return self._stats
+    text: str
+    stats: GenerationStats
 
 
-def stream(
+def answer(
     model: Any,
     tokenizer: Any,
     prompt: str,
     *,
+    show: Callable[[str], Any] = lambda piece: None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
     raw: bool = False,
-) -> Generation:
-    """Answer `prompt` with `model.generate`, piece by piece.
+    compiled: bool = False,
+) -> Answer:
+    """Answer `prompt` with `model.generate`.
 
     Args:
         model: a transformers causal LM, converted or not.
         tokenizer: its tokenizer.
         prompt: the user's message when the tokenizer has a chat template, else text to go on from.
+        show: called with piece after piece of the text as it is made; what it raises ends the generation.
         max_new_tokens: when to stop at the latest.
         temperature: 0 takes the most likely token, above 0 samples.
         seed: of the sampling.
         raw: go on from the prompt as it stands although there is a chat template.
+        compiled: give the cache a fixed size, so that `generate` compiles the step of one token and records it as a
+            CUDA graph: a matter of half a minute or more beforehand, and many times the tokens per second.
 
     Raises:
-        UsageError: the prompt has no tokens, or a number is out of range.
+        UsageError: the prompt has no tokens, a number is out of range, or the step cannot be compiled here.
     """
     if max_new_tokens < 1 or temperature < 0:
         raise UsageError("max_new_tokens must be at least 1 and temperature at least 0")
+    if compiled and not compiles(model):
+        raise UsageError(
+            f"the step of {type(model).__name__} on {model.device} cannot be compiled: leave out --compile"
+        )
     inputs = _encode(tokenizer, prompt, raw).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise UsageError("the prompt is empty")
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    settings: dict[str, Any] = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         settings["temperature"] = temperature
-        torch.manual_seed(seed)
     if tokenizer.eos_token_id is not None:
         padding = tokenizer.pad_token_id
         settings["pad_token_id"] = tokenizer.eos_token_id if padding is None else padding
-    clock = _Clock(prompt_tokens=inputs["input_ids"].shape[1])
-    return Generation(_run(model, tokenizer, inputs, settings, clock), clock)
+    compile_seconds = 0.0
+    if compiled:
+        settings["cache_implementation"] = "static"
+        say("compiling the step")
+        compile_seconds = _compile(model, settings)
+    torch.manual_seed(seed)
+    streamer = _Streamer(tokenizer, show)
+    output = model.generate(**settings, streamer=streamer, return_dict_in_generate=True)
+    start, first, *_, last = streamer.times if len(streamer.times) > 2 else (*streamer.times, streamer.times[-1])
+    stats = GenerationStats(
+        prompt_tokens=inputs["input_ids"].shape[1],
+        tokens=len(streamer.times) - 1,
+        seconds=last - start,
+        prefill_seconds=first - start,
+        tokens_per_second=(len(streamer.times) - 2) / (last - first) if last > first else 0.0,
+        state_bytes=state_bytes(output[CACHE]),
+        compile_seconds=compile_seconds,
+    )
+    return Answer("".join(streamer.pieces), stats)
+
+
+def compiles(model: Any) -> bool:
+    """Whether `generate` compiles the model's step when its cache has a fixed size."""
+    return model.device.type == "cuda" and bool(getattr(model, "_can_compile_fullgraph", False))
 
 
 def open_model(
@@ -139,43 +158,28 @@ def open_model(
     return model, tokenizer, f"the teacher of {found.path}" if teacher else str(found.path)
 
 
-class _Clock:
-    """A streamer for `generate` that notes times and passes tokens on."""
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Shows the text as soon as its words are whole, and notes when tokens came.
 
-    def __init__(self, prompt_tokens: int) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.times: list[float] = []  # [prompt handed over, first token, second token, ...]
-        self.cache: Any = None
+    Attributes:
+        times: when the prompt was handed over, then one for each new token.
+        pieces: the text so far.
+    """
 
-    def tick(self) -> None:
-        self.times.append(time.perf_counter())
-
-    def stats(self) -> GenerationStats:
-        start, *tokens = self.times or [0.0]
-        first, last = (tokens[0], tokens[-1]) if tokens else (start, start)
-        return GenerationStats(
-            prompt_tokens=self.prompt_tokens,
-            tokens=len(tokens),
-            seconds=last - start,
-            prefill_seconds=first - start,
-            tokens_per_second=(len(tokens) - 1) / (last - first) if last > first else 0.0,
-            state_bytes=state_bytes(self.cache),
-        )
-
-
-class _TimedStreamer:
-    """Hands tokens to a transformers text streamer and ticks the clock; the first call carries the prompt."""
-
-    def __init__(self, inner: Any, clock: _Clock) -> None:
-        self.inner = inner
-        self.clock = clock
+    def __init__(self, tokenizer: Any, show: Callable[[str], Any]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show = show
+        self.times: list[float] = []
+        self.pieces: list[str] = []
 
     def put(self, value: Tensor) -> None:
-        self.clock.tick()
-        self.inner.put(value)
+        self.times.append(time.perf_counter())
+        super().put(value)
 
-    def end(self) -> None:
-        self.inner.end()
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.pieces.append(text)
+            self.show(text)
 
 
 def _encode(tokenizer: Any, prompt: str, raw: bool) -> Any:
@@ -187,40 +191,14 @@ def _encode(tokenizer: Any, prompt: str, raw: bool) -> Any:
     return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
-def _run(model: Any, tokenizer: Any, inputs: Any, settings: dict[str, Any], clock: _Clock) -> Iterator[str]:
-    """Run `generate` in a thread and yield its text; an error in the thread is raised here."""
-    from transformers import StoppingCriteriaList, TextIteratorStreamer
+def _compile(model: Any, settings: dict[str, Any]) -> float:
+    """Generate a few tokens with a cache of the size that is needed then; returns the seconds."""
+    start = time.perf_counter()
+    most = settings["input_ids"].shape[1] + _WARM_TOKENS
 
-    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stop = threading.Event()
-    errors: list[BaseException] = []
+    def enough(ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.full((ids.shape[0],), ids.shape[1] >= most, dtype=torch.bool, device=ids.device)
 
-    def work() -> None:
-        try:
-            output = model.generate(
-                **inputs,
-                **settings,
-                streamer=_TimedStreamer(pieces, clock),
-                stopping_criteria=StoppingCriteriaList([lambda ids, scores, **_: _all(ids, stop.is_set())]),
-                return_dict_in_generate=True,
-            )
-            clock.cache = output[CACHE]
-        except BaseException as error:
-            errors.append(error)
-            pieces.end()  # else the reader waits forever
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        for piece in pieces:
-            if piece:
-                yield piece
-    finally:
-        stop.set()  # the reader may have left early: Ctrl-C, a closed pipe
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
-def _all(ids: Tensor, value: bool) -> Tensor:
-    return torch.full((ids.shape[0],), value, dtype=torch.bool, device=ids.device)
+    few = min(_WARM_TOKENS, settings["max_new_tokens"])  # also where the text would end at once
+    model.generate(**settings, min_new_tokens=few, stopping_criteria=StoppingCriteriaList([enough]))
+    return time.perf_counter() - start

@@ -28,6 +28,7 @@ from .checkpoint import RECORD, find, write_json
 from .data import PackedTokens, documents, no_words
 from .environment import check_device, default_device, hardware, say, versions
 from .errors import UsageError
+from .generation import compiles
 from .loading import load_teacher
 from .positions import positions_of
 from .text import Text, TextSpec
@@ -285,15 +286,12 @@ def _written(model: Any, ids: torch.Tensor, plan: SampleResult, tick: Callable[[
     """Rows of `plan.length` tokens that start with `ids` `[B, t]`."""
     from transformers import GenerationConfig, StoppingCriteriaList
 
-    # A cache of a fixed length lets `generate` compile the step and record it as a CUDA graph, or else it is the host,
-    # launching kernel after kernel, that a batch waits for.
-    static = model.device.type == "cuda" and getattr(model, "_can_compile_fullgraph", False)
-
     def count(made: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         tick()
         return torch.zeros(made.shape[0], dtype=torch.bool, device=made.device)
 
-    # in the place of the model's own, which may bring a penalty, a top-k, or tokens to stop at
+    # In the place of the model's own, which may bring a penalty, a top-k, or tokens to stop at. Without a compiled step
+    # it is the host, launching kernel after kernel, that a batch waits for.
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=plan.temperature,
@@ -301,7 +299,7 @@ def _written(model: Any, ids: torch.Tensor, plan: SampleResult, tick: Callable[[
         top_k=0,
         max_length=plan.length,
         pad_token_id=0,  # never needed, and asked for
-        cache_implementation="static" if static else None,
+        cache_implementation="static" if compiles(model) else None,
     )
     ids = ids.to(model.device)
     try:

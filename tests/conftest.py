@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +153,18 @@ def mirror(tmp_path: Path) -> Path:
     lines += [f"  - split: {split}\n    path: {path}" for split, path in files.items()]
     (tmp_path / "mirror" / "allenai/ai2_arc/README.md").write_text("\n".join([*lines, "---", ""]))
     return tmp_path / "mirror"
+
+
+@pytest.fixture
+def compiled_on_cpu() -> Iterator[Any]:
+    """A `compile_config` by which `generate` compiles its step on a CPU as it does on a GPU; counts begin at nought."""
+    import torch
+    from torch._dynamo.utils import counters
+    from transformers import CompileConfig
+
+    torch._dynamo.reset()
+    counters.clear()
+    config = CompileConfig(backend="aot_eager", mode=None)
+    config._compile_all_devices = True
+    yield config
+    torch._dynamo.reset()

@@ -311,13 +311,6 @@ class TestQuickstart:
         assert result.stderr == "Error: perplexity 2.0x; worse than before\n"
 
 
-class Answer:
-    stats = types.SimpleNamespace(to_dict=lambda: {"tokens": 2}, to_line=lambda: "2 tokens")
-
-    def __iter__(self):
-        yield from ("a ", "whale")
-
-
 class TestGenerate:
     @pytest.fixture
     def asked(self, monkeypatch):
@@ -327,11 +320,14 @@ class TestGenerate:
             calls.append((checkpoint, teacher, device))
             return "model", "tokenizer", "folder"
 
-        def stream(model, tokenizer, prompt, **settings):
+        def answer(model, tokenizer, prompt, *, show, **settings):
             calls.append((prompt, settings))
-            return Answer()
+            for piece in ("a ", "whale"):
+                show(piece)
+            stats = types.SimpleNamespace(to_dict=lambda: {"tokens": 2}, to_line=lambda: "2 tokens")
+            return types.SimpleNamespace(text="a whale", stats=stats)
 
-        module = types.SimpleNamespace(open_model=open_model, stream=stream)
+        module = types.SimpleNamespace(open_model=open_model, answer=answer)
         monkeypatch.setitem(sys.modules, "swapattn.generation", module)
         return calls
 
@@ -339,13 +335,15 @@ class TestGenerate:
         result = run("generate", "--prompt", "What?")
         assert (result.exit_code, result.stdout) == (0, "a whale\n")
         assert result.stderr == "generating with folder\n2 tokens\n"
-        settings = {"max_new_tokens": 128, "temperature": 0.0, "seed": 0, "raw": False}
+        settings = {"max_new_tokens": 128, "temperature": 0.0, "seed": 0, "raw": False, "compiled": False}
         assert asked == [(None, False, None), ("What?", settings)]
 
     def test_every_option(self, asked):
-        words = "generate c --prompt p --teacher --max-new-tokens 3 --temperature 0.5 --seed 9 --raw --device cpu"
+        words = (
+            "generate c --prompt p --teacher --max-new-tokens 3 --temperature 0.5 --seed 9 --raw --compile --device cpu"
+        )
         assert run(*words.split()).exit_code == 0
-        settings = {"max_new_tokens": 3, "temperature": 0.5, "seed": 9, "raw": True}
+        settings = {"max_new_tokens": 3, "temperature": 0.5, "seed": 9, "raw": True, "compiled": True}
         assert asked == [(Path("c"), True, "cpu"), ("p", settings)]
 
     def test_the_prompt_may_come_from_stdin(self, asked):

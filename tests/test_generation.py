@@ -1,18 +1,20 @@
-"""Streaming text: the same tokens as `generate`, honest figures, no hanging thread."""
+"""Streaming text: the same tokens as `generate`, and honest figures."""
 
 from __future__ import annotations
 
 import copy
-import threading
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from swapattn import checkpoint as checkpoint_module
-from swapattn import loading
+from swapattn import generation, loading
 from swapattn.cost import state_bytes
 from swapattn.errors import UsageError
-from swapattn.generation import GenerationStats, open_model, stream
+from swapattn.generation import GenerationStats, answer, open_model
+from swapattn.recipe import ConvertSpec
+from swapattn.surgery import apply_, plan
 
 PROMPT = "Call me Ishmael. Some years ago"
 
@@ -38,21 +40,20 @@ def greedy(model, tokenizer, prompt, count):
 
 
 def test_the_pieces_are_what_generate_gives(model, tiny_tokenizer):
-    assert "".join(stream(model, tiny_tokenizer, PROMPT, max_new_tokens=24)) == greedy(
-        model, tiny_tokenizer, PROMPT, 24
-    )
+    pieces = []
+    made = answer(model, tiny_tokenizer, PROMPT, show=pieces.append, max_new_tokens=24)
+    assert "".join(pieces) == made.text == greedy(model, tiny_tokenizer, PROMPT, 24)
 
 
 def test_text_comes_in_pieces(model, tiny_tokenizer):
-    pieces = list(stream(model, tiny_tokenizer, PROMPT, max_new_tokens=150, temperature=2.0))
+    pieces = []
+    answer(model, tiny_tokenizer, PROMPT, show=pieces.append, max_new_tokens=150, temperature=2.0)
     assert len(pieces) > 3
     assert all(pieces)
 
 
 def test_figures_are_counted_and_measured(model, tiny_tokenizer):
-    answer = stream(model, tiny_tokenizer, PROMPT, max_new_tokens=16)
-    "".join(answer)
-    stats = answer.stats
+    stats = answer(model, tiny_tokenizer, PROMPT, max_new_tokens=16).stats
     prompt_tokens = len(tiny_tokenizer(PROMPT)["input_ids"])
     assert stats.prompt_tokens == prompt_tokens
     assert stats.tokens == 16
@@ -64,30 +65,43 @@ def test_figures_are_counted_and_measured(model, tiny_tokenizer):
     assert stats.to_dict()["tokens"] == 16
 
 
-def test_one_token_has_no_rate(model, tiny_tokenizer):
-    answer = stream(model, tiny_tokenizer, PROMPT, max_new_tokens=1)
-    "".join(answer)
-    assert answer.stats.tokens == 1
-    assert answer.stats.tokens_per_second == 0
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_one_token_has_no_rate(model, tiny_tokenizer, tokens):
+    stats = answer(model, tiny_tokenizer, PROMPT, max_new_tokens=tokens).stats
+    assert stats.tokens == tokens
+    assert (stats.tokens_per_second > 0) == (tokens > 1)
 
 
-def test_figures_before_the_end_are_refused(model, tiny_tokenizer):
-    answer = stream(model, tiny_tokenizer, PROMPT, max_new_tokens=2)
-    with pytest.raises(RuntimeError, match="read to the end"):
-        _ = answer.stats
+def test_a_compiled_step_says_the_same(tiny_llama, tiny_tokenizer, compiled_on_cpu, monkeypatch, capsys):
+    model = tiny_llama()
+    apply_(model, plan(model.config, ConvertSpec()))
+    model.generation_config.eos_token_id = None
+    with pytest.raises(UsageError, match=r"LlamaForCausalLM on cpu cannot be compiled: leave out --compile"):
+        answer(model, tiny_tokenizer, PROMPT, compiled=True)
+    settings = {"max_new_tokens": 16, "temperature": 1.5, "seed": 3}
+    plain = answer(model, tiny_tokenizer, PROMPT, **settings)
+    model.generation_config.compile_config = compiled_on_cpu
+    monkeypatch.setattr(generation, "compiles", lambda model: True)
+    made = answer(model, tiny_tokenizer, PROMPT, compiled=True, **settings)
+    assert made.text == plain.text
+    assert counters["stats"]["unique_graphs"] == 1
+    assert made.stats.compile_seconds > 10 * made.stats.seconds  # nothing is left to compile when the clock runs
+    assert made.stats.to_line().endswith(f"bytes, compiled in {made.stats.compile_seconds:.1f} s before")
+    assert plain.stats.compile_seconds == 0
+    assert "compiling the step" in capsys.readouterr().err
 
 
 def test_the_chat_template_is_used_unless_raw(model, chat_tokenizer):
-    spoken = stream(model, chat_tokenizer, PROMPT, max_new_tokens=12)
-    assert "".join(spoken) == greedy(model, chat_tokenizer, f"[user] {PROMPT}\n[assistant]", 12)
-    raw = stream(model, chat_tokenizer, PROMPT, max_new_tokens=12, raw=True)
-    assert "".join(raw) == greedy(model, chat_tokenizer, PROMPT, 12)
+    spoken = answer(model, chat_tokenizer, PROMPT, max_new_tokens=12)
+    assert spoken.text == greedy(model, chat_tokenizer, f"[user] {PROMPT}\n[assistant]", 12)
+    raw = answer(model, chat_tokenizer, PROMPT, max_new_tokens=12, raw=True)
+    assert raw.text == greedy(model, chat_tokenizer, PROMPT, 12)
     assert raw.stats.prompt_tokens < spoken.stats.prompt_tokens
 
 
 def test_sampling_follows_the_seed(model, tiny_tokenizer):
     def sample(seed):
-        return "".join(stream(model, tiny_tokenizer, PROMPT, max_new_tokens=24, temperature=1.5, seed=seed))
+        return answer(model, tiny_tokenizer, PROMPT, max_new_tokens=24, temperature=1.5, seed=seed).text
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
@@ -100,31 +114,24 @@ def test_sampling_follows_the_seed(model, tiny_tokenizer):
 def test_what_cannot_be_answered_is_refused(model, tiny_tokenizer, settings, words):
     settings = {"prompt": PROMPT, **settings}
     with pytest.raises(UsageError, match=words):
-        stream(model, tiny_tokenizer, settings.pop("prompt"), **settings)
+        answer(model, tiny_tokenizer, settings.pop("prompt"), **settings)
 
 
 def test_a_blank_message_is_refused_although_the_template_has_tokens(model, chat_tokenizer):
     with pytest.raises(UsageError, match="prompt is empty"):
-        stream(model, chat_tokenizer, " \n")
+        answer(model, chat_tokenizer, " \n")
 
 
-def test_an_error_in_the_model_reaches_the_reader(tiny_llama, tiny_tokenizer):
-    broken = tiny_llama()
+def test_a_reader_that_leaves_early_ends_it(model, tiny_tokenizer):
+    pieces = []
 
-    def fail(*_, **__):
-        raise ValueError("broken layer")
+    def show(piece):
+        pieces.append(piece)
+        raise BrokenPipeError
 
-    broken.model.forward = fail
-    with pytest.raises(ValueError, match="broken layer"):
-        list(stream(broken, tiny_tokenizer, PROMPT))
-
-
-def test_a_reader_that_leaves_early_stops_the_thread(model, tiny_tokenizer):
-    before = threading.active_count()
-    pieces = iter(stream(model, tiny_tokenizer, PROMPT, max_new_tokens=3000))
-    next(pieces)
-    pieces.close()
-    assert threading.active_count() == before
+    with pytest.raises(BrokenPipeError):
+        answer(model, tiny_tokenizer, PROMPT, show=show, max_new_tokens=3000)
+    assert len(pieces) == 1
 
 
 def test_state_bytes_counts_shared_memory_once_and_looks_into_containers():

@@ -20,6 +20,7 @@ from .common import command, emit, result_stream
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling at a temperature above 0.")
 @click.option("--raw", is_flag=True, help="Go on from the prompt; no chat template.")
+@click.option("--compile", "compiled", is_flag=True, help="On a GPU: compile the step first. For long answers.")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; by default the first GPU, else the CPU.")
 def generate_command(
     checkpoint: Path | None,
@@ -29,6 +30,7 @@ def generate_command(
     temperature: float,
     seed: int,
     raw: bool,
+    compiled: bool,
     device: str | None,
     as_json: bool,
 ) -> None:
@@ -42,22 +44,27 @@ def generate_command(
       swapattn generate smollm2-135m-swapattn-short --teacher --temperature 0.7 --prompt "Tell me a story."
       echo "Call me" | swapattn generate --raw --max-new-tokens 20 --json
     """
-    from swapattn.generation import open_model, stream
+    from swapattn.generation import answer, open_model
 
     text = _read_prompt() if prompt is None else prompt
     model, tokenizer, name = open_model(checkpoint, teacher=teacher, device=device)
     say(f"generating with {name}")
-    answer = stream(model, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, raw=raw)
-    pieces = []
-    for piece in answer:
-        pieces.append(piece)
-        if not as_json:
-            click.echo(piece, nl=False, file=result_stream())
+    made = answer(
+        model,
+        tokenizer,
+        text,
+        show=(lambda piece: None) if as_json else (lambda piece: click.echo(piece, nl=False, file=result_stream())),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        raw=raw,
+        compiled=compiled,
+    )
     if as_json:
-        emit(True, {"model": name, "prompt": text, "text": "".join(pieces), **answer.stats.to_dict()}, "")
+        emit(True, {"model": name, "prompt": text, "text": made.text, **made.stats.to_dict()}, "")
     else:
         click.echo(file=result_stream())
-    say(answer.stats.to_line())
+    say(made.stats.to_line())
 
 
 def _read_prompt() -> str:
