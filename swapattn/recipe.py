@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from .errors import RecipeError
 from .section import Section
@@ -293,6 +293,14 @@ def parse_recipe(data: Mapping[str, Any], label: str = "recipe") -> Recipe:
         raise RecipeError(f"recipe {label}: " + "; ".join(_explain(e) for e in error.errors())) from None
 
 
+def parse_text(value: Any, label: str) -> Text:
+    """What `distill.text` takes, plain or as YAML of the command line; RecipeError begins with `label`."""
+    try:
+        return TypeAdapter(Text).validate_python(_value(label, value) if isinstance(value, str) else value)
+    except ValidationError as error:
+        raise RecipeError(f"{label}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
 _NOT_KEYS = ("list", "number", "[key]")  # tags of `Keep`, pydantic's word for a key of a mapping
 
 
@@ -314,21 +322,21 @@ def _override(data: dict[str, Any], override: str) -> None:
     for part in parents:
         node = _child(node, part, key)
     if isinstance(node, list):
-        node[_position(node, last, key)] = _value(key, text)
+        node[_position(node, last, key)] = _value(f"--set {key}", text)
     elif isinstance(node, dict):
-        node[last] = _value(key, text)
+        node[last] = _value(f"--set {key}", text)
     else:
         raise RecipeError(f"--set {key}: there is nothing below {'.'.join(parents)}")
 
 
-def _value(key: str, text: str) -> Any:
+def _value(label: str, text: str) -> Any:
     if text.startswith("*"):
         return text  # a glob pattern; in YAML it would be a reference
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         hint = "; write a pattern that begins with * in quotes" if "alias" in str(error) else ""
-        raise RecipeError(f"--set {key}: not valid YAML: {' '.join(str(error).split())}{hint}") from error
+        raise RecipeError(f"{label}: not valid YAML: {' '.join(str(error).split())}{hint}") from error
 
 
 def _child(node: Any, part: str, key: str) -> Any:

@@ -7,12 +7,16 @@ are done have to be the same; how a stage is carried out may change at any time.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # on Windows nothing keeps two processes apart
+    fcntl = None  # type: ignore[assignment]
 
 from .checkpoint import Checkpoint, write_json
 from .data import sizes
@@ -75,7 +79,8 @@ def enter(
     folder.mkdir(parents=True, exist_ok=True)
     held = (folder / LOCK).open("w")
     try:
-        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UsageError(f"another process is at work in {folder}: wait for it, or choose another with -o") from None
     except OSError:

@@ -31,7 +31,8 @@ from .errors import UsageError
 from .generation import compiles
 from .loading import load_teacher
 from .positions import positions_of
-from .text import Text, TextSpec
+from .recipe import parse_text
+from .text import Text
 
 Start = Literal["bos", "token", "chat"]
 BATCH = {"cpu": 16, "cuda": 256}
@@ -98,7 +99,7 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     start: Start = "bos",
-    prompts: str | Text | None = None,
+    prompts: Any = None,
     prompt_tokens: int = 32,
     seed: int = 0,
     device: str | None = None,
@@ -121,14 +122,15 @@ def sample(
         start: of every row: the token that begins a text ("bos"; the end-of-text token where there is none), a random
             token of the vocabulary ("token", LLM-QAT), or what the chat template puts before a user's words ("chat",
             Magpie, arXiv 2406.08464), so that an instruct model writes question and answer.
-        prompts: a text (as `distill.text`) whose documents' first `prompt_tokens` tokens are gone on from, instead.
+        prompts: a text, as `distill.text` takes it, whose documents' first `prompt_tokens` tokens are gone on from,
+            instead.
         seed: of everything; processes with seeds of their own write different text.
         device: default the GPU if there is one.
         overwrite: replace an existing file, drop an unfinished run of other arguments.
         dry_run: check and plan; load and write nothing.
 
     Raises:
-        UsageError, SourceError, CheckpointError: each says what to do.
+        UsageError, SourceError, RecipeError, CheckpointError: each says what to do.
     """
     device = device or default_device()
     batch = batch or BATCH["cpu" if device == "cpu" else "cuda"]
@@ -136,7 +138,7 @@ def sample(
         raise UsageError("tokens and batch must be positive, length above 1, temperature above 0, top-p in (0, 1]")
     if start not in get_args(Start):
         raise UsageError(f"no start {start!r}, there are: {', '.join(get_args(Start))}")
-    text = TextSpec.model_validate(prompts) if isinstance(prompts, str) else prompts
+    text = parse_text(prompts, "prompts") if prompts is not None else None
     if not 0 <= seed < 2**31:
         raise UsageError(f"seed {seed}: choose one from 0 to {2**31 - 1}")
     check_device(device)
@@ -165,7 +167,11 @@ def sample(
     if length > positions_of(writer):
         raise UsageError(f"the teacher was made for {positions_of(writer)} tokens: lower --length (now {length})")
     rows = _starts(tokenizer, start, seed) if text is None else _prompted(text, tokenizer, prompt_tokens, length, seed)
-    return _Run(plan, overwrite).go(writer, tokenizer, rows, hidden=int(start == "bos" and text is None))
+    run = _Run(plan, overwrite)
+    try:
+        return run.go(writer, tokenizer, rows, hidden=int(start == "bos" and text is None))
+    finally:
+        run.leave()
 
 
 def _teacher(model: str | Path | None, dry_run: bool) -> tuple[str, Path, str]:
@@ -245,6 +251,11 @@ class _Run:
             whole = len(ends) if len(ends) >= self.plan.texts else len(ends) - len(ends) % self.plan.batch
             file.truncate(ends[whole - 1] if whole else 0)
         return whole
+
+    def leave(self) -> None:
+        """Drop the folder where nothing was written: there is nothing to go on from."""
+        if self.text.is_file() and not self.text.stat().st_size:
+            shutil.rmtree(self.work)
 
     def go(self, model: Any, tokenizer: Any, starts: Iterator[list[int]], hidden: int) -> SampleResult:
         """Write what is missing; of every row the first `hidden` tokens are not text."""

@@ -19,7 +19,7 @@ from swapattn.cli import main
 from swapattn.conversion import convert
 from swapattn.data import PackedTokens
 from swapattn.distillation import distill
-from swapattn.errors import UsageError
+from swapattn.errors import RecipeError, UsageError
 from swapattn.recipe import parse_recipe
 from swapattn.sampling import sample
 from swapattn.text import TextSpec
@@ -189,6 +189,20 @@ def test_documents_that_are_all_too_short_are_an_error_not_an_endless_loop(tiny_
     (work / "p.txt").write_text("short")
     with pytest.raises(UsageError, match=r"p\.txt: 50 documents in a row are shorter than 32 tokens"):
         sample(tiny_teacher, "s.jsonl", **SMALL, prompts="p.txt")
+    assert [path.name for path in work.iterdir()] == ["p.txt"]
+
+
+def test_prompts_are_a_text_as_a_recipe_has_it(tiny_teacher, work):
+    for letter in "ab":
+        (work / f"{letter}.jsonl").write_text(json.dumps({"words": f"{letter * 3} is a document"}))
+    mixture = "[{files: [a.jsonl], column: words, weight: 4}, {files: [b.jsonl], column: words}]"
+    command = ["sample", str(tiny_teacher), "--tokens", "160", "--length", "16", "--device", "cpu", "-o", "s.jsonl"]
+    command += ["--prompts", mixture, "--prompt-tokens", "4"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    assert sorted(text[0] for text in texts(work / "s.jsonl")) == ["a"] * 8 + ["b"] * 2
+    for wrong, words in (("{hub: x, files: [y]}", "say exactly one of"), ("[", "not valid YAML")):
+        with pytest.raises(RecipeError, match=f"^prompts: .*{words}"):
+            sample(tiny_teacher, "t.jsonl", **SMALL, prompts=wrong)
 
 
 def test_special_tokens_survive_the_way_through_the_file(tiny_llama, tiny_tokenizer, work):

@@ -36,7 +36,7 @@ from .common import command, dry_run_option, emit
     show_default=True,
     help="What a text starts from: the token that begins one, a random token, or the chat template up to the user.",
 )
-@click.option("--prompts", metavar="TEXT", help="Go on from the documents of this text: embedded, or files.")
+@click.option("--prompts", metavar="TEXT", help="Go on from the documents of this text, as distill.text takes it.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Of each document.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; by default the first GPU, else the CPU.")
@@ -53,6 +53,7 @@ def sample_command(model: str | None, output: Path | None, as_json: bool, **opti
     Examples:
       swapattn sample smollm2-135m --tokens 20000000 -o samples.jsonl
       swapattn sample --start chat --seed 1 -o chats.jsonl
+      swapattn sample --prompts '{hub: HuggingFaceFW/fineweb-edu, config: sample-10BT}' -o more.jsonl
       swapattn distill --set 'distill.text=[{files: [samples.jsonl], weight: 3}, chats.jsonl]'
     """
     from swapattn.sampling import sample
