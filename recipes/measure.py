@@ -229,7 +229,11 @@ def row(name: str, options: dict[str, Any], found: dict[str, Any]) -> str:
     tokens = sum(stage["tokens"] for stage in distill["printed"]["stages"]) / 1e6
     cells = [name, f"{tokens:.1f}", f"{distill['seconds']:.0f}"]
     tasks = own["tasks"]
-    kept = [tasks[task] for task in (KEPT if set(KEPT) <= tasks.keys() else tasks) if tasks[task][1] is not None]
+    kept = [tasks[task] for task in (KEPT if set(KEPT) <= tasks.keys() else tasks)]
+    if len(kept) != len(KEPT):  # of other tasks those with a share
+        kept = [task for task in kept if task[1] is not None]
+    elif any(task[1] is None for task in kept):
+        kept = []
     error = math.hypot(*(math.nan if one[2] is None else one[2] for one in kept)) / max(len(kept), 1)
     cells.append(f"{statistics.mean(one[1] for one in kept):.3f} ± {error:.3f}" if kept else "-")
     cells += ratios(own, teacher)
@@ -237,7 +241,8 @@ def row(name: str, options: dict[str, Any], found: dict[str, Any]) -> str:
     cells.append(f"{lambada[0][0] / lambada[1][0]:.3f}" if all(lambada) else "-")
     cells += ratios(off, own) if subject != "linear-off" else ["-", "-"]
     for kind in ("recall", "passkey"):
-        lengths = zip(own.get(kind, ()), teacher.get(kind, ()), strict=True)
+        theirs = {probe["length"]: probe for probe in teacher.get(kind, ())}
+        lengths = ((probe, theirs[probe["length"]]) for probe in own.get(kind, ()) if probe["length"] in theirs)
         cells.append(", ".join(f"{a['length']}: {a['accuracy']:.2f}/{b['accuracy']:.2f}" for a, b in lengths) or "-")
     return "| " + " | ".join(cells) + " |"
 

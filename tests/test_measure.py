@@ -50,6 +50,11 @@ def test_a_row_takes_its_figures_from_all_evaluations():
     found = {name: {"printed": report} for name, report in (("eval a", whole), ("eval b", text), ("eval c", beside))}
     cells = measure["row"]("mine", {}, found).split(" | ")
     assert cells == ["| mine", "0.0", "0", "0.800 ± 0.010", "1.200", "1.100", "0.500", "1.500", "2.000", "-", "- |"]
+    rows[0]["kept"] = None  # the mean of three tasks would pass for that of four
+    assert measure["row"]("mine", {}, found).split(" | ")[3] == "-"
+    probes = {side: {"length": 256, "accuracy": 0.5} for side in ("student", "teacher")}
+    whole["probes"] = {"recall": [probes, {"student": {"length": 9000, "accuracy": 0.1}, "teacher": None}]}
+    assert measure["row"]("mine", {}, found).split(" | ")[-2] == "256: 0.50/0.50"
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from swapattn.cli import main
 from swapattn.errors import CheckpointError, UsageError
 from swapattn.recipe import load_recipe
 from swapattn.report import ReportFiles, build, plots
-from swapattn.report.collection import collect
+from swapattn.report.collection import _curves, collect
 from swapattn.report.document import Node, Part, perplexity, ranges, size, with_error
 
 EVIL = "<script>alert('x')</script> & \"q\" $a_b$ | `c`"
@@ -439,6 +439,12 @@ class TestCollection:
             ("align", list(range(1, 61))),
             ("distill", list(range(1, 41))),
         ]
+
+    def test_stages_of_a_kind_are_told_apart_by_their_run(self, run):
+        losses = [("distill-1", 1), ("distill-2", 1), ("distill-2", 2)]
+        lines = [{"stage": "distill", "run": name, "step": step, "loss": 1.0} for name, step in losses]
+        (run / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert [curve["steps"] for curve in _curves(run / "train.jsonl")] == [[1], [1, 2]]
 
     def test_kept_layers_are_found_from_what_is_swapped(self, three):
         plan = collect([three[1]], "c")["runs"][0]["plan"]

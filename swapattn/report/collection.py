@@ -212,6 +212,7 @@ def _is_row(row: Any) -> bool:
 def _curves(path: Path) -> list[dict[str, Any]]:
     """The log of a distillation as one curve per stage; steps that a resumed run repeated count once."""
     curves: list[dict[str, Any]] = []
+    last = None
     if not path.is_file():
         return curves
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -220,11 +221,13 @@ def _curves(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line, parse_constant=lambda _: None)
             stage, step, loss = str(record["stage"]), int(record["step"]), record["loss"]
+            run = record.get("run")
             loss = None if loss is None else float(loss)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}, line {number} is damaged: {error}") from error
-        if not curves or curves[-1]["stage"] != stage or (step == 1 and curves[-1]["steps"][-1] > 1):
+        if not curves or (curves[-1]["stage"], last) != (stage, run) or (step == 1 and curves[-1]["steps"][-1] > 1):
             curves.append({"stage": stage, "steps": [], "losses": []})
+        last = run
         curve = curves[-1]
         while curve["steps"] and curve["steps"][-1] >= step:
             curve["steps"].pop()
