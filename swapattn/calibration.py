@@ -43,7 +43,7 @@ LEAST_WEIGHT = 1e-3  # of a token in the fit of the denominator, where nothing d
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration found: relative squared error of the attention output per layer, before and after."""
+    """What calibration found: relative squared error of the attention output per layer, before anything and after."""
 
     tokens: int
     distance: tuple[float, ...]
@@ -91,10 +91,12 @@ def calibrate_(
     # With one batch each layer takes all steps in its turn, with several all layers take each step in its turn.
     passes = [[step for _, step in steps]] if len(batches) == 1 else [[step] for _, step in steps]
     titles = ["in one pass"] if len(batches) == 1 else [title for title, _ in steps]
+    if output:
+        passes[0].insert(0, (_Measurement.measure_error, lambda _: None))
     for title, taken in zip(titles, passes, strict=True):
         _run(model, batches, title, found, taken)
     spans = tuple(float(layer.distance.value().mean()) for layer in layers) if decay else ()
-    before = tuple(layer.gram.error() for layer in layers) if output else ()
+    before = tuple(layer.residual / layer.gram.power for layer in layers) if output else ()
     after = tuple(layer.gram.error(layer.swap) for layer in layers) if output else ()
     return Calibration(sum(b.numel() for b in batches), spans, before, after)
 
@@ -109,6 +111,7 @@ class _Measurement:
         self.norms = [norm for norm in (swap.q_norm, swap.k_norm) if norms and norm is not None]
         self.distance = _Mean()
         self.sizes = (_Mean(), _Mean())
+        self.residual = 0.0
         self.sums = _Regression()
         self.gram = _Gram()
 
@@ -116,13 +119,20 @@ class _Measurement:
     def wants_inputs(self) -> bool:
         return self.decay or bool(self.norms)
 
+    def measure_error(self, call: AttentionCall, target: torch.Tensor) -> None:
+        """Squared error with the numbers that the layer comes with."""
+        for part, wanted in _parts(call, target):
+            output = self.swap(part)
+            self.residual += float((output.double() - wanted.view(output.shape).double()).pow(2).sum())
+
     def measure_inputs(self, call: AttentionCall, _: torch.Tensor) -> None:
         """Attention distance, and the norms of q and k."""
         for part, _ in _parts(call, call.q):
+            tokens = part.q.shape[0] * part.q.shape[1]
             if self.decay:
-                self.distance.add(attention_distance(part))
+                self.distance.add(attention_distance(part), tokens)
             for mean, x in zip(self.sizes, (part.linear_q, part.linear_k), strict=True):
-                mean.add(mean_norm(x))
+                mean.add(mean_norm(x), tokens)
 
     def set_inputs(self) -> None:
         """Set slopes and gains."""
@@ -172,9 +182,9 @@ class _Measurement:
             found = swap.parts(part)
             if found.local is not None and found.share is not None and swap.joint:
                 window = found.local * found.share
-                self.gram.add([found.linear * (1 - found.share)], wanted, swap(part), window)
+                self.gram.add([found.linear * (1 - found.share)], wanted, window)
             else:
-                self.gram.add([x for x in found[:2] if x is not None], wanted, swap(part))
+                self.gram.add([x for x in found[:2] if x is not None], wanted)
 
     def set_output(self) -> None:
         """Set the scale, and a constant mix."""
@@ -201,7 +211,7 @@ def _parts(call: AttentionCall, target: torch.Tensor) -> Iterator[tuple[Attentio
 def _run(
     model: Any, batches: list[torch.Tensor], title: str, found: dict[LightningSwap, _Measurement], steps: list[_Step]
 ) -> None:
-    """Measure on all batches, then set; several steps a layer only with one batch."""
+    """Measure on all batches, then set; with one batch a layer's steps are carried out one by one."""
     device = next(iter(found)).log_slope.device  # the teacher's own parameters may be on the meta device
     total = len(batches) * len(found)
     with tqdm(desc=f"calibrate, {title}", total=total, unit="layer", file=sys.stderr) as bar:
@@ -218,7 +228,8 @@ def _run(
                 getattr(model, "base_model", model)(input_ids=ids.to(device), use_cache=False)
     if len(batches) > 1:
         for layer in found.values():
-            steps[0][1](layer)
+            for _, settle in steps:
+                settle(layer)
 
 
 def _scores(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,9 +281,10 @@ class _Mean:
         self.total: Any = 0.0
         self.count = 0
 
-    def add(self, value: torch.Tensor) -> None:
-        self.total = self.total + value.cpu()
-        self.count += 1
+    def add(self, value: torch.Tensor, count: int) -> None:
+        """The mean `value` of `count` tokens."""
+        self.total = self.total + value.cpu() * count
+        self.count += count
 
     def value(self) -> torch.Tensor:
         mean: torch.Tensor = self.total / self.count
@@ -285,27 +297,17 @@ class _Gram:
     def __init__(self) -> None:
         self.products: Any = 0.0  # [Hq, n + 1, n + 1], the target last
         self.power = 0.0
-        self.residual = 0.0
 
-    def add(
-        self,
-        branches: list[torch.Tensor],
-        target: torch.Tensor,
-        output: torch.Tensor,
-        fixed: torch.Tensor | None = None,
-    ) -> None:
-        """Branches, the teacher's output, the layer's, and a part of it that is not fitted, all `[B, T, Hq, Dv]`."""
-        wanted = target.view(output.shape).double()
+    def add(self, branches: list[torch.Tensor], target: torch.Tensor, fixed: torch.Tensor | None = None) -> None:
+        """Branches, the teacher's output, and a part of the layer's that is not fitted, all `[B, T, Hq, Dv]`."""
+        wanted = target.view(branches[0].shape).double()
         left = wanted if fixed is None else wanted - fixed.double()
         stack = torch.stack([*branches, left], dim=-1).double()  # [B, T, H, Dv, n + 1]
         self.products = self.products + torch.einsum("bthdi,bthdj->hij", stack, stack).cpu()
         self.power += float(wanted.pow(2).sum())
-        self.residual += float((output.double() - wanted).pow(2).sum())
 
-    def error(self, swap: LightningSwap | None = None) -> float:
-        """Squared error over the target's squared norm: as measured, or of a swap's present scale and mix."""
-        if swap is None:
-            return self.residual / self.power
+    def error(self, swap: LightningSwap) -> float:
+        """Squared error over the target's squared norm, of a swap's present scale and mix."""
         weights = torch.cat((_weights(swap), -torch.ones(self.products.shape[0], 1, dtype=torch.float64)), dim=1)
         return float(torch.einsum("hi,hij,hj->", weights, self.products, weights)) / self.power
 
