@@ -23,13 +23,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint, write_json
-from .data import PackedTokens
+from .data import PackedTokens, sizes
 from .environment import say, versions
 from .errors import CheckpointError, UsageError
 from .loading import load_teacher
 from .losses import TopK, chunk_tokens
 from .objectives import apart, check_document_mask, check_head, hidden_states, output_embedding
 from .recipe import Recipe
+from .score_store import fingerprint as fingerprint_of
 from .stages import DistillStage
 from .text import Text
 from .vocabulary import check_same_vocabulary, fingerprint, logit_count, tokenizer_of
@@ -255,6 +256,8 @@ class _Writer:
         self.manifest = {
             "version": VERSION,
             "teacher": str(path.resolve()),
+            "weights": fingerprint_of(path),
+            "sizes": [sizes(spec) for spec, _ in wanted.text.parts],
             **wanted.known_by(tokenizer, vocabulary),
             "top": self.top,
             "windows": wanted.windows,

@@ -124,12 +124,15 @@ def divergence_of_top(student: torch.Tensor, teacher: TopK, mixture: Mixture) ->
     """
     wide = torch.promote_types(student.dtype, torch.float32)
     logits = student.to(wide)
-    log_q = logits.gather(-1, teacher.ids.long()) - logits.logsumexp(-1, keepdim=True)
-    others = torch.log1p(-log_q.exp().sum(-1).clamp(max=1 - torch.finfo(wide).eps))
+    ids, total = teacher.ids.long(), logits.logsumexp(-1)
+    log_q = logits.gather(-1, ids) - total[:, None]
+    lowest = torch.finfo(wide).min
+    # not 1 − Σ q_i: of a student that is sure of itself nothing would be left of it, nor of its gradient
+    others = logits.scatter(-1, ids, lowest).logsumexp(-1) - total
     log_p, rest = teacher.log_probs.detach().to(wide), teacher.rest.detach().to(wide)
     log_p = log_p + (torch.log1p(-rest.exp()) - log_p.logsumexp(-1))[:, None]  # what rounding them has cost
     nothing = rest.isneginf()
-    others = others.masked_fill(nothing, torch.finfo(wide).min)
+    others = others.masked_fill(nothing, lowest)
     log_p, log_q = torch.cat((log_p, rest[:, None]), -1), torch.cat((log_q, others[:, None]), -1)
     return _divergence(log_q, log_p, mixture)
 

@@ -46,7 +46,8 @@ def new_state(recipe: Recipe, start: Checkpoint, teacher: Path) -> dict[str, Any
         values = {key: value for key, value in stage.model_dump(mode="json").items() if key not in _EXECUTION}
         written, text = written_logits(stage), text_of(stage, recipe.distill.text)
         if written is not None:
-            values["logits"] = read_manifest(Path(written.logits))["teacher"]
+            manifest = read_manifest(Path(written.logits))
+            values["logits"] = {key: value for key, value in manifest.items() if key != "versions"}
         else:
             values["text"] = [[spec.model_dump(mode="json"), share, sizes(spec)] for spec, share in text.parts]
         planned.append(values)

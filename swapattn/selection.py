@@ -9,9 +9,10 @@ look it up (HALO, arXiv 2601.22156, chooses by recall, too).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -141,12 +142,13 @@ def select(
         raise UsageError(f"{chosen + len(subject.kept)} of {total} layers cannot be chosen: nothing is left to rank")
     on = tuple(kind for kind in _KINDS if kind in on)
     folder = Path(output) if output is not None else Path(f"{subject.name}-select")
-    header = {
-        "version": 2, "model": fingerprint(subject.folder), "restore": restore, "tokens": tokens, "length": length,
-        "recipe": resolved.to_dict() if subject.converted else None, "text": resolved.distill.text.describe(),
-    }  # fmt: skip
     windows = {kind: _KINDS[kind](subject, resolved, tokens, length) for kind in on}
-    scores = _Scores(folder, header, overwrite)
+    header = {
+        "version": 3, "model": fingerprint(subject.folder), "restore": restore, "tokens": tokens, "length": length,
+        "recipe": resolved.to_dict() if subject.converted else None, "text": resolved.distill.text.describe(),
+        "calibrated_on": _digest(_texts(subject, resolved, tokens, length)) if subject.converted else None,
+    }  # fmt: skip
+    scores = _Scores(folder, header, {kind: _digest(windows[kind]) for kind in on}, overwrite)
     for kind in on:
         _measure(subject, kind, windows[kind], scores, restore)
     each = [scores.costs(kind, restore) for kind in on]
@@ -164,6 +166,11 @@ class _Window(NamedTuple):
 
     ids: torch.Tensor
     counted: slice | list[int] = slice(None)
+
+
+def _digest(windows: Iterable[_Window]) -> str:
+    """Tells texts apart whatever they are called."""
+    return hashlib.sha256(repr([(w.ids.tolist(), w.counted) for w in windows]).encode()).hexdigest()[:16]
 
 
 def _texts(subject: _Subject, recipe: Recipe, tokens: int, length: int | None) -> list[_Window]:
@@ -268,11 +275,15 @@ def _subject(model: str, recipe: Recipe) -> _Subject:
 
 
 class _Scores:
-    """Measurements on disk, a JSON line each: kind of text, window, layer (−1: none), KL summed over tokens, tokens."""
+    """Measurements on disk, a JSON line each: kind of text, window, layer (−1: none), KL summed over tokens, tokens.
 
-    def __init__(self, folder: Path, header: dict[str, Any], overwrite: bool) -> None:
+    And the digest of all windows of that kind: those of other windows are dropped.
+    """
+
+    def __init__(self, folder: Path, header: dict[str, Any], digests: Mapping[str, str], overwrite: bool) -> None:
         self.path = folder / SCORES
         self.rows: dict[tuple[str, int, int], tuple[float, int]] = {}
+        self.digests = dict(digests)
         folder.mkdir(parents=True, exist_ok=True)
         lines = []
         if self.path.is_file():
@@ -282,14 +293,18 @@ class _Scores:
         if lines and lines[0] != header and not overwrite:
             raise UsageError(f"{self.path} is of another model or other settings: use --overwrite, or -o for another")
         if lines and lines[0] == header:
-            self.rows = {(r["on"], r["window"], r["layer"]): (r["kl"], r["tokens"]) for r in lines[1:]}
+            for r in lines[1:]:
+                if self.digests.setdefault(r["on"], r["windows"]) == r["windows"]:
+                    self.rows[r["on"], r["window"], r["layer"]] = (r["kl"], r["tokens"])
             say(f"{len(self.rows)} measurements kept from an earlier run in {self.path}")
+            if len(self.rows) < len(lines) - 1:
+                say(f"{len(lines) - 1 - len(self.rows)} on other text are dropped")
         kept = [header, *(self._row(*key) for key in self.rows)]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
     def _row(self, on: str, window: int, layer: int) -> dict[str, Any]:
         kl, tokens = self.rows[on, window, layer]
-        return {"on": on, "window": window, "layer": layer, "kl": kl, "tokens": tokens}
+        return {"on": on, "windows": self.digests[on], "window": window, "layer": layer, "kl": kl, "tokens": tokens}
 
     def add(self, on: str, window: int, layer: int, kl: float, tokens: int) -> None:
         self.rows[on, window, layer] = (kl, tokens)

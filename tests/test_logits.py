@@ -82,6 +82,26 @@ def test_the_others_are_one_class(weights):
     assert torch.allclose(divergence_of_top(student, half, mixture), found, rtol=2e-2, atol=1e-3)
 
 
+def test_a_student_that_is_sure_of_itself_is_pushed_back():
+    """Its probability of all other tokens, below what fp32 can tell from 0 in 1 − Σ q_i, and their gradient."""
+    teacher = logits_of(1)
+    top, found = TopK.of(teacher, 5), []
+    student = teacher.clone()
+    student[0, [i for i in range(50) if i not in top.ids[0].tolist()]] -= 25.0
+    for kind in (torch.float32, torch.float64):
+        logits = student.to(kind).clone().requires_grad_()
+        precise = TopK(top.ids, top.log_probs.to(kind), top.rest.to(kind))
+        loss = divergence_of_top(logits, precise, Mixture()).sum()
+        loss.backward()
+        found.append((loss.item(), logits.grad.double()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-8)
+    assert found[0][0] <= divergence(student, teacher, Mixture()).item() + 1e-6
+    rest = top.rest.exp().item()
+    assert found[0][1].abs().max() > rest / 10
+    assert found[0][1][0, (student - teacher)[0] < 0].sum().item() == pytest.approx(-rest, rel=1e-3)
+
+
 def test_chunked_with_the_head_it_is_the_same():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(11, 8, generator=generator, requires_grad=True)
@@ -172,6 +192,22 @@ def test_an_interrupted_call_goes_on_and_a_finished_one_is_left_alone(converted,
         write_logits(find(model=converted), what, top=6)
     write_logits(find(model=converted), what, top=6, overwrite=True)
     assert json.loads((tmp_path / "kept" / MANIFEST).read_text())["top"] == 6
+
+
+@pytest.mark.parametrize("changed", ["text", "teacher"])
+def test_logits_of_a_text_or_teacher_that_has_changed_are_not_taken(
+    converted, tiny_teacher, tiny_llama, tmp_path, changed
+):
+    shutil.copytree(tiny_teacher, tmp_path / "t")
+    (tmp_path / "a.txt").write_text("Call me Ishmael. " * 60)
+    what = recipe(WRITTEN, text="a.txt")
+    write_logits(find(model=converted), what, top=5, teacher=tmp_path / "t")
+    if changed == "text":
+        (tmp_path / "a.txt").write_text("It is a truth universally acknowledged. " * 60)
+    else:
+        tiny_llama(seed=1).save_pretrained(tmp_path / "t")
+    with pytest.raises(UsageError, match="kept holds other logits"):
+        write_logits(find(model=converted), what, top=5, teacher=tmp_path / "t")
 
 
 @pytest.mark.parametrize(

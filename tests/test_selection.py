@@ -70,6 +70,24 @@ def test_an_interrupted_run_goes_on_where_it_stopped(teacher, tmp_path, monkeypa
     select(teacher, tmp_path / "whole", count=1, overwrite=True, **{**SMALL, "length": 32})
 
 
+def test_measurements_of_another_text_are_not_taken_for_those_of_this_one(teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = convert(teacher, tmp_path / "c", recipe="smoke", overrides=SET).path
+    small = {**SMALL, "overrides": [*SET, "distill.text=a.txt"], "count": 1}
+    sentences = "Call me Ishmael.", "Some years ago,", "never mind how long precisely,", "having little money"
+    (tmp_path / "a.txt").write_text("\n\n\n".join(f"{sentence} " * 20 for sentence in sentences))
+    first = select(checkpoint, tmp_path / "s", **small)
+    assert select(checkpoint, tmp_path / "s", **small).costs == first.costs
+    (tmp_path / "a.txt").write_text("\n\n\n".join(f"{sentence[::-1]} " * 20 for sentence in sentences))
+    capsys.readouterr()
+    second = select(checkpoint, tmp_path / "s", **small)
+    assert "8 on other text are dropped" in capsys.readouterr().err
+    assert second.costs != first.costs
+    assert second.costs == select(checkpoint, tmp_path / "fresh", **small).costs
+    reseeded = select(checkpoint, tmp_path / "s", **{**small, "overrides": [*small["overrides"], "distill.seed=5"]})
+    assert reseeded.costs != second.costs
+
+
 def test_a_checkpoint_is_ranked_beside_what_it_keeps(teacher, tmp_path):
     convert(teacher, tmp_path / "c", recipe="smoke", overrides=[*SET, "convert.keep_softmax=[-1]"])
     found = select(tmp_path / "c", tmp_path / "s", share=0.5, **SMALL)
