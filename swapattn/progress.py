@@ -26,10 +26,10 @@ SAVE_SECONDS = 300  # an interrupted run loses at most this much work
 
 
 class StepFigures:
-    """Loss and gradient norm of one optimiser step, on their way from the device without holding it up."""
+    """Loss and gradient norm of one optimiser step, on their way from the device without holding it up; its rate."""
 
-    def __init__(self, step: int, figures: torch.Tensor) -> None:
-        self.step = step
+    def __init__(self, step: int, figures: torch.Tensor, rate: float) -> None:
+        self.step, self.rate = step, rate
         self.event: torch.cuda.Event | None = None
         self.figures = figures
         if figures.is_cuda:
@@ -170,7 +170,8 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s{peak}", refresh=False)
         self.bar.update(1)
         if self.trainer.args.report_to:
-            self._report(figures.step, {"loss": loss, "grad_norm": norm, "tokens_per_second": rate})
+            values = {"loss": loss, "grad_norm": norm, "learning_rate": figures.rate, "tokens_per_second": rate}
+            self._report(figures.step, values)
         if is_first_process():
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -179,7 +180,6 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
         """Hand figures to the reporting callbacks under their own step, which on a GPU is the one before."""
         trainer = self.trainer
         now, trainer.state.global_step = trainer.state.global_step, step
-        figures["learning_rate"] = trainer.optimizer.param_groups[0]["lr"]
         trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, figures)
         trainer.state.global_step = now
 

@@ -151,7 +151,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         if figures.is_cuda:
             optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
             optimizer.found_inf = (~figures.isfinite().all()).float()
-        self.waiting.append(StepFigures(step, figures))
+        self.waiting.append(StepFigures(step, figures, self.optimizer.param_groups[0]["lr"]))
 
 
 def _last_checkpoint(folder: Path) -> str | None:

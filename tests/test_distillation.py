@@ -27,6 +27,7 @@ from swapattn.conversion import convert
 from swapattn.distillation import distill
 from swapattn.errors import CheckpointError, RecipeError, SourceError, SwapattnError, TrainingError, UsageError
 from swapattn.loading import load, load_teacher
+from swapattn.optimizer import _factor
 from swapattn.recipe import parse_recipe
 
 CALIBRATE = {"stage": "calibrate", "tokens": 256, "length": 64}
@@ -285,7 +286,10 @@ def test_figures_of_every_step_are_reported(converted, work, monkeypatch, late):
     ]
     log = [json.loads(line) for line in (result.path / "train.jsonl").read_text().splitlines()]
     assert [row[3]["loss"] for row in Recorder.seen] == [line["loss"] for line in log]
-    assert all(row[3]["grad_norm"] > 0 and row[3]["learning_rate"] > 0 for row in Recorder.seen)
+    assert all(row[3]["grad_norm"] > 0 for row in Recorder.seen)
+    align = recipe(ALIGN).distill.stages[0]
+    used = [align.learning_rate * _factor(align, step) for step in range(4)]
+    assert [row[3]["learning_rate"] for row in Recorder.seen[:4]] == pytest.approx(used)
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
 
 
