@@ -156,6 +156,8 @@ class _Measurement:
                 {"text": text, "longest": longest},
                 lambda: perplexity_of_file(*self._loaded, path, longest=longest),
             )
+            # kept by content: an earlier run may have known the text by another path
+            self.measured.extras["text"] = {**self.measured.extras["text"], "text": str(path)}
         if extras.probes:
             from .probes import collect
 

@@ -36,7 +36,7 @@ from .positions import (
     windows_of,
     with_error,
 )
-from .recall import Document, beginning, encode, note, passkey, predict, recall
+from .recall import Document, beginning, encode, largest, note, passkey, predict, recall
 
 __all__ = [
     "collect",
@@ -218,7 +218,10 @@ def _letters(model: Any, tokenizer: Any, notes: list[str]) -> dict[str, Any] | N
     counts, hits, probabilities = [0] * len(LETTERS), 0, torch.zeros(len(LETTERS), dtype=torch.float64)
     predicted = predict(model, documents)
     for document, logits in tqdm(predicted, desc="letters", total=len(documents), unit="prompt", file=sys.stderr):
-        chosen = int(logits[0, letters].argmax())
+        chosen = int(largest(logits[0, letters]))
+        if chosen < 0:
+            note(notes, "no letter probe: a logit is NaN")
+            return None
         counts[chosen] += 1
         hits += letters[chosen] == document.ids[-1]
         probabilities += logits[0, letters].double().softmax(-1) / len(documents)

@@ -53,6 +53,11 @@ def predict(model: Any, documents: Sequence[Document]) -> Iterator[tuple[Documen
             yield document, torch.cat(rows[row])
 
 
+def largest(logits: Tensor) -> Tensor:
+    """Index of the largest logit of each row, −1 where one is NaN, which argmax would take for the largest."""
+    return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)
+
+
 def recall(model: Any, tokenizer: Any, length: int, count: int, seed: int, notes: list[str]) -> list[dict[str, Any]]:
     """Share of right answers to `recall_documents`; "hits" are those of each document.
 
@@ -66,8 +71,9 @@ def recall(model: Any, tokenizer: Any, length: int, count: int, seed: int, notes
         competing = logits[:, values]
         for query, answer in enumerate(truth):
             competing[query + 1 :, values == answer] = -math.inf  # it stands nearby and is wrong from here on
-        among.append(float((values[competing.argmax(-1)] == truth).double().mean()))
-        exact.append(float((logits.argmax(-1) == truth).double().mean()))
+        best = largest(competing)
+        among.append(float(((values[best] == truth) & (best >= 0)).double().mean()))
+        exact.append(float((largest(logits) == truth).double().mean()))
     if not documents:
         return []
     exactly, exact_stderr = mean_and_error(exact)
@@ -113,7 +119,7 @@ def passkey(model: Any, tokenizer: Any, length: int, count: int, seed: int, note
     """
     documents = passkey_documents(tokenizer, length, count, seed, notes)
     right = [
-        float(logits.argmax(-1).tolist() == [document.ids[target] for target in document.targets])
+        float(largest(logits).tolist() == [document.ids[target] for target in document.targets])
         for document, logits in predict(model, documents)
     ]
     return [_row(length, right)] if documents else []

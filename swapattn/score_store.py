@@ -16,13 +16,15 @@ from typing import Any
 from .environment import say
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+_BESIDE = (  # what tokenizes, the code that comes with a model, and what it must not say
+    "*token*.json",
     "special_tokens_map.json",
-    "tokenizer.model",
-    "vocab.json",
+    "*.model",
+    "vocab.*",
     "merges.txt",
+    "*.jinja",
+    "generation_config.json",
+    "*.py",
 )
 
 
@@ -79,11 +81,12 @@ def key_of(parts: Mapping[str, Any]) -> str:
 def fingerprint(folder: Path) -> dict[str, Any]:
     """What tells one model folder from another without reading its weights.
 
-    The configuration and tokenizer by content; the tensors by their headers, file sizes and times, or by the commit
-    if the folder is a snapshot in the hub's cache.
+    The configuration, tokenizer and code by content; the tensors by their headers, file sizes and times, or by the
+    commit if the folder is a snapshot in the hub's cache.
     """
     found: dict[str, Any] = {"config": _digest(folder / "config.json")}
-    found["tokenizer"] = {name: _digest(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    beside = sorted({file for pattern in _BESIDE for file in folder.glob(pattern) if file.is_file()})
+    found["beside"] = {file.name: _digest(file) for file in beside}
     place = folder.resolve()
     if place.parent.name == "snapshots" and _COMMIT.fullmatch(place.name):
         return {**found, "commit": place.name}

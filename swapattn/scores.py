@@ -17,16 +17,16 @@ class TaskResult:
     """One task's figure for one model.
 
     `metric` is the preferred one, `why` says for what reason, and `metrics` holds all of lm-eval's; `chance` is what
-    guessing scores (the mean of 1/choices, 0 where nothing is chosen); `documents` is how many were scored, in
-    `subtasks` tasks; `version` is lm-eval's task version; `batch_size` is what memory allowed in the end; `seconds`
-    were spent when it was measured, now or, if it is `cached`, then.
+    guessing scores (the mean of 1/choices, 0 where nothing is chosen, None where answers are neither right nor wrong);
+    `documents` is how many were scored, in `subtasks` tasks; `version` is lm-eval's task version; `batch_size` is what
+    memory allowed in the end; `seconds` were spent when it was measured, now or, if it is `cached`, then.
     """
 
     task: str
     metric: str
     value: float
     stderr: float | None
-    chance: float
+    chance: float | None
     documents: int
     num_fewshot: int
     version: str
@@ -40,9 +40,12 @@ class TaskResult:
 
     @property
     def near_chance(self) -> bool:
-        """Within two standard errors of chance, or below it."""
+        """Within two standard errors of chance, or below it; of an accuracy without an error nothing else is known."""
+        if self.chance is None:
+            return False
         margin = self.value - self.chance
-        return margin <= 0 or margin < 2 * (self.stderr or 0.0)
+        unknown = self.stderr is None and self.metric.startswith("acc")
+        return margin <= 0 or unknown or margin < 2 * (self.stderr or 0.0)
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,10 @@ class Threshold:
 def kept_share(student: TaskResult, teacher: TaskResult) -> float | None:
     """(student - chance) / (teacher - chance); None if the teacher is within two standard errors of chance.
 
-    There the denominator is noise, and a share of it says nothing; nor does one of a metric where less is better.
+    There the denominator is noise, and a share of it says nothing; nor does one of a metric where less is better, or
+    where guessing has no figure.
     """
-    if teacher.near_chance or not teacher.higher_is_better:
+    if teacher.near_chance or not teacher.higher_is_better or teacher.chance is None or student.chance is None:
         return None
     return (student.value - student.chance) / (teacher.value - teacher.chance)
 
@@ -234,7 +238,10 @@ class EvalReport:
         return "\n".join([self.checkpoint, *body, "", *self._extras(), *self._footer()])
 
     def _mean_cells(self) -> tuple[str, ...]:
+        """The last line: the mean figure where all are accuracies, and the mean kept share."""
         count = len(self.rows)
+        if not all(row.student.metric.startswith("acc") for row in self.rows):
+            return ("mean", "", "", "", "", "-", "-", "-", "", "", share(*mean_kept(self.rows)))
         student = sum(row.student.value for row in self.rows) / count
         teachers = [row.teacher.value for row in self.rows if row.teacher is not None]
         teacher = sum(teachers) / count if len(teachers) == count else None
@@ -308,7 +315,7 @@ def _cells(row: EvalRow) -> tuple[str, ...]:
         student.metric,
         f"{student.documents:,}",
         str(student.num_fewshot),
-        f"{student.chance:.2f}",
+        "-" if student.chance is None else f"{student.chance:.2f}",
         "-" if teacher is None else _with_error(teacher),
         _with_error(student),
         _signed(row.difference),

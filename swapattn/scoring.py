@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 from .environment import say
-from .errors import SwapattnError, UsageError
+from .errors import CheckpointError, SwapattnError, UsageError
 from .scores import TaskResult
 from .tasks import Unit
 
@@ -157,15 +157,17 @@ def _scored(unit: Unit, found: Mapping[str, Any], batch: int, seconds: float) ->
     if not metrics:
         raise UsageError(f"task {unit.name} has no numeric metric of its own; name its subtasks instead")
     metric, why = _choose(unit.name, metrics)
+    _check_numbers(unit.name, found["samples"])
     samples = {leaf: found["samples"][leaf] for leaf in unit.leaves}
     scored = {leaf: [s for s in samples[leaf] if s["filter"] == filters[metric]] for leaf in unit.leaves}
     first = next(iter(unit.leaves))
+    items = _items(scored, metric.partition(",")[0])
     result = TaskResult(
         task=unit.name,
         metric=metric,
         value=metrics[metric],
         stderr=metrics.get(_stderr(metric)),
-        chance=_chance(scored, found) if metric in ("acc", "acc_norm") else 0.0,
+        chance=_chance(scored, items, found) if metric in ("acc", "acc_norm") else 0.0,
         documents=sum(len(documents) for documents in scored.values()),
         num_fewshot=int(found["n-shot"].get(first) or 0),
         version=str(found["versions"].get(unit.name)),
@@ -176,7 +178,26 @@ def _scored(unit: Unit, found: Mapping[str, Any], batch: int, seconds: float) ->
         batch_size=batch,
         seconds=seconds,
     )
-    return Scored(result, _items(scored, metric.partition(",")[0]), samples)
+    return Scored(result, items, samples)
+
+
+def _check_numbers(task: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Refuse likelihoods that are NaN: the first answer would pass for the most likely one."""
+    every = [sample for documents in samples.values() for sample in documents]
+    broken = sum(any(isinstance(x, float) and math.isnan(x) for x in _flat(sample["resps"])) for sample in every)
+    if broken:
+        raise CheckpointError(
+            f"{task}: on {broken:,} of {len(every):,} documents a likelihood is NaN: the model overflows in its dtype "
+            "(--dtype bfloat16 or float32), or its weights are not finite"
+        )
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
 
 
 def _metrics(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
@@ -224,7 +245,12 @@ def _items(scored: Mapping[str, Sequence[Mapping[str, Any]]], metric: str) -> di
     return items
 
 
-def _chance(scored: Mapping[str, Sequence[Mapping[str, Any]]], found: Mapping[str, Any]) -> float:
+def _chance(
+    scored: Mapping[str, Sequence[Mapping[str, Any]]], items: Mapping[str, Any], found: Mapping[str, Any]
+) -> float | None:
+    """What guessing scores; None where a document is neither right nor wrong, as in truthfulqa_mc2."""
+    if not set(items.values()) <= {0.0, 1.0}:
+        return None
     chances = [
         1 / len(sample["resps"]) if found["configs"][leaf].get("output_type") == "multiple_choice" else 0.0
         for leaf, samples in scored.items()

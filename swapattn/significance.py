@@ -85,7 +85,7 @@ def mcnemar(student: Sequence[float], teacher: Sequence[float]) -> Significance:
 
 
 def error_of_share(
-    student: Items, teacher: Items, chance: float, values: tuple[float, float], *, seed: int = 0
+    student: Items, teacher: Items, chance: float | None, values: tuple[float, float], *, seed: int = 0
 ) -> float | None:
     """Standard error of (student - chance) / (teacher - chance) under a paired bootstrap over the documents.
 
@@ -99,11 +99,11 @@ def error_of_share(
         seed: of the resampling.
 
     Returns:
-        None where there is no such error: fewer than two documents, other documents, or another figure.
+        None where there is no such error: no chance, fewer than two documents, other documents, or another figure.
     """
     import numpy as np
 
-    if student.keys() != teacher.keys() or len(student) < 2:
+    if chance is None or student.keys() != teacher.keys() or len(student) < 2:
         return None
     ours, theirs = list(student.values()), [teacher[key] for key in student]
     if not all(isinstance(value, int | float) for value in (*ours, *theirs)):

@@ -44,8 +44,10 @@ def check_keys(keys: Iterable[str], metrics: Mapping[str, Iterable[str]]) -> Non
         metrics: what each task will report.
 
     Raises:
-        UsageError: there is no such task or metric; the message names those that there are.
+        UsageError: there is no such task or metric (the message names those that there are), or less of it is better.
     """
+    from lm_eval.api.registry import HIGHER_IS_BETTER_REGISTRY
+
     for key in keys:
         if key == "kept":
             continue
@@ -54,6 +56,8 @@ def check_keys(keys: Iterable[str], metrics: Mapping[str, Iterable[str]]) -> Non
             raise UsageError(f"--fail-under {key}: no such task is scored here, only {', '.join(metrics)}")
         if metric != "kept" and metric.partition(",")[0] not in metrics[task]:
             raise UsageError(f"--fail-under {key}: {task} has {', '.join(sorted(metrics[task]))} and kept")
+        if HIGHER_IS_BETTER_REGISTRY.get(metric.partition(",")[0]) is False:
+            raise UsageError(f"--fail-under {key}: less {metric} is better, and only a least figure can be asked for")
 
 
 def judge(bounds: Mapping[str, float], rows: Sequence[EvalRow], kept: float | None) -> tuple[Threshold, ...]:

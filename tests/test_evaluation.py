@@ -154,6 +154,23 @@ def test_score_of_a_tiny_model(mirror: Path, tiny_llama: Callable[..., Any], tin
     assert all(r.documents == 4 and r.num_fewshot == 0 and r.version == "1.0" for r in found.values())
 
 
+def test_a_model_of_nans_has_no_score(mirror: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    model = tiny_llama()
+    model.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(CheckpointError, match=r"^piqa: on 4 of 4 documents a likelihood is NaN: the model overflows"):
+        score(model, tiny_tokenizer, ["piqa"], data=str(mirror), limit=4, batch_size=3)
+
+
+def test_what_is_neither_right_nor_wrong_has_no_chance() -> None:
+    found = {"configs": {"t": {"output_type": "multiple_choice"}}}
+    samples = {"t": [{"resps": [1, 2]}, {"resps": [1, 2, 3, 4]}]}
+    assert scoring._chance(samples, {"t:0": 1.0, "t:1": 0.0}, found) == pytest.approx(3 / 8)
+    assert scoring._chance(samples, {"t:0": 0.7, "t:1": 0.0}, found) is None
+    without = EvalRow(*(dataclasses.replace(result(value), chance=None) for value in (0.4, 0.5)))
+    assert (without.kept, without.near_chance) == (None, False)
+    assert report(without).to_table().count("-0.100") == 1
+
+
 def test_evaluate_writes_a_whole_report(found: Any, mirror: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = found.checkpoint.path
     (folder / "eval.json").write_text("old")
@@ -385,6 +402,10 @@ def test_no_tasks_but_what_stands_beside_them(found: Any, tmp_path: Path) -> Non
     assert report.rows == ()
     assert report.kept is None
     assert report.text_perplexity["ratio"] > 0
+    (tmp_path / "other").mkdir()
+    shutil.copyfile(text, tmp_path / "other" / "name.txt")
+    again = evaluate(tasks=["none"], perplexity=tmp_path / "other" / "name.txt")  # measured, under another name
+    assert again.text_perplexity["ratio"] == report.text_perplexity["ratio"]
     assert "perplexity" in report.to_table()
     assert shlex.split(report.command)[3:5] == ["--tasks", "none"]
     with pytest.raises(UsageError, match="leaves nothing to measure"):
@@ -581,6 +602,8 @@ class TestThresholds:
         for key, message in (("boolq.acc=1", "only piqa"), ("piqa.f1=1", "piqa has acc, acc_norm and kept")):
             with pytest.raises(UsageError, match=message):
                 evaluate(tasks=["piqa"], data=str(mirror), fail_under=[key])
+        with pytest.raises(UsageError, match="less word_perplexity is better"):
+            thresholds.check_keys(["wikitext.word_perplexity"], {"wikitext": ["word_perplexity"]})
 
 
 def test_exit_code_of_a_missed_figure(found: Any, mirror: Path) -> None:
@@ -631,6 +654,17 @@ def test_no_number_that_json_lacks() -> None:
     assert json.loads(json.dumps(made.to_dict(), allow_nan=False))["perplexity"]["teacher"]["value"] is None
 
 
+def test_accuracies_have_a_mean_and_other_figures_only_a_mean_share() -> None:
+    perplexity = dataclasses.replace(result(30.0, chance=0.0), metric="word_perplexity", higher_is_better=False)
+    rows = (EvalRow(result(0.6), result(0.7)), EvalRow(perplexity, perplexity))
+    assert report(*rows[:1] * 2).to_table().splitlines()[4].split()[:3] == ["mean", "0.700", "0.600"]
+    assert report(*rows).to_table().splitlines()[4].split() == ["mean", "-", "-", "-", "50%"]
+
+
+def test_one_document_is_near_chance() -> None:
+    assert EvalRow(result(1.0, stderr=None), result(1.0, stderr=None)).kept is None
+
+
 def test_less_is_better_has_no_share() -> None:
     worse = dataclasses.replace(result(30.0, chance=0.0), higher_is_better=False)
     assert EvalRow(worse, worse).kept is None
@@ -652,10 +686,14 @@ def test_fingerprint_sees_weights_config_and_tokenizer(tiny_teacher: Path, tmp_p
     assert score_store.fingerprint(copy) == known[0]
     os.utime(copy / "model.safetensors", ns=(1, 1))
     known.append(score_store.fingerprint(copy))
-    for name in ("config.json", "tokenizer_config.json"):
-        (copy / name).write_text((copy / name).read_text() + "\n")
+    changing = ("config.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "code.py")
+    for name in changing:
+        with (copy / name).open("a") as file:
+            file.write("\n")
         known.append(score_store.fingerprint(copy))
-    assert len({json.dumps(found, sort_keys=True) for found in known}) == 4
+    assert len({json.dumps(found, sort_keys=True) for found in known}) == 2 + len(changing)
+    (copy / "eval.json").write_text("{}")
+    assert score_store.fingerprint(copy) == known[-1]
     snapshot = tmp_path / "snapshots" / ("0a" * 20)
     snapshot.parent.mkdir()
     copy.rename(snapshot)

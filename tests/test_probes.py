@@ -453,6 +453,8 @@ class TestTogether:
     def test_what_is_not_finite_is_none(self, tiny_tokenizer):
         found = probes.collect(ByHand(broken, vocabulary=320), tiny_tokenizer, **SMALL)
         assert found["perplexity"]["perplexity"] is None
+        assert found["letters"] is None
+        assert recall.largest(torch.tensor([[1.0, 2.0], [math.nan, 3.0]])).tolist() == [1, -1]
         compared = probes.compare(found, found)
         json.dumps(compared, allow_nan=False)
         assert compared["perplexity"]["ratio"] is None
