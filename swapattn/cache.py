@@ -122,8 +122,6 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         """Length of the cache where it is static: bloom pads its mask to that; else −1, for there is no maximum."""
         return self.static_length or -1
 
-    get_max_cache_shape = get_max_length  # its name up to transformers 5.12
-
     def activate_past_recording(self) -> None:
         """From here on keep what `crop` needs, for the last `rollback.MOST_TOKENS` tokens at least."""
         self.record_past = True
