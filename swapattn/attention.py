@@ -79,14 +79,14 @@ def _mask_function(base: str) -> Callable[..., Any]:
     return mask
 
 
-def _padding_only(*_: Any, batch_size: int, kv_length: int, attention_mask: Any = None, **more: Any) -> torch.Tensor:
+def _padding_only(
+    *_: Any, batch_size: int, kv_length: int, device: torch.device, attention_mask: Any = None, **__: Any
+) -> torch.Tensor:
     """Real tokens, bool `[B, S]`: swapped layers need no more, and nothing quadratic is made."""
     if attention_mask is not None:
         known = attention_mask[:, -kv_length:].bool()
         return F.pad(known, (0, kv_length - known.shape[1]))  # a static cache has room for tokens to come
-    place = more.get("device")
-    place = place if place is not None else more["cache_position"].device
-    return torch.ones(batch_size, kv_length, dtype=torch.bool, device=place)
+    return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
 
 
 def register() -> None:
