@@ -25,9 +25,11 @@ class Inspection:
     Attributes:
         model_type: of the config.
         sites: what the graph shows.
-        actions: one for each site: "swap", "keep" or "refused".
+        actions: one for each site: "swap", "keep", "untouched" (of which the plan knows nothing), or "refused" where
+            the model is.
         refusal: why the model is refused; None if it can be converted.
         tracer: how the graph was had; `fallback` says why not by torch.export.
+        notes: what a swap changes beside the softmax, and where plan and graph disagree.
     """
 
     model_type: str

@@ -89,7 +89,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: there is no such folder.
-        CheckpointError: it is damaged or of a newer version.
+        CheckpointError: it is damaged or of another version.
     """
     if not folder.is_dir():
         raise UsageError(f"no logits in {folder}: write them first, with `swapattn logits` and the same recipe")

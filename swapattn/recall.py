@@ -85,7 +85,7 @@ def recall_documents(tokenizer: Any, length: int, count: int, seed: int | str, n
     """Associative recall (MQAR, arXiv 2312.04927): a list of pairs of words, filler text, then four of the keys.
 
     The values are given after each query, so that one pass answers all four; no key comes twice, so that values
-    already given no longer compete. None, with a note, where the length or the tokenizer does not allow it.
+    already given no longer compete. Empty, with a note, where the length or the tokenizer does not allow it.
     """
     words = _words(tokenizer)
     if len(words) < 2 * _PAIRS:
@@ -128,7 +128,7 @@ def passkey(model: Any, tokenizer: Any, length: int, count: int, seed: int, note
 def passkey_documents(tokenizer: Any, length: int, count: int, seed: int | str, notes: list[str]) -> Sequence[Document]:
     """A number of five digits in filler text (arXiv 2305.16300), asked for at the end; its depths are evenly spread.
 
-    None, with a note, where the length or the tokenizer does not allow it.
+    Empty, with a note, where the length or the tokenizer does not allow it.
     """
     rng = random.Random(f"passkey {seed} {length}")
     filler, head = encode(tokenizer, _FILLER), beginning(tokenizer) + encode(tokenizer, _TASK)

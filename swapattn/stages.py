@@ -74,7 +74,7 @@ class TrainStage(Section):
     `tokens` is the budget, `batch` the number of sequences of `length` tokens per optimiser step, `micro_batch`
     per forward pass. `learning_rate` is that of the new parameters, `backbone_learning_rate` that of the
     teacher's own weights among the trainable ones, or of their adapters; `learning_rates` overrides both for groups
-    of parameters (`optimizer.group_of`), and 0 leaves a group out. After a warm-up the `scheduler` takes all of them
+    of parameters (`optimizer.grouping`), and 0 leaves a group out. After a warm-up the `scheduler` takes all of them
     to `final_learning_rate`. `compile` runs the decoder layers through torch.compile (in align only the swaps; not a
     teacher that is the student's own weights). `cuda_graph` records the kernels of a micro-batch once and replays them,
     on one GPU, without `gradient_checkpointing` and `document_mask`; elsewhere it changes nothing. With
