@@ -61,7 +61,8 @@ class Inspection:
         lines += [_row(group) for group in groups]
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        counts = ", ".join(f"{self.actions.count(a)} {a}" for a in ("swap", "keep", "refused") if a in self.actions)
+        kinds = [kind for kind in ("swap", "keep", "untouched", "refused") if kind in self.actions]
+        counts = ", ".join(f"{self.actions.count(kind)} {kind}" for kind in kinds)
         how = f"traced with {self.tracer}" if self.tracer else "not traced"
         head = f"model type {self.model_type}, {len(self.sites)} attention sites ({counts or 'none'}), {how}"
         end = [f"torch.export failed: {self.fallback}"] if self.fallback else []
