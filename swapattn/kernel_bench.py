@@ -6,7 +6,6 @@ q, k, v, do, dq, dk, dv backward; the state read and written for a decoding step
 
 from __future__ import annotations
 
-import functools
 import itertools
 import subprocess
 import time
@@ -375,18 +374,10 @@ def _decode(lab: Lab, rows: int, shared: int) -> Callable[[], Found]:
         if recurrent is not None and shape.heads == shape.shared:
             peers["fla"] = lambda state: recurrent(q, k, v, g_gamma=decay, initial_state=state, output_final_state=True)
         peers["softmax over 512"] = _cached_softmax(lab, shape)
-        found: dict[str, float | str] = {}
-        for name, peer in peers.items():
-            found |= lab.against({name: own_attention}, functools.partial(_apart, measure, peer))
-        return Found(ours, 1000 * ours if rows == 1 else lab.floor(2 * size) / ours, found)
+        figure = 1000 * ours if rows == 1 else lab.floor(2 * size) / ours
+        return Found(ours, figure, lab.against(peers, measure))
 
     return run
-
-
-def _apart(
-    measure: Callable[[Callable[[Tensor], object]], float], step: Callable[[Tensor], object], _: Forward
-) -> float:
-    return measure(step)
 
 
 def _cached_softmax(lab: Lab, shape: Shape) -> Callable[[Tensor], object]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning_attention import lightning_attention, lightning_attention_step
@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .environment import say
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Peer = TypeVar("Peer")
 _WORST_ERROR = 2e-2  # relative L2, of output and gradients, of an implementation that is right in bf16
 
 
@@ -98,8 +99,8 @@ class Lab:
         target = torch.empty_like(source)
         return 2 * count / (self.time(lambda: target.copy_(source)) / 1000)
 
-    def against(self, peers: dict[str, Forward], measure: Callable[[Forward], float]) -> dict[str, float | str]:
-        """Time of every peer, or why there is none."""
+    def against(self, peers: Mapping[str, Peer], measure: Callable[[Peer], float]) -> dict[str, float | str]:
+        """The figure of every peer, or why there is none."""
         found: dict[str, float | str] = {}
         for name, peer in peers.items():
             try:
@@ -130,7 +131,7 @@ class Lab:
         for peers in (self.linear, self.softmax):
             for name in [name for name in peers if not _right(errors[name])]:
                 del peers[name]
-        return errors | self.against({"swapattn step": own_attention}, lambda _: self._check_step())
+        return errors | self.against({"swapattn step": self._check_step}, lambda check: check())
 
     def _check_step(self) -> float:
         shape = Shape(2, 1, 4, 4, 8 if self.small else 64)
