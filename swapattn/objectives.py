@@ -167,7 +167,7 @@ def output_embedding(model: Any) -> OutputEmbedding:
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        kind = str(model.config.model_type).removeprefix(MODEL_TYPE_PREFIX)
+        kind = _base_type(model)
         raise UnsupportedModelError(f"the output embedding of model type {kind!r} is no plain matrix: {type(head)}")
     divisor = getattr(config, "logits_scaling", None) or 1.0  # granite
     factor = getattr(config, "logit_scale", None) or 1.0  # cohere
@@ -186,7 +186,7 @@ def check_head(model: Any) -> None:
     own = model(input_ids=ids, use_cache=False).logits.float()
     found = output_embedding(model)(hidden_states(model, ids)).float()
     if (found - own).norm() > 1e-2 * own.norm():
-        kind = str(model.config.model_type).removeprefix(MODEL_TYPE_PREFIX)
+        kind = _base_type(model)
         raise UnsupportedModelError(f"model type {kind!r} scales its logits in a way that `distill` does not know")
 
 
@@ -208,7 +208,12 @@ def check_document_mask(model: Any) -> None:
             except TypeError:  # no such argument
                 found = torch.zeros_like(alone)
         if not (found - alone).norm() < 5e-2 * alone.norm():
-            kind = str(model.config.model_type).removeprefix(MODEL_TYPE_PREFIX)
+            kind = _base_type(model)
             raise UnsupportedModelError(
                 f"model type {kind!r} cannot keep the documents of a window apart: set document_mask: false"
             )
+
+
+def _base_type(model: Any) -> str:
+    """The model type that a user knows, swapped or not."""
+    return str(model.config.model_type).removeprefix(MODEL_TYPE_PREFIX)
