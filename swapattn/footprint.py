@@ -78,7 +78,7 @@ def footprint(
     """
     names = set(files)
     if folder is not None and names:
-        numbers = count_parameters(folder, {name: name for name in names})
+        numbers = count_parameters(folder, names)
         size = sum((folder / name).stat().st_size for name in names)
     else:
         numbers, size = _on_meta(config)

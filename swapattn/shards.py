@@ -7,9 +7,10 @@ what was taken over is equal bit for bit.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -203,16 +204,12 @@ def _clone(source: Path, target: Path) -> None:
         raise OSError(f"{target} is shorter than {source}")
 
 
-def count_parameters(folder: Path, weight_map: dict[str, str]) -> int:
-    """Numbers stored in a model folder, from the headers alone."""
+def count_parameters(folder: Path, files: Iterable[str]) -> int:
+    """Numbers stored in these files of a model folder, each counted once, from their headers alone."""
     total = 0
-    for name in set(weight_map.values()):
+    for name in set(files):
         with safe_open(folder / name, framework="pt") as shard:
-            for key in shard.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                size = 1
-                for extent in shard.get_slice(key).get_shape():
-                    size *= extent
-                total += size
+            total += sum(math.prod(shard.get_slice(key).get_shape()) for key in shard.keys())  # noqa: SIM118 - no mapping
     return total
 
 

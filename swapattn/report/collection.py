@@ -318,8 +318,8 @@ def _parameters(path: Path) -> dict[str, int | None]:
 
     try:
         weight_map = read_weight_map(path)
-        new = count_parameters(path, {name: file for name, file in weight_map.items() if ".swap." in name})
-        return {"new_parameters": new, "kept_parameters": count_parameters(path, weight_map) - new}
+        new = count_parameters(path, (file for name, file in weight_map.items() if ".swap." in name))
+        return {"new_parameters": new, "kept_parameters": count_parameters(path, weight_map.values()) - new}
     except (SwapattnError, OSError, ValueError, KeyError):  # a folder copied without its weights is still a report
         return {"new_parameters": None, "kept_parameters": None}
 
