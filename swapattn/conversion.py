@@ -105,7 +105,7 @@ def convert(
     Raises:
         UsageError, RecipeError, SourceError, UnsupportedModelError, CheckpointError: each says what to do.
     """
-    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    resolved = load_recipe(recipe, overrides)
     given = unpickling.as_safetensors(str(model)) if allow_pickle else str(model)
     source = sources.resolve(given, config_only=dry_run)
     if push_to_hub is not None:

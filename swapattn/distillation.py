@@ -126,7 +126,7 @@ def distill(
     Raises:
         UsageError, RecipeError, CheckpointError, SourceError, TrainingError: each says what to do.
     """
-    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    resolved = load_recipe(recipe, overrides)
     if not resolved.distill.stages:
         raise RecipeError(f"recipe {resolved.name} has no distill.stages")
     start = find(directory, checkpoint, kind="converted" if checkpoint is None else None)

@@ -101,7 +101,7 @@ def inspect_model(
         UsageError, SourceError: there is no such model.
         UnsupportedModelError: transformers cannot build the type at all.
     """
-    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    resolved = load_recipe(recipe, overrides)
     return inspect_config(_config(str(model), trust_remote_code), resolved)
 
 

@@ -262,27 +262,31 @@ def recipe_text(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(recipe: str | Recipe, overrides: Iterable[str] = ()) -> Recipe:
     """Read a named recipe or a YAML file, apply `KEY=VALUE` overrides, check everything.
 
     Args:
-        name: a name from `recipe_names()` or a path ending in .yaml.
+        recipe: a name from `recipe_names()`, a path ending in .yaml, or one that is read already.
         overrides: dotted keys with YAML values, e.g. `distill.stages.align.tokens=100000`; a list is indexed by
             number (from 0), a stage also by its kind where there is one of that kind.
 
     Raises:
         RecipeError: unknown recipe, unknown key, wrong type, contradiction; each names its path.
     """
+    data, label = (recipe.to_dict(), recipe.name) if isinstance(recipe, Recipe) else (_read(recipe), recipe)
+    for override in overrides:
+        _override(data, override)
+    return parse_recipe(data, label=label)
+
+
+def _read(name: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(recipe_text(name))
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {name}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {name}: expected keys and values at the top level")
-    data.setdefault("name", Path(name).stem)
-    for override in overrides:
-        _override(data, override)
-    return parse_recipe(data, label=name)
+    return {"name": Path(name).stem, **data}
 
 
 def parse_recipe(data: Mapping[str, Any], label: str = "recipe") -> Recipe:

@@ -131,7 +131,7 @@ def select(
             or length allows no document for recall.
         SwapattnError: as `convert` and `load` do.
     """
-    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    resolved = load_recipe(recipe, overrides)
     if not on or isinstance(on, str) or not set(on) <= _KINDS.keys():
         raise UsageError(f"on {on!r}: expected one or more of {', '.join(_KINDS)}")
     keep = KeepSpec(count=count, share=share if share is not None or count is not None else 0.25)

@@ -151,6 +151,14 @@ def test_text_describes_itself():
     assert TextSpec(files=("x.txt", "y.jsonl")).describe() == "x.txt y.jsonl"
 
 
+def test_a_recipe_that_is_read_already_takes_overrides_too():
+    loaded = recipe(distill={"stages": [ALIGN]})
+    assert load_recipe(loaded) == loaded
+    assert load_recipe(loaded, ["distill.stages.align.tokens=512"]) == with_stage(tokens=512)
+    with pytest.raises(RecipeError, match=r"recipe mine: unknown key convert\.fast"):
+        load_recipe(loaded, ["convert.fast=true"])
+
+
 def override(*settings: str) -> Recipe:
     return load_recipe("smoke", settings)
 
