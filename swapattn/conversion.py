@@ -15,7 +15,6 @@ from .checkpoint import atomic_folder, new_record
 from .environment import default_device, say
 from .errors import CheckpointError, SourceError, TrainingError, UsageError
 from .recipe import Recipe, load_recipe
-from .stages import CalibrateStage
 
 if TYPE_CHECKING:
     import torch
@@ -182,7 +181,7 @@ def _calibrate(
     tokenizer = tokenizer_in(teacher)
     if tokenizer is None:
         raise CheckpointError("calibration needs a tokenizer, and the model has none")
-    stage = next((s for s in recipe.distill.stages if isinstance(s, CalibrateStage)), CalibrateStage(stage="calibrate"))
+    stage = recipe.distill.calibration
     data = PackedTokens(recipe.distill.text, tokenizer, stage.length, seed=recipe.distill.seed)
     device = default_device()
     try:

@@ -17,7 +17,7 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, mo
 
 from .errors import RecipeError
 from .section import Section
-from .stages import DistillStage, Stage
+from .stages import CalibrateStage, DistillStage, Stage
 from .text import TAGS, Text, TextSpec
 
 SCHEMA_VERSION = 1
@@ -201,6 +201,11 @@ class DistillSpec(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     save_steps: int | None = Field(None, gt=0)
     stages: tuple[Stage, ...] = ()
+
+    @property
+    def calibration(self) -> CalibrateStage:
+        """The first calibrate stage, with all defaults where there is none."""
+        return next((s for s in self.stages if isinstance(s, CalibrateStage)), CalibrateStage(stage="calibrate"))
 
 
 class EvalSpec(Section):

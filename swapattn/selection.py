@@ -34,7 +34,6 @@ from .perplexity import heldout_perplexity
 from .recall import passkey_documents, recall_documents
 from .recipe import KeepSpec, Recipe, load_recipe
 from .score_store import fingerprint
-from .stages import CalibrateStage
 from .surgery import apply_, plan
 
 SCORES, CHART, FRAGMENT = "scores.jsonl", "ranking.png", "keep.yaml"
@@ -268,8 +267,7 @@ def _subject(model: str, recipe: Recipe) -> _Subject:
     positions = tuple(position for position in range(total) if position not in kept)
     converted = not (Path(model) / RECORD).is_file()
     if converted:
-        stages = (s for s in recipe.distill.stages if isinstance(s, CalibrateStage))
-        stage = next(stages, CalibrateStage(stage="calibrate"))
+        stage = recipe.distill.calibration
         calibrate_stage(swapped, stage, PackedTokens(recipe.distill.text, tokenizer, stage.length))
     return _Subject(name, folder, swapped.eval(), tokenizer, positions, kept, teacher, converted)
 
