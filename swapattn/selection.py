@@ -268,7 +268,8 @@ def _subject(model: str, recipe: Recipe) -> _Subject:
     converted = not (Path(model) / RECORD).is_file()
     if converted:
         stage = recipe.distill.calibration
-        calibrate_stage(swapped, stage, PackedTokens(recipe.distill.text, tokenizer, stage.length))
+        data = PackedTokens(recipe.distill.text, tokenizer, stage.length, seed=recipe.distill.seed)
+        calibrate_stage(swapped, stage, data)
     return _Subject(name, folder, swapped.eval(), tokenizer, positions, kept, teacher, converted)
 
 
