@@ -18,7 +18,6 @@ from .checkpoint import REPORT, Checkpoint, find, write_json
 from .environment import default_device, hardware, say, versions
 from .errors import CheckpointError, UsageError
 from .measurement import Extras, Measured, Subject, measure
-from .perplexity import heldout_perplexity
 from .score_store import Store
 from .scores import EvalReport, EvalRow, Perplexity, TaskResult
 from .scoring import Scorer, Settings
@@ -28,8 +27,6 @@ from .wheels import cache_dir
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["evaluate", "heldout_perplexity", "score"]
 
 NO_TASKS = "none"  # in the place of task names: only what is measured beside the tasks
 _TEACHER_SCORES = "teacher-scores"  # in the cache folder

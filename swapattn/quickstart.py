@@ -198,7 +198,8 @@ def _row(
     trained: tuple[int, float] = (0, 0.0),
 ) -> QuickstartRow:
     from .data import heldout_windows
-    from .evaluation import heldout_perplexity, score
+    from .evaluation import score
+    from .perplexity import heldout_perplexity
 
     say(f"scoring: {name}")
     model, tokenizer = loader()

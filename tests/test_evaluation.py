@@ -19,7 +19,8 @@ import pytest
 
 from swapattn import evaluation, measurement, perplexity, score_store, scoring, significance, tasks, thresholds
 from swapattn.errors import CheckpointError, SourceError, SwapattnError, UsageError
-from swapattn.evaluation import evaluate, heldout_perplexity, score
+from swapattn.evaluation import evaluate, score
+from swapattn.perplexity import heldout_perplexity
 from swapattn.scores import EvalReport, EvalRow, Perplexity, TaskResult
 
 

@@ -81,8 +81,8 @@ def test_the_distilled_model_beats_window_and_conversion(lines: Lines, distilled
     from swapattn.attention import only_branch
     from swapattn.checkpoint import read
     from swapattn.data import heldout_windows
-    from swapattn.evaluation import heldout_perplexity
     from swapattn.loading import load, load_teacher
+    from swapattn.perplexity import heldout_perplexity
 
     windows = heldout_windows(distilled[1], count=4)
     teacher, _ = load_teacher(read(lines.folder / "smollm2-135m-swapattn"))
