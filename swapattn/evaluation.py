@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shlex
 import time
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import baselines, thresholds
 from .checkpoint import REPORT, Checkpoint, find, write_json
 from .environment import default_device, hardware, say, versions
-from .errors import CheckpointError, UsageError
+from .errors import CheckpointError, SwapattnError, UsageError
 from .measurement import Extras, Measured, Subject, measure
 from .score_store import Store
 from .scores import EvalReport, EvalRow, Perplexity, TaskResult
@@ -255,18 +254,12 @@ def _check_teacher(found: Checkpoint) -> None:
 
 
 def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+    from .vocabulary import tokenizer_of
 
-    from .modeling import swap_classes
-    from .remote_code import use_own_code
-
-    use_own_code(folder)
     try:
-        # without its classes transformers would ask whether to run the folder's own code
-        block = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("swapattn")
-        if block is not None:
-            swap_classes(block["base_model_type"])
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return tokenizer_of(folder)
+    except SwapattnError:
+        raise
     except Exception as error:  # a damaged file raises what it likes
         raise CheckpointError(f"{folder}: its tokenizer does not load: {' '.join(str(error).split())[:300]}") from error
 

@@ -70,6 +70,20 @@ def load_teacher(
     return model.eval(), tokenizer_in(path)
 
 
+def know(folder: Path) -> None:
+    """Make the model type of a folder known to transformers: by its own code, and as one of ours if it is converted.
+
+    Without that transformers asks whether to trust the code in the folder, or does not know the type.
+
+    Raises:
+        UnsupportedModelError: the type comes with code that nobody allowed to run.
+    """
+    use_own_code(folder)
+    block = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("swapattn")
+    if block is not None:
+        swap_classes(block["base_model_type"])
+
+
 def tokenizer_in(folder: Path) -> Any | None:
     """The tokenizer of a folder whose model type is known; None if it has none, or one that is code of its own."""
     if not (folder / "tokenizer_config.json").is_file():

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from .errors import UsageError
-from .modeling import swap_classes
+from .loading import know
 
 _PROBE = "It's 1,024 naïve tokens —\n\n  def f(x): return x  # 漢字 🙂"
 
@@ -22,20 +22,9 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of a model folder, converted or not."""
-    _know(_config(folder))
+    """The tokenizer of a model folder, converted or not; it has one."""
+    know(folder)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return values
-
-
-def _know(config: dict[str, Any]) -> None:
-    """Make the classes of a converted model known: transformers would ask whether to trust the code of its folder."""
-    if "swapattn" in config:
-        swap_classes(config["swapattn"]["base_model_type"])
 
 
 def check_same_vocabulary(teacher: Path, student: Path) -> None:
@@ -56,8 +45,8 @@ def check_same_vocabulary(teacher: Path, student: Path) -> None:
 
 def logit_count(folder: Path) -> int:
     """Logits that a model of a folder gives for each token, which may be more than its tokenizer has."""
-    values = _config(folder)
+    values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "vocab_size" not in values:  # left to the class, or in a part of the config
-        _know(values)
+        know(folder)
         values = AutoConfig.from_pretrained(folder).get_text_config().to_dict()
     return int(values["vocab_size"])

@@ -112,9 +112,12 @@ def test_allowed_once_it_converts_loads_and_passes(stranger, tiny_teacher, tmp_p
 SWAPATTN = [sys.executable, "-c", "from swapattn.cli import main; main()"]
 LOADING = """
 import sys, torch
+from pathlib import Path
 from safetensors.torch import save_file
 import swapattn
+from swapattn.vocabulary import tokenizer_of
 folder, target, ids = sys.argv[1], sys.argv[2], torch.tensor([eval(sys.argv[3])])
+tokenizer_of(Path(folder))  # which `distill --teacher` and `logits` read before any model
 model, _ = swapattn.load(folder)
 with torch.no_grad():
     save_file({"logits": model(input_ids=ids, use_cache=False).logits.contiguous()}, target)
