@@ -69,7 +69,7 @@ def start_state(
 
 @triton.jit(do_not_specialize=["scale", "length", "segment", "segments", "sequences", "stride_dots_q", "stride_dots_k"])
 def backward_kernel(
-    q, k, v, do, steps_q, steps_do, dq, dk, dv, log_decay, hidden, cu_seqlens, factor, delta, dots_q, dots_k,
+    q, k, v, do, steps_q, steps_do, dq, dk, dv, log_decay, mask, cu_seqlens, factor, delta, dots_q, dots_k,
     entering, entering_sum, behind, behind_sum, first_state, first_sum,
     scale, length, segment, segments, sequences, query_heads, shared, heads,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head,
@@ -104,7 +104,7 @@ def backward_kernel(
     v += row * stride_v_row + pair_head * stride_v_head
     do += row * stride_do_row + own_head * stride_do_head
     log_decay += own if PER_TOKEN else head
-    hidden += row * length
+    mask += row * length
     factor += token
     delta += token
     if DIRECT:
@@ -117,7 +117,7 @@ def backward_kernel(
             rows_of(do, end, stride_do, steps_do, V, C, BV, GROUP, BULK),
             rows_of(v, end, stride_v, steps_do, V, C, BV, 1, BULK),
             rows_of(k, end, stride_k, steps_do, D, C, TD, 1, BULK),
-            dq + token * D, steps_do, steps_q, log_decay, hidden, factor, delta, factor, q,
+            dq + token * D, steps_do, steps_q, log_decay, mask, factor, delta, factor, q,
             dots_q + block.to(tl.int64) * stride_dots_q + (row * query_heads + first) * length,
             state_q, extra_q, start, stop, column_q, scale,
             stride_do, stride_v, stride_k, query_heads * D, heads, query_heads, stride_q, length, stop,
@@ -143,7 +143,7 @@ def backward_kernel(
             rows_of(tl.where(is_k, do, q), end, stride_b, steps_in, D, C, BD, GROUP, BULK),
             rows_of(tl.where(is_k, q, do), end, stride_c, steps_other, D, C, TD, GROUP, BULK),
             tl.where(is_k, dk, dv) + own * D, steps_in, steps_other,
-            log_decay, hidden, factor, delta, factor, k, dots_k + block.to(tl.int64) * stride_dots_k + states_k,
+            log_decay, mask, factor, delta, factor, k, dots_k + block.to(tl.int64) * stride_dots_k + states_k,
             state, 0.0, start, stop, column, scale,
             stride_a, stride_b, stride_c, heads * D, heads, query_heads, stride_k, 0,
             tl.where(is_k, stop, start),
@@ -164,7 +164,7 @@ def backward_kernel(
             rows_of(do, end, stride_do, steps_do, V, C, BV, GROUP, BULK),
             rows_of(q, end, stride_q, steps_q, D, C, TD, GROUP, BULK),
             dk + own * D, steps_do, steps_q,
-            log_decay, hidden, factor, delta, factor, k, dots_k + block.to(tl.int64) * stride_dots_k + states_k,
+            log_decay, mask, factor, delta, factor, k, dots_k + block.to(tl.int64) * stride_dots_k + states_k,
             state_k, extra_k, start, stop, column_k, scale,
             stride_v, stride_do, stride_q, heads * D, heads, query_heads, stride_k, 0, stop,
             stride_do_head, stride_q_head, 0,
@@ -181,7 +181,7 @@ def backward_kernel(
             rows_of(k, end, stride_k, steps_q, D, C, BD, 1, BULK),
             rows_of(q, end, stride_q, steps_q, D, C, BD, GROUP, BULK),
             rows_of(do, end, stride_do, steps_do, V, C, TV, GROUP, BULK),
-            dv + own * V, steps_q, steps_do, log_decay, hidden, factor, delta, factor, k, dots_k,
+            dv + own * V, steps_q, steps_do, log_decay, mask, factor, delta, factor, k, dots_k,
             state_v, extra_v, start, stop, column_v, scale,
             stride_k, stride_q, stride_do, heads * V, heads, query_heads, 0, 0, start,
             stride_q_head, stride_do_head, 0,

@@ -22,7 +22,7 @@ except ImportError as error:
 
 @triton.jit(do_not_specialize=["length", "stride_q", "stride_k"])
 def decay_kernel(
-    dots_q, dots_k, at_end, hidden, cu_seqlens, total, length, heads, stride_q, stride_k,
+    dots_q, dots_k, at_end, mask, cu_seqlens, total, length, heads, stride_q, stride_k,
     PARTS_Q: tl.constexpr, PARTS_K: tl.constexpr, GROUP: tl.constexpr, ENDED: tl.constexpr, MASKED: tl.constexpr,
     PACKED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def decay_kernel(
         found = tl.cumsum(given, 0, reverse=True) + behind
         behind += tl.sum(given, 0)
         if MASKED:
-            found = tl.where(tl.load(hidden + row * length + token, mask=ok, other=0) != 0, found, 0.0)
+            found = tl.where(tl.load(mask + row * length + token, mask=ok, other=0) != 0, found, 0.0)
         tl.store(total + (row * length + token) * heads + head, found.to(tl.float32), mask=ok)
 
 

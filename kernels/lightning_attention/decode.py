@@ -55,7 +55,7 @@ _SIZES = ["scale", "length", "heads", "shared", "states", "stride_decay_row", "s
 
 @triton.jit(do_not_specialize=_SIZES)
 def step_kernel(
-    q, k, v, o, log_sum, log_decay, state, sums, slots, hidden, scale, length, heads, shared, states,
+    q, k, v, o, log_sum, log_decay, state, sums, slots, mask, scale, length, heads, shared, states,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
     stride_decay_row, stride_decay, stride_slot, stride_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr,
@@ -88,7 +88,7 @@ def step_kernel(
         t = tl.cast(step, tl.int64)
         real = used
         if MASKED:
-            real = real & (tl.load(hidden + row * length + t) != 0)
+            real = real & (tl.load(mask + row * length + t) != 0)
         fade = tl.exp(tl.load(log_decay + row * stride_decay_row + t * stride_decay + head).to(tl.float32))
         fade = tl.where(real, fade, 1.0)
         some = dims < tl.where(real, D, 0)
@@ -178,8 +178,8 @@ def lightning_attention_step_kernel(
     """`lightning_attention_step` by one kernel, o and ln z or nothing; arguments checked, `step_possible`."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    hidden = None if mask is None else mask.contiguous().to(torch.uint8)
+    mask = None if mask is None else mask.contiguous().to(torch.uint8)
     held = log_decay if log_decay.stride(-1) == 1 else log_decay.contiguous()
     slots = None if slots is None else slots.contiguous()
-    results: tuple[Tensor, Tensor] = _step(q, k, v, held, state, sums, scale, slots, hidden, log_sum)
+    results: tuple[Tensor, Tensor] = _step(q, k, v, held, state, sums, scale, slots, mask, log_sum)
     return results

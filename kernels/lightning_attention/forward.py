@@ -27,7 +27,7 @@ Pair = tuple[Tensor | None, Tensor | None]  # a state and its sum state
 
 @triton.jit(do_not_specialize=["scale", "length", "segment", "segments", "sequences"])
 def forward_kernel(
-    q, k, v, steps, o, log_decay, hidden, cu_seqlens, sums, entering, entering_sum, final, final_sum,
+    q, k, v, steps, o, log_decay, mask, cu_seqlens, sums, entering, entering_sum, final, final_sum,
     scale, length, segment, segments, sequences, query_heads, shared, heads,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
@@ -60,7 +60,7 @@ def forward_kernel(
     v = rows_of(v + row * stride_v_row + pair_head * stride_v_head, end, stride_v, steps, V, C, BV, 1, BULK)
     state, extra = sweep(
         q, k, v, o + (row * length * query_heads + first) * V, steps, steps,
-        log_decay + row * length * heads * PER_TOKEN + head, hidden + row * length,
+        log_decay + row * length * heads * PER_TOKEN + head, mask + row * length,
         sums, sums, sums + vectors, q, sums,
         state, extra, start, stop, column, scale,
         stride_q, stride_k, stride_v, query_heads * V, heads, query_heads, 0, 0, start,

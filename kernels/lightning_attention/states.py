@@ -23,7 +23,7 @@ except ImportError as error:
 
 @triton.jit(do_not_specialize=["scale", "length", "segment", "segments", "sequences"])
 def segment_kernel(
-    x, y, steps_x, steps_y, log_decay, hidden, cu_seqlens, factor, delta, states, extras, totals,
+    x, y, steps_x, steps_y, log_decay, mask, cu_seqlens, factor, delta, states, extras, totals,
     scale, length, segment, segments, sequences, heads, shared, query_heads,
     stride_x_row, stride_x, stride_x_head, stride_y_row, stride_y, stride_y_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
@@ -50,7 +50,7 @@ def segment_kernel(
     rows_x = rows_of(x, end, stride_x, steps_x, D, C, BD, GROUP, BULK)
     rows_y = rows_of(y, end, stride_y, steps_y, V, C, BV, GROUP, BULK)
     log_decay += wide_row * length * heads * PER_TOKEN + head
-    hidden += wide_row * length
+    mask += wide_row * length
     state = tl.zeros([BD, BV], tl.float32)
     extra = tl.zeros([BD], tl.float32)
     running = 0.0
@@ -58,7 +58,7 @@ def segment_kernel(
     for n in range(0, chunks):
         begin = start + (chunks - 1 - n) * C if REVERSE else start + n * C
         inclusive, total, real = running_decay(
-            log_decay, hidden, begin, step, begin + step < stop, heads, PER_TOKEN, MASKED
+            log_decay, mask, begin, step, begin + step < stop, heads, PER_TOKEN, MASKED
         )
         weight = tl.exp2(inclusive) * scale if REVERSE else tl.exp2(tl.minimum(total - inclusive, 0.0))
         state = state * tl.exp2(total)

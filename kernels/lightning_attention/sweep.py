@@ -126,23 +126,24 @@ def decays_of(log_decay, begin, step, ok, stride):
 
 
 @triton.jit
-def running_decay(log_decay, hidden, begin, step, ok, stride, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr):
+def running_decay(log_decay, mask, begin, step, ok, stride, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr):
     """Running sum of log2 decays over a chunk, its total, and which tokens are real.
 
-    `log_decay` points at a number for the head, or at that of the row's first token; `hidden` at the row's mask.
+    `log_decay` points at a number for the head, or at that of the row's first token; `mask` at the row's, not 0 for
+    real tokens.
     """
     if PER_TOKEN:
         given = decays_of(log_decay, begin, step, ok, stride)
     else:
         given = tl.load(log_decay)
-    return summed_decay(given, hidden, begin, step, ok, MASKED)
+    return summed_decay(given, mask, begin, step, ok, MASKED)
 
 
 @triton.jit
-def summed_decay(given, hidden, begin, step, ok, MASKED: tl.constexpr):
+def summed_decay(given, mask, begin, step, ok, MASKED: tl.constexpr):
     """As `running_decay`, of log decays that have been read: one for each token or for all."""
     if MASKED:
-        ok = ok & (tl.load(hidden + begin + step, mask=ok, other=0) != 0)
+        ok = ok & (tl.load(mask + begin + step, mask=ok, other=0) != 0)
     rate = tl.where(ok, log2_decay(given), 0.0)
     return tl.cumsum(rate, 0), tl.sum(rate, 0), ok
 
@@ -176,7 +177,7 @@ def through_state(x, state, PRECISION: tl.constexpr):
 def sweep(
     a, b, c, out,  # at the first token of the row and at their first head; a, b, c from rows_of
     steps_in, steps_other,  # as group_in and group_other, in rows and columns
-    log_decay, hidden, factor, delta, sums, other, dots,
+    log_decay, mask, factor, delta, sums, other, dots,
     state, extra, start, stop, column, scale,
     stride_a, stride_b, stride_c, stride_out, stride_decay, stride_head, stride_other, stride_dots, counted,
     group_in, group_other, group_out,  # from one query head to the next: operand(s), second operand, out
@@ -222,7 +223,7 @@ def sweep(
                     early = begin + C
                 known = (early + step >= start) & (early + step < stop)
                 coming = decays_of(log_decay, early, step, known, stride_decay)
-            inclusive, total, real = summed_decay(given_decay, hidden, begin, step, ok, MASKED)
+            inclusive, total, real = summed_decay(given_decay, mask, begin, step, ok, MASKED)
         else:
             total = rate * tl.minimum(stop - begin, C)
         if KIND >= GRAD_K:
