@@ -9,7 +9,7 @@ import torch
 
 SMALLEST_SEGMENT = 256
 LONGEST_UNCUT = 4096  # up to here three launches cost more than idle multiprocessors
-LARGEST_CHUNK = 128
+LARGEST_TILE = 128  # tokens
 
 
 class SweepConfig(NamedTuple):

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .backward import backward
 from .forward import forward
-from .launch import LARGEST_CHUNK
-from .shape import shape_of
+from .shape import addressable, shape_of
 
 Maybe = Tensor | None
 # Of this copy of the file: the one that travels with a checkpoint may be loaded beside the installed one.
@@ -173,8 +172,8 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         if behind_sum is not None:
             at_end = at_end + (final_sum * behind_sum).sum(2)
     dq, dk, dv, state, sums, decay = _backward(
-        q, k, v, _rows(do.to(v.dtype)), log_decay, ctx.scale, entering, entering_sum, behind, behind_sum, o, inverse,
-        cu_seqlens, mask, ctx.segment, ctx.started, ctx.needs_input_grad[3], at_end,
+        q, k, v, addressable(do.to(v.dtype)), log_decay, ctx.scale, entering, entering_sum, behind, behind_sum, o,
+        inverse, cu_seqlens, mask, ctx.segment, ctx.started, ctx.needs_input_grad[3], at_end,
         None if d_inverse is None else d_inverse.contiguous(),
     )  # fmt: skip
     if not ctx.needs_input_grad[3]:
@@ -214,7 +213,7 @@ def lightning_attention_kernel(
     factor = 1.0 if normalize else q.shape[-1] ** -0.5 if scale is None else float(scale)
     state, sums = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
     kept = [None if x is None else x.float().contiguous() for x in (state, sums)]
-    q, k, w = (_rows(x.to(dtype)) for x in (q, k, v))
+    q, k, w = (addressable(x.to(dtype)) for x in (q, k, v))
     results = _forward(
         q, k, w, log_decay.float().contiguous(), factor, kept[0], kept[1], output_final_state, cu_seqlens,
         None if mask is None else mask.contiguous().to(torch.uint8), normalize, segment or 0,
@@ -223,8 +222,3 @@ def lightning_attention_kernel(
     if output_final_state:
         final = (results[2], results[3]) if normalize else results[2]
     return results[0].to(v.dtype), final, *([-results[1].log()] if return_log_sum else [])
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Contiguous in the last dimension, and the offsets within a chunk fit 32 bits."""
-    return x if x.stride(-1) == 1 and x.stride(1) < 2**31 // LARGEST_CHUNK else x.contiguous()

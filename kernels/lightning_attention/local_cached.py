@@ -16,9 +16,10 @@ try:  # in a try block: transformers demands what the files of a checkpoint impo
 except ImportError as error:
     raise ImportError("the kernels of local_attention need triton") from error
 
-from .local_kernels import LN_2, LOG2_E, load_features, softmax_step, store_features
-from .local_op import LocalConfig, addressable, promoted, sizes
-from .shape import padded
+from .local_kernels import LN_2, load_features, softmax_step, store_features
+from .local_op import LocalConfig, promoted, sizes
+from .shape import addressable, padded
+from .sweep import LOG2E
 
 _NAMESPACE = re.sub(r"\W", "_", __name__)  # as in `local_op`
 
@@ -44,7 +45,7 @@ def cached_kernel(
     dims, columns = tl.arange(0, BD), tl.arange(0, BV)
     there = row * stride_q_row + token.to(tl.int64) * stride_q + query_head * stride_q_head
     queries = load_features(q, there, real, dims, D, BD)
-    factor = scale * LOG2_E
+    factor = scale * LOG2E
     acc = tl.zeros([BM, BV], tl.float32)
     top, weight = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     for slot in range(0, slots, BN):

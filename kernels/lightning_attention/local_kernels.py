@@ -24,10 +24,9 @@ try:  # in a try block: transformers demands what the files of a checkpoint impo
 except ImportError as error:
     raise ImportError("the kernels of local_attention need triton") from error
 
-from .sweep import load_rows, store_rows
+from .sweep import LOG2E, load_rows, store_rows
 
 NOWHERE = tl.constexpr(2147483647)  # `begin` of a number that no token has: no key is seen from there
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -151,7 +150,7 @@ def _at(index, valid, place, row, length, LSE: tl.constexpr, PLACED: tl.constexp
 def _log_weight(log_sum, i, real, place, head, row, length, tokens, PLACED: tl.constexpr):
     """Logarithm of the other attention's weight, in base 2; where it has none its output may be anything."""
     there = head * tokens + _at(i, real, place, row, length, True, PLACED)
-    return tl.load(log_sum + there, mask=real, other=float("-inf")) * LOG2_E
+    return tl.load(log_sum + there, mask=real, other=float("-inf")) * LOG2E
 
 
 @triton.jit
@@ -196,7 +195,7 @@ def forward_kernel(
     shared = head // group
     low, high = tl.maximum(first_token - window + 1, first), tl.minimum(first_token + BM, count)
     queries = _tile(q, first_token, i, real, place, row, head, length, strides_q, dims, D, BD, PLACED)
-    factor = scale * LOG2_E
+    factor = scale * LOG2E
     acc = tl.zeros([BM, BV], tl.float32)
     top, weight = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     if MERGE:  # ahead of the loop, so that the tile behind it need not wait for two reads
@@ -261,7 +260,7 @@ def row_kernel(
     there = head * tokens + _at(i, real, place, row, length, LSE, PLACED)
     weight = tl.load(lse + there, mask=real, other=0.0)
     if LSE:
-        weight *= LOG2_E
+        weight *= LOG2E
     if DLSE:
         delta -= tl.load(dlse + there, mask=real, other=0.0)
     here = sums + head * tokens + row * length + i
@@ -299,7 +298,7 @@ def _key_side(
     reach = _reach(j, begin, total, window, sinks, BM, STREAM, SINKS)
     high = tl.minimum(tl.max(tl.where(real, reach, 0), 0), count)
     acc_k, acc_v = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BV], tl.float32)
-    factor = scale * LOG2_E
+    factor = scale * LOG2E
     group, steps = query_heads // shared, tl.cdiv(high - first_token, BN)
     for n in range(0, group * steps):
         query_head, query = head * group + n // steps, first_token + n % steps * BN
@@ -360,7 +359,7 @@ def _query_side(
     own = sums + head * tokens + row * length + i
     weight = tl.load(own, mask=real, other=0.0)
     delta = tl.load(own + tl.cast(query_heads, tl.int64) * tokens, mask=real, other=0.0)
-    factor = scale * LOG2_E
+    factor = scale * LOG2E
     acc = tl.zeros([BM, BD], tl.float32)
     low, high = tl.maximum(first_token - window + 1, first), tl.minimum(first_token + BM, count)
     if SINKS:  # read ahead of the loop, seen after it, so that none waits for another

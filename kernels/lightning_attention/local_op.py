@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from .bulk import TensorDescriptor, bulk_tensors
 from .launch import has_bulk_copies
 from .local_kernels import NOWHERE, backward_kernel, forward_kernel, row_kernel, sink_kernel
-from .shape import padded
+from .shape import addressable, padded, precision
 
-LARGEST_BLOCK = 128
 ROW_BLOCK = 32  # tokens of a program of `row_kernel`
 SMALLEST_BULK = 2**25  # elements; of less the host takes longer for descriptors than a kernel runs
 _Maybe = Tensor | None
@@ -108,8 +107,8 @@ def _constants(q: Tensor, v: Tensor, config: LocalConfig, begin: _Maybe, place: 
 def sizes(q: Tensor, v: Tensor) -> dict[str, Any]:
     """Constants of every kernel."""
     dim, value_dim = q.shape[3], v.shape[3]
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"  # of dots of fp32, the only ones that it concerns
-    return {"D": dim, "V": value_dim, "BD": padded(dim), "BV": padded(value_dim), "PRECISION": precision}
+    widths = {"BD": padded(dim), "BV": padded(value_dim)}
+    return {"D": dim, "V": value_dim, **widths, "PRECISION": precision(q.dtype)}
 
 
 def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
@@ -336,11 +335,6 @@ def _differentiate_merged(ctx: Any, do: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 
 _merged.register_autograd(_differentiate_merged, setup_context=_keep_merged)
-
-
-def addressable(x: Tensor) -> Tensor:
-    """Contiguous in the last dimension, and the offsets within a block fit 32 bits."""
-    return x if x.stride(-1) == 1 and x.stride(1) < 2**31 // LARGEST_BLOCK else x.contiguous()
 
 
 def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import can_narrow, processors, segment_length, sweep_config
+from .launch import LARGEST_TILE, can_narrow, processors, segment_length, sweep_config
 
 
 class Shape(NamedTuple):
@@ -83,7 +83,7 @@ def shape_of(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """`input_precision` of a dot: exact for fp32; for fp16 only the state is multiplied in fp32, tf32 is as fine."""
+    """`input_precision` of a dot: exact for fp32; of half types only states are multiplied in fp32, tf32 is as fine."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
@@ -103,3 +103,8 @@ def _paired(group: int, normalize: bool) -> int:
 def padded(size: int) -> int:
     """Tile size of a feature dimension: a power of 2, at least 16."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def addressable(x: Tensor) -> Tensor:
+    """`[B, T, ...]` contiguous in the last dimension, and such that offsets within a tile of tokens fit 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**31 // LARGEST_TILE else x.contiguous()
