@@ -15,9 +15,11 @@ from torch.nn import functional as F
 class Identity(nn.Module):
     """φ(x) = x (HALO, arXiv 2601.22156; Lightning Attention-2 without activation). `[B, T, H, D] -> [B, T, H, D]`."""
 
+    expansion = 1  # features of each dimension
+
     def __init__(self, heads: int, dim: int) -> None:
         super().__init__()
-        self.out_dim = dim
+        self.out_dim = self.expansion * dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x unchanged."""
@@ -75,11 +77,12 @@ class Hedgehog(nn.Module):
     `[B, T, H, D] -> [B, T, H, 2D]`. W starts as `gain` times the identity; the gain sharpens the features.
     """
 
+    expansion = 2
     gain = 2.0
 
     def __init__(self, heads: int, dim: int) -> None:
         super().__init__()
-        self.out_dim = 2 * dim
+        self.out_dim = self.expansion * dim
         self.weight = nn.Parameter(torch.eye(dim).mul(self.gain).repeat(heads, 1, 1))
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
@@ -118,9 +121,11 @@ class T2R(nn.Module):
     `[B, T, H, D] -> [B, T, H, D]`. W starts as the identity and b as 0, so that the map starts as ReLU.
     """
 
+    expansion = 1
+
     def __init__(self, heads: int, dim: int) -> None:
         super().__init__()
-        self.out_dim = dim
+        self.out_dim = self.expansion * dim
         self.weight = nn.Parameter(torch.eye(dim).repeat(heads, 1, 1))
         self.bias = nn.Parameter(torch.zeros(heads, dim))
 

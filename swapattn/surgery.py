@@ -25,6 +25,7 @@ from .audit import quadratic_sites, run_without_values
 from .cache import CACHE, adopt
 from .decay import decay_slopes
 from .errors import RecipeError, UnsupportedModelError
+from .feature_map import FEATURE_MAPS
 from .inputs import NoRotary, drop_rotary, layer_inputs
 from .modeling import SCHEMA_VERSION, GeneratesMixin, attach, code_reference, generating
 from .recipe import ConvertSpec, KeepSpec
@@ -103,7 +104,7 @@ class SwapPlan:
         total, slopes = 0, self.slopes()
         for site in self.swap:
             states = slopes[site.path].numel()
-            features = site.head_dim * (2 if self.spec.feature_map.startswith("hedgehog") else 1)
+            features = site.head_dim * FEATURE_MAPS[self.spec.feature_map].expansion
             total += 4 * states * features * (site.value_dim + (self.spec.normalizer == "sum"))
             if self.spec.local:
                 slots = self.spec.local.window + self.spec.local.sinks + 1
