@@ -24,7 +24,7 @@ from .optimizer import build_optimizer, build_scheduler, trainable_parameters
 from .progress import StageProgress, StepFigures
 from .replay import Inputs, Replay
 from .reporting import Reporting
-from .sharding import as_shard_of, gathered, is_sharded, shard_, shard_frozen_, whole_state_
+from .sharding import as_shard_of, gathered, is_sharded, shard_, shard_frozen_, whole, whole_state_
 from .stages import AlignStage, CalibrateStage, DistillStage, TrainStage, stage_title
 from .stopping import deferring
 
@@ -145,8 +145,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         """
         loss = processes.mean(torch.stack(self._losses).mean())
         self._losses.clear()
-        norm = loss.new_zeros(()) if self._norm is None else self._norm
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded parameters
+        norm = loss.new_zeros(()) if self._norm is None else whole(self._norm)
         figures = torch.stack((loss, norm.to(loss)))
         if figures.is_cuda:
             optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
