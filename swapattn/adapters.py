@@ -37,7 +37,8 @@ class _Adapted(nn.Module):
 
     def observed(self) -> bool:
         """Whether the layer is to compute the teacher's softmax."""
-        return getattr(self.swap, "observer", None) is not None if hasattr(self, "swap") else False
+        swap = getattr(self, "swap", None)
+        return swap is not None and swap.observer is not None
 
 
 class _Inner(_Adapted):
