@@ -65,6 +65,9 @@ ALIASES: dict[str, ModelAlias] = {row.alias: row for row in _ALIAS_ROWS}
 CARRIED: dict[str, CarriedWheel] = {"smollm2-135m": SMOLLM2_WHEEL}
 
 
+_GGUF_VERSION = 2  # of what is made of such a file; 2: its special tokens are those that it names
+
+
 @dataclass(frozen=True)
 class Source:
     """What a model argument means.
@@ -327,7 +330,7 @@ def _from_wheel(source: Source, wheel: CarriedWheel) -> Teacher:
 
 def _from_gguf(source: Source, file: Path) -> Teacher:
     digest = sha256_of(file)
-    folder = cache_dir() / "teachers" / f"gguf-{digest[:16]}"
+    folder = cache_dir() / "teachers" / f"gguf{_GGUF_VERSION}-{digest[:16]}"
     if not folder.is_dir():
         say(f"dequantising {file.name} once into {folder}")
         with new_folder(folder) as unfinished:
@@ -358,6 +361,7 @@ def _dequantise(file: Path, target: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        _set_special_tokens(tokenizer, file)
     except (ValueError, KeyError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SourceError(f"{file.name}: transformers cannot read this GGUF file: {reason}") from error
@@ -366,6 +370,18 @@ def _dequantise(file: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
     for path in target.iterdir():
         path.chmod(0o644)  # safetensors writes 0600
+
+
+def _set_special_tokens(tokenizer: Any, file: Path) -> None:
+    """Those that the file names: transformers 5.17 takes the token that begins a text for the one that ends it."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    for name, stored in names.items():
+        field = reader.get_field(f"tokenizer.ggml.{stored}_token_id")
+        if field is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
 
 
 def _gguf_note(file: Path) -> str:

@@ -316,6 +316,28 @@ def write_tiny_gguf(path: Path, model: Any) -> None:
     writer.close()
 
 
+def test_special_tokens_are_those_that_a_gguf_names(
+    tmp_path: Path, tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    monkeypatch.setenv("SWAPATTN_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "Tiny.Q8_0.gguf"
+    write_tiny_gguf(file, tiny_llama(num_hidden_layers=1))
+    original = AutoTokenizer.from_pretrained
+
+    def mistaken(*args: Any, **kwargs: Any) -> Any:  # as transformers 5.17 is
+        tokenizer = original(*args, **kwargs)
+        tokenizer.eos_token, tokenizer.pad_token = "t0", None
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", mistaken)
+    folder = materialize(resolve(str(file))).path
+    monkeypatch.undo()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<eos>", "<pad>")
+
+
 def test_gguf_becomes_an_ordinary_folder(
     tmp_path: Path, tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,7 +352,7 @@ def test_gguf_becomes_an_ordinary_folder(
     assert (source.kind, source.name, source.note) == ("gguf", "tiny.q8_0", "8-bit GGUF, dequantised")
     teacher = materialize(source)
     assert teacher.note == "8-bit GGUF, dequantised"
-    assert teacher.path.name == f"gguf-{sha256_of(file)[:16]}"
+    assert teacher.path.name == f"gguf2-{sha256_of(file)[:16]}"
     config = json.loads((teacher.path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert "quantization_config" not in config
