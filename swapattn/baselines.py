@@ -13,12 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .cells import aligned, number, p_value, share, with_error
 from .checkpoint import Checkpoint
 from .environment import say
 from .errors import UsageError
 from .measurement import Measured, Subject
-from .positions import aligned, number, with_error
-from .scores import EvalRow, mean_kept, p_value, share
+from .scores import EvalRow, mean_kept
 from .significance import compare, error_of_share
 from .tasks import Unit
 

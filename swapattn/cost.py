@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cache import CACHE
+from .cells import aligned
 from .environment import hardware
 from .errors import UsageError
-from .positions import aligned
 
 CPU_LENGTH = 1024  # longer contexts take minutes on a CPU
 _CHUNK = 2048  # tokens a forward pass of the prefill, so that activations and logits stay bounded

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import sources
+from .cells import aligned
 from .errors import SwapattnError, UnsupportedModelError
 from .graph import LENGTH, GraphSite, Tracer, attention_in, trace
 from .recipe import Recipe, load_recipe
@@ -59,8 +60,6 @@ class Inspection:
             else:
                 groups.append([pair])
         lines += [_row(group) for group in groups]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         kinds = [kind for kind in ("swap", "keep", "untouched", "refused") if kind in self.actions]
         counts = ", ".join(f"{self.actions.count(kind)} {kind}" for kind in kinds)
         how = f"traced with {self.tracer}" if self.tracer else "not traced"
@@ -68,7 +67,11 @@ class Inspection:
         end = [f"torch.export failed: {self.fallback}"] if self.fallback else []
         end += [f"refused: {self.refusal}"] if self.refusal else []
         end += [f"note: {note}" for note in self.notes]
-        return "\n\n".join("\n".join(part) for part in ([head], text if self.sites else [], end) if part)
+        return "\n\n".join(
+            "\n".join(part)
+            for part in ([head], [aligned(lines, left=len(lines[0]))] if self.sites else [], end)
+            if part
+        )
 
 
 def _alike(a: tuple[GraphSite, str], b: tuple[GraphSite, str]) -> bool:

@@ -1,4 +1,4 @@
-"""Perplexity by position in the text, and what probes of a model share: chunked forward passes, errors, tables."""
+"""Perplexity by position in the text, and what probes of a model share: chunked forward passes, errors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cache import CACHE
+from .cells import aligned, number, with_error
 from .data import heldout_windows, open_text
 from .errors import SourceError, UsageError
 
@@ -133,13 +134,6 @@ def perplexity_table(compared: Mapping[str, Any]) -> str:
         cells = (f"{own['tokens']:,}", number(row["teacher"], 2), number(row["student"], 2), number(row["ratio"]))
         rows.append((f"  positions {row['start']:,}-{row['end'] - 1:,} of {student['long_window']:,}", *cells))
     return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines, the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def device_of(model: Any) -> torch.device:
@@ -269,16 +263,6 @@ def _bin_ratio(row: Mapping[str, Any]) -> dict[str, Any]:
     student, teacher = row["student"]["perplexity"], (row["teacher"] or {}).get("perplexity")
     ratio = student / teacher if student is not None and teacher else None
     return {"start": row["start"], "end": row["end"], "student": student, "teacher": teacher, "ratio": ratio}
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A cell: "-" for None."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def with_error(value: float | None, error: float | None) -> str:
-    """A cell: value and standard error."""
-    return number(value) + (f" ±{error:.3f}" if error is not None else "")
 
 
 def _perplexity_cells(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> tuple[str, ...]:

@@ -16,17 +16,16 @@ import torch
 from tqdm import tqdm
 
 from .cache import CACHE
+from .cells import aligned, number, with_error
 from .data import heldout_windows
 from .errors import UsageError
 from .positions import (
     LONGEST,
-    aligned,
     compare_perplexity,
     device_of,
     finite,
     mean_and_error,
     measuring,
-    number,
     perplexity_of_file,
     perplexity_of_text,
     perplexity_table,
@@ -34,7 +33,6 @@ from .positions import (
     share_and_error,
     side_by_side,
     windows_of,
-    with_error,
 )
 from .recall import Document, beginning, encode, largest, note, passkey, predict, recall
 

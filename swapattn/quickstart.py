@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .cells import with_error
 from .checkpoint import QUICKSTART, atomic_folder, read, write_json
 from .environment import default_device, hardware, say, versions
 from .scores import Perplexity, TaskResult, kept_share
@@ -107,9 +108,7 @@ class QuickstartResult:
 
 
 def _task_cell(result: TaskResult | None) -> str:
-    if result is None:
-        return "-"
-    return f"{result.value:.3f} ±{result.stderr:.3f}" if result.stderr is not None else f"{result.value:.3f}"
+    return with_error(result.value, result.stderr) if result is not None else "-"
 
 
 def quickstart(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -214,89 +214,9 @@ class EvalReport:
 
     def to_table(self) -> str:
         """The report as plain text, about 130 columns wide."""
-        lines: list[tuple[str, ...]] = [
-            (
-                "task",
-                "metric",
-                "docs",
-                "shots",
-                "chance",
-                "teacher",
-                self.kind,
-                "difference",
-                "95 % interval",
-                "p",
-                "kept",
-            )
-        ]
-        lines += [_cells(row) for row in self.rows]
-        if len(self.rows) > 1:
-            lines.append(self._mean_cells())
-        used = [column for column in range(len(lines[0])) if any(line[column] not in ("", "-") for line in lines[1:])]
-        widths = {column: max(len(line[column]) for line in lines) for column in used}
-        body = ["  ".join(_aligned(line, widths)).rstrip() for line in lines]
-        return "\n".join([self.checkpoint, *body, "", *self._extras(), *self._footer()])
+        from .eval_table import eval_table  # which imports what makes the tables beside it
 
-    def _mean_cells(self) -> tuple[str, ...]:
-        """The last line: the mean figure where all are accuracies, and the mean kept share."""
-        count = len(self.rows)
-        if not all(row.student.metric.startswith("acc") for row in self.rows):
-            return ("mean", "", "", "", "", "-", "-", "-", "", "", share(*mean_kept(self.rows)))
-        student = sum(row.student.value for row in self.rows) / count
-        teachers = [row.teacher.value for row in self.rows if row.teacher is not None]
-        teacher = sum(teachers) / count if len(teachers) == count else None
-        difference = None if teacher is None else student - teacher
-        figures = (_number(teacher), f"{student:.3f}", _signed(difference))
-        return ("mean", "", "", "", "", *figures, "", "", share(*mean_kept(self.rows)))
-
-    def _extras(self) -> list[str]:
-        """The tables of what was measured beside the tasks, each followed by an empty line."""
-        lines = [
-            f"held-out perplexity, {name}: {p.value:.2f} on {p.tokens:,} tokens" for name, p in self.perplexity.items()
-        ]
-        if self.text_perplexity is not None:
-            from .probes import perplexity_table
-
-            lines += [perplexity_table(dict(self.text_perplexity)), ""]
-        if self.probes is not None:
-            from .probes import to_table
-
-            lines += [to_table(dict(self.probes)), ""]
-        if self.baselines is not None:
-            from .baselines import to_table as baseline_table
-
-            lines += [baseline_table(self.baselines), ""]
-        if self.cost is not None:
-            from .cost import to_table as cost_table
-
-            lines += [cost_table(self.cost["student"], self.cost["teacher"]), ""]
-        return lines
-
-    def _footer(self) -> list[str]:
-        note = f" ({self.note})" if self.note else ""
-        lines = [f"warning: {text}" for text in self.warnings]
-        lines += [f"metrics: {text}" for text in self._reasons()]
-        lines += [f"p: {text}" for text in self._tests()]
-        cached = [row.teacher.task for row in self.rows if row.teacher is not None and row.teacher.cached]
-        lines += [f"teacher: {self.teacher}{note}" + (f"; from the cache: {', '.join(cached)}" if cached else "")]
-        lines += [f"data: {self.data}" + (f"; the first {self.limit} documents of each" if self.limit else "")]
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return [*lines, f"{self.hardware}; {versions}; {self.seconds:.0f} s"]
-
-    def _reasons(self) -> list[str]:
-        tasks: dict[str, list[str]] = {}
-        for row in self.rows:
-            if row.student.why:
-                tasks.setdefault(row.student.why, []).append(row.student.task)
-        return [f"{why}: {', '.join(names)}" for why, names in tasks.items()]
-
-    def _tests(self) -> list[str]:
-        used = {row.significance.test for row in self.rows if row.significance is not None}
-        texts = {
-            "mcnemar": "McNemar's exact test on the documents that only one of the two has right",
-            "bootstrap": "paired bootstrap over the documents",
-        }
-        return [text for test, text in texts.items() if test in used]
+        return eval_table(self)
 
 
 def _finite(value: Any) -> Any:
@@ -306,49 +226,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cells(row: EvalRow) -> tuple[str, ...]:
-    student, teacher, significance = row.student, row.teacher, row.significance
-    return (
-        student.task,
-        student.metric,
-        f"{student.documents:,}",
-        str(student.num_fewshot),
-        "-" if student.chance is None else f"{student.chance:.2f}",
-        "-" if teacher is None else _with_error(teacher),
-        _with_error(student),
-        _signed(row.difference),
-        "-" if significance is None else f"{significance.low:+.3f} … {significance.high:+.3f}",
-        "-" if significance is None else p_value(significance.p_value),
-        share(row.kept, row.kept_stderr),
-    )
-
-
-def _aligned(cells: Sequence[str], widths: Mapping[int, int]) -> list[str]:
-    return [cells[i].ljust(width) if i < 2 else cells[i].rjust(width) for i, width in widths.items()]
-
-
-def _with_error(result: TaskResult) -> str:
-    return f"{result.value:.3f}" + (f" ±{result.stderr:.3f}" if result.stderr is not None else "")
-
-
-def p_value(value: float) -> str:
-    """A cell: very small ones only as an upper bound."""
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}"
-
-
-def share(value: float | None, error: float | None) -> str:
-    """A cell: a share and its error, with a figure behind the point only where the error does not hide it."""
-    if value is None:
-        return "-"
-    digits = 1 if error is not None and error < 0.01 else 0
-    return f"{value:.{digits}%}" + (f" ±{error:.{digits}%}" if error is not None else "")

@@ -42,7 +42,19 @@ LAYERS = (
         "tasks",
         "checkpoint",
     }
-    | {"audit", "training", "objectives", "shards", "scores", "probes", "recall", "positions", "cost", "peak"}
+    | {
+        "audit",
+        "training",
+        "objectives",
+        "shards",
+        "scores",
+        "eval_table",
+        "probes",
+        "recall",
+        "positions",
+        "cost",
+        "peak",
+    }
     | {"rotary_check", "loss_kernel", "compilation", "replay"}
     | {"optimizer", "lora", "sharding", "logits", "vocabulary"}
     | {"processes", "progress", "reporting", "resumption", "stopping"}
@@ -60,7 +72,7 @@ LAYERS = (
     }
     | {"streaming", "footprint", "model_card", "publishing"},
     {"recipe", "decay", "feature_map", "norms", "gates", "inputs", "errors", "wheels", "environment"}
-    | {"rollback", "masks", "section", "stages", "text"},
+    | {"rollback", "masks", "cells", "section", "stages", "text"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 OWNERS_OF_KERNELS = {"swap", "kernel_bench", "kernel_lab"}

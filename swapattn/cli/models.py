@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
+
+from swapattn.cells import aligned
 
 from .common import command, emit
 
@@ -40,7 +41,7 @@ def _emit_aliases(as_json: bool) -> None:
         notes = ["gated"] if row.gated else []
         notes += [f"without a hub: PyPI wheel {carried[row.alias]}"] if row.alias in carried else []
         lines.append((row.alias, row.hub_id, row.licence, _size(row.parameters), ", ".join(notes)))
-    emit(as_json, data, _table(lines))
+    emit(as_json, data, aligned(lines, left=len(lines[0])))
 
 
 def _emit_types(as_json: bool) -> None:
@@ -61,13 +62,7 @@ def _emit_types(as_json: bool) -> None:
     }
     lines = [(row.kind, "supported" if row.supported else "refused", row.reason) for row in rows]
     summary = f"{count} of {len(rows)} causal-LM types of transformers {transformers.__version__} are supported"
-    emit(as_json, data, f"{_table([('type', '', 'reason'), *lines])}\n\n{summary}")
-
-
-def _table(lines: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join(rows)
+    emit(as_json, data, f"{aligned([('type', '', 'reason'), *lines], left=3)}\n\n{summary}")
 
 
 def _size(parameters: int) -> str:
