@@ -48,12 +48,18 @@ class Checkpoint:
 
     @property
     def teacher_path(self) -> Path:
-        """Folder of the original model."""
-        return Path(self.record["teacher"]["path"])
+        """Folder of the original model: where it was, or else as far from this checkpoint as it was."""
+        teacher = self.record["teacher"]
+        path = Path(teacher["path"])
+        if "relative" in teacher and not path.exists():
+            moved = Path(os.path.normpath(self.path.resolve() / teacher["relative"]))
+            path = moved if (moved / "config.json").is_file() else path
+        return path
 
     def with_teacher(self, folder: Path) -> Checkpoint:
         """The same with another folder in the place of the recorded one, which may have moved."""
-        taught = {**self.record["teacher"], "path": str(folder.resolve())}
+        taught = {key: value for key, value in self.record["teacher"].items() if key != "relative"}
+        taught["path"] = str(folder.resolve())
         return replace(self, record={**self.record, "teacher": taught})
 
     @property

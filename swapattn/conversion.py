@@ -5,6 +5,7 @@ torch and transformers are imported when they are needed: what is wrong with the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,7 @@ def convert(
     origin = origin or {
         "given": str(model),
         "path": str(teacher.path.resolve()),
+        "relative": os.path.relpath(teacher.path.resolve(), target.resolve()),
         "hub_id": teacher.hub_id,
         "revision": teacher.revision,
         "note": teacher.note,
@@ -141,7 +143,10 @@ def convert(
         trained = _calibrate(teacher.path, plan, tensors, weight_map, resolved) if calibrate else []
         name = record_name or source.name
         decay = shards.decays(tensors)
-        record = new_record("converted", name, resolved, origin, calibrated=calibrate, trained=trained, decay=decay)
+        chosen = [override for override in overrides if override.startswith("convert.")]
+        record = new_record(
+            "converted", name, resolved, origin, overrides=chosen, calibrated=calibrate, trained=trained, decay=decay
+        )
         shards.write_checkpoint(folder, teacher.path, plan, tensors, weight_map, record)
     if push_to_hub is not None:
         publishing.push(target, push_to_hub)

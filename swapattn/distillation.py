@@ -7,6 +7,7 @@ import errno
 import functools
 import gc
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,29 +22,27 @@ from .attention import only_branch
 from .calibration import calibrate_stage
 from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, find, new_record, write_json
 from .compilation import align_function
-from .conversion import convert
 from .curves import CURVES, draw_curves
-from .data import PackedTokens, documents, no_words
-from .environment import check_device, default_device, hardware, is_first_process, say
-from .errors import CheckpointError, RecipeError, SwapattnError, TrainingError, UsageError
-from .estimate import estimate, table
+from .data import PackedTokens
+from .environment import default_device, hardware, is_first_process, say
+from .errors import CheckpointError, RecipeError, TrainingError, UsageError
+from .estimate import table
 from .loading import load, load_teacher
-from .logits import LogitWindows, check_wanted_logits, read_manifest, wanted_logits
+from .logits import LogitWindows, read_manifest, wanted_logits
 from .lora import inject_, merge_, target_paths
 from .model_card import CARD, model_card
 from .objectives import check_document_mask, check_head, distill_loss, stage_flops
 from .optimizer import trainable_parameters
 from .positions import positions_of
+from .preparation import as_converted, check_request, estimates, own_teachers, with_convert_section
 from .recipe import Recipe, load_recipe
 from .reporting import Reporting
 from .resumption import enter, new_state, write_state
 from .sharding import gathered, is_sharded
-from .shards import decays, read_config, trained_keys, write_trained
+from .shards import decays, trained_keys, write_trained
 from .stages import AlignStage, CalibrateStage, DistillStage, Stage, stage_keys, stage_title, text_of, written_logits
-from .stopping import stopping_on_sigterm
-from .text import TextMixture, TextSpec
-from .training import LossFunction, out_of_memory, run_stage, shares
-from .vocabulary import check_same_vocabulary
+from .stopping import stopping_in_order
+from .training import LossFunction, out_of_memory, run_stage
 
 _COLUMNS = (("tokens", 12), ("steps", 8), ("seconds", 10), ("tokens_per_second", 11))
 
@@ -130,6 +129,7 @@ def distill(
     if not resolved.distill.stages:
         raise RecipeError(f"recipe {resolved.name} has no distill.stages")
     start = find(directory, checkpoint, kind="converted" if checkpoint is None else None)
+    resolved = as_converted(resolved, recipe, overrides, start)
     if checkpoint is None:
         say(f"checkpoint: {start.path} (the newest undistilled conversion here)")
     target = Path(output) if output is not None else Path(directory) / f"{start.name}-swapattn-{resolved.name}"
@@ -139,108 +139,18 @@ def distill(
     reporting.check()
     device = device or default_device()
     teacher_path = Path(teacher) if teacher is not None else start.teacher_path
-    _check_request(resolved, start, teacher_path, device, named=teacher is not None, dry_run=dry_run)
+    check_request(resolved, start, teacher_path, device, named=teacher is not None, dry_run=dry_run)
     processes.join(device)
     if is_first_process():
-        start = _with_convert_section(start, resolved, Path(directory), dry_run, overwrite)
+        start = with_convert_section(start, resolved, Path(directory), dry_run, overwrite)
     start = processes.from_first(start)
     text = resolved.distill.text.describe()
     if dry_run:
-        stages = _estimates(start, resolved, device, teacher_path)
+        stages = estimates(start, resolved, device, teacher_path)
         return DistillResult(target, start.path, start.teacher_note, text, device, stages, dry_run=True)
-    with stopping_on_sigterm():
+    with stopping_in_order():
         stages = tuple(_Run(start, resolved, target, device, teacher_path, reporting).run(overwrite))
     return DistillResult(target, start.path, start.teacher_note, text, device, stages)
-
-
-def _check_request(
-    recipe: Recipe, start: Checkpoint, teacher: Path, device: str, *, named: bool, dry_run: bool
-) -> None:
-    """What would otherwise show only after the first stages: the teacher, the texts, the device, the batches."""
-    if device not in ("cpu", "cuda"):
-        raise UsageError(f"device {device!r}: say cpu or cuda, and choose the GPU with CUDA_VISIBLE_DEVICES")
-    check_device(device)
-    for stage, key in zip(recipe.distill.stages, stage_keys(recipe.distill.stages), strict=True):
-        if not isinstance(stage, CalibrateStage):
-            shares(stage, key, processes.count())
-    own = _own_teachers(recipe, start, teacher)
-    taught = [isinstance(stage, DistillStage) and stage.runs_teacher for stage in recipe.distill.stages]
-    needed = named or any(run and not mine for run, mine in zip(taught, own, strict=True))
-    if needed and not (teacher / "config.json").is_file():
-        raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; name it with --teacher FOLDER")
-    if named:
-        check_same_vocabulary(teacher, start.path)
-    check_wanted_logits(recipe, start.path)
-    for spec, key in _sources(recipe).items():
-        try:
-            if next(iter(documents(spec)), None) is None:
-                raise no_words(spec)
-        except SwapattnError as error:
-            if not (dry_run and spec.hub):  # steps are measured on random tokens
-                raise type(error)(f"{key}: {error}") from error
-            say(f"{key}: {error}")
-
-
-def _own_teachers(recipe: Recipe, start: Checkpoint, teacher: Path) -> list[bool]:
-    """For each stage whether the student's own weights can teach it: no stage has changed them, and this one does not.
-
-    Adapters can be switched off while their stage runs, and are part of the weights afterwards.
-    """
-    same = teacher == start.teacher_path and all(".swap." in name for name in start.record.get("trained", ()))
-    found = []
-    for stage in recipe.distill.stages:
-        train = "new" if isinstance(stage, CalibrateStage) else stage.train
-        found.append(same and train in ("new", "lora"))
-        same = same and train == "new"
-    return found
-
-
-def _sources(recipe: Recipe) -> dict[TextSpec, str]:
-    """What is read, with the first key of the recipe that says so; written logits have their text with them."""
-    found: dict[TextSpec, str] = {}
-    for index, stage in enumerate(recipe.distill.stages):
-        if written_logits(stage) is not None:
-            continue
-        text = text_of(stage, recipe.distill.text)
-        key = "distill.text" if text is recipe.distill.text else f"distill.stages.{index}.text"
-        for number, (spec, _) in enumerate(text.parts):
-            found.setdefault(spec, f"{key}.{number}" if isinstance(text, TextMixture) else key)
-    return found
-
-
-def _with_convert_section(
-    start: Checkpoint, recipe: Recipe, directory: Path, dry_run: bool, overwrite: bool
-) -> Checkpoint:
-    """The checkpoint, or a new conversion of its teacher when the recipe asks for another layer."""
-    have, want = start.recipe.convert.model_dump(), recipe.convert.model_dump()
-    different = sorted(f"convert.{key}" for key in want if have.get(key) != want[key])
-    if not different:
-        return start
-    if start.kind == "distilled":
-        raise UsageError(
-            f"{start.path} is distilled already and its layers differ from recipe {recipe.name} in "
-            f"{', '.join(different)}: convert the teacher anew, or take a recipe with the same convert section"
-        )
-    target = directory / f"{start.name}-swapattn-{recipe.name}-converted"
-    say(f"recipe {recipe.name} differs from {start.path} in {', '.join(different)}: converting anew into {target}")
-    if dry_run:
-        return start
-    if target.exists():
-        again = find(directory, target)
-        if again.recipe.convert == recipe.convert and again.teacher_path == start.teacher_path:
-            return again
-    origin = start.record["teacher"]
-    convert(start.teacher_path, target, recipe=recipe, overwrite=overwrite, record_name=start.name, origin=origin)
-    return find(directory, target)
-
-
-def _estimates(start: Checkpoint, recipe: Recipe, device: str, teacher: Path) -> tuple[dict[str, Any], ...]:
-    if not (start.teacher_path / "config.json").is_file():
-        raise CheckpointError(f"no teacher at {start.teacher_path}, of whose shape the steps would be measured")
-    config, other = read_config(start.teacher_path), read_config(teacher)
-    own = _own_teachers(recipe, start, teacher)
-    stages = zip(recipe.distill.stages, own, strict=True)
-    return tuple(estimate(config, recipe, stage, device, own_teacher=mine, teacher=other) for stage, mine in stages)
 
 
 class _Run:
@@ -362,7 +272,7 @@ class _Run:
     def _distill_loss(self, index: int, stage: DistillStage, model: Any) -> tuple[LossFunction, Any | None]:
         """The teacher is the student itself where it can be, else a separate model, if any."""
         check_head(model)
-        own = _own_teachers(self.recipe, self.start, self.teacher)[index]
+        own = own_teachers(self.recipe, self.start, self.teacher)[index]
         if own or not stage.runs_teacher:
             return functools.partial(distill_loss, stage=stage, teacher=None, amp=self.device != "cpu"), None
         dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
@@ -398,7 +308,7 @@ class _Run:
 
     def _write(self, model: Any, overwrite: bool) -> None:
         stages = [{k: v for k, v in stage.items() if k != "trained"} for stage in self.state["stages"]]
-        trained = self._trained()
+        trained, teacher = self._trained(), self.start.teacher_path.resolve()
         with atomic_folder(self.target, overwrite=overwrite) as folder:
             write_trained(folder, self.start.path, model, trained)
             if (self.work / LOG).is_file():
@@ -408,7 +318,7 @@ class _Run:
                 "distilled",
                 self.start.name,
                 self.recipe,
-                self.start.record["teacher"],
+                {**self.start.record["teacher"], "relative": os.path.relpath(teacher, self.target.resolve())},
                 parent={"path": str(self.start.path.resolve()), "time": self.start.time},
                 text=self.recipe.distill.text.describe(),
                 logits=[read_manifest(wanted.folder) for wanted in wanted_logits(self.recipe)],

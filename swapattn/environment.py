@@ -40,9 +40,13 @@ def default_device() -> str:
 
 
 def check_device(device: str) -> None:
-    """UsageError where a GPU is asked for and there is none."""
+    """UsageError where a GPU is asked for and there is none, or the name is none."""
     import torch
 
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"no device {device!r}: say cpu, cuda, or cuda:1 for the second GPU") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device {device}: PyTorch finds no GPU here; say --device cpu")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import baselines, thresholds
 from .checkpoint import REPORT, Checkpoint, find, write_json
-from .environment import default_device, hardware, say, versions
+from .environment import check_device, default_device, hardware, say, versions
 from .errors import CheckpointError, SwapattnError, UsageError
 from .measurement import Extras, Measured, Subject, measure
 from .score_store import Store
@@ -106,11 +106,12 @@ def evaluate(
         tasks, settings = _of_recipe(found, limit, num_fewshot, batch_size, seed)
     target = _target(found, output)
     place = device or default_device()
+    check_device(place)
     own = Store(target.parent / _PARTIAL if cache else None)
     others = Store(cache_dir() / _TEACHER_SCORES if cache else None)
     options: dict[str, Any] = {"device": place, "dtype": _dtype(dtype), "own": own, "others": others}
     if teacher:
-        _check_teacher(found)
+        _check_teacher(found, named="--teacher" in given)
     subjects = _subjects(found, teacher, **options)
     beside = baselines.subjects(found, branches=branches, teacher=teacher, against=against, **options)
     names, units, description = _units(tasks, data, extras)
@@ -230,7 +231,7 @@ def _target(found: Checkpoint, output: str | Path | None) -> Path:
     return target
 
 
-def _check_teacher(found: Checkpoint) -> None:
+def _check_teacher(found: Checkpoint, *, named: bool) -> None:
     """Make sure that the teacher is there and reads text as the student does, before a model is loaded.
 
     Raises:
@@ -238,6 +239,8 @@ def _check_teacher(found: Checkpoint) -> None:
         UsageError: another vocabulary, other special tokens or another chat template.
     """
     place = found.teacher_path
+    if named and not (place / "config.json").is_file():
+        raise UsageError(f"--teacher {place}: no such model folder")
     if not (place / "config.json").is_file():
         raise CheckpointError(
             f"the teacher is no longer at {place}: name it with --teacher FOLDER, or leave it out with --no-teacher"

@@ -14,7 +14,7 @@ from transformers import StoppingCriteriaList, TextStreamer
 
 from .cache import CACHE
 from .cost import state_bytes
-from .environment import default_device, say
+from .environment import check_device, default_device, say
 from .errors import UsageError
 
 _WARM_TOKENS = 3  # the prefill's, and two by the step: one that compiles it, one that shows what may change
@@ -149,6 +149,7 @@ def open_model(
 
     found = find(Path.cwd(), None if checkpoint is None else str(checkpoint))
     place = device or default_device()
+    check_device(place)
     if teacher:
         model, tokenizer = load_teacher(found, device=place)
     else:

@@ -63,7 +63,7 @@ def load_teacher(
     """
     path = Path(getattr(checkpoint, "teacher_path", checkpoint))
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"no teacher at {path}: it was moved or never there; convert the model again")
+        raise CheckpointError(f"no teacher at {path}: it was moved or never there; put it back")
     use_own_code(path)
     model = from_folder(AutoModelForCausalLM, path, dtype)
     model = model.to(device) if device is not None else model

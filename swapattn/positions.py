@@ -152,7 +152,12 @@ def chunk_of(model: Any) -> int:
 
 def positions_of(model: Any) -> int:
     """Tokens that the model was made for; no limit where its config names none."""
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    return positions_in(model.config)
+
+
+def positions_in(config: Any) -> int:
+    """The same of its config alone."""
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 @contextmanager

@@ -142,10 +142,10 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
             del self.trainer.waiting[0]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After the save that SIGTERM asked for, end."""
+        """After the save that was asked for, end."""
         if self.stopped:
             raise TrainingError(
-                f"{self.name}: stopped by SIGTERM, saved after step {state.global_step} of {state.max_steps}; "
+                f"{self.name}: stopped by {STOP.by}, saved after step {state.global_step} of {state.max_steps}; "
                 "repeat the command to go on"
             )
 

@@ -278,6 +278,9 @@ def load_recipe(recipe: str | Recipe, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: unknown recipe, unknown key, wrong type, contradiction; each names its path.
     """
+    overrides = list(overrides)
+    if isinstance(recipe, Recipe) and not overrides:
+        return recipe
     data, label = (recipe.to_dict(), recipe.name) if isinstance(recipe, Recipe) else (_read(recipe), recipe)
     for override in overrides:
         _override(data, override)
@@ -319,6 +322,8 @@ def _explain(error: Any) -> str:
     where = ".".join(str(x) for i, x in enumerate(loc) if i not in kinds and x not in (*_NOT_KEYS, *TAGS))
     if error["type"] == "extra_forbidden":
         return f"unknown key {where}"
+    if error["type"] in ("union_tag_not_found", "union_tag_invalid") and error["ctx"]["discriminator"] == "'stage'":
+        return f"{where}: say stage: calibrate, align, distill or extend"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}"
 
 

@@ -27,11 +27,12 @@ from . import sources
 from .checkpoint import RECORD, find, write_json
 from .data import PackedTokens, documents, no_words
 from .environment import check_device, default_device, hardware, say, versions
-from .errors import UsageError
+from .errors import CheckpointError, UsageError
 from .generation import compiles
-from .loading import load_teacher
-from .positions import positions_of
+from .loading import know, load_teacher, tokenizer_in
+from .positions import positions_in
 from .recipe import parse_text
+from .shards import read_config
 from .text import Text
 
 Start = Literal["bos", "token", "chat"]
@@ -98,7 +99,7 @@ def sample(
     batch: int | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    start: Start = "bos",
+    start: Start | None = None,
     prompts: Any = None,
     prompt_tokens: int = 32,
     seed: int = 0,
@@ -119,9 +120,9 @@ def sample(
         batch: rows at a time, default 16 on a CPU and 256 on a GPU.
         temperature: 1 is the teacher's own distribution.
         top_p: sample among the most likely tokens that make up this share.
-        start: of every row: the token that begins a text ("bos"; the end-of-text token where there is none), a random
-            token of the vocabulary ("token", LLM-QAT), or what the chat template puts before a user's words ("chat",
-            Magpie, arXiv 2406.08464), so that an instruct model writes question and answer.
+        start: of every row: the token that begins a text ("bos", the default; the end-of-text token where there is
+            none), a random token of the vocabulary ("token", LLM-QAT), or what the chat template puts before a user's
+            words ("chat", Magpie, arXiv 2406.08464), so that an instruct model writes question and answer.
         prompts: a text, as `distill.text` takes it, whose documents' first `prompt_tokens` tokens are gone on from,
             instead.
         seed: of everything; processes with seeds of their own write different text.
@@ -136,16 +137,74 @@ def sample(
     batch = batch or BATCH["cpu" if device == "cpu" else "cuda"]
     if min(tokens, batch, prompt_tokens) < 1 or length < 2 or temperature <= 0 or not 0 < top_p <= 1:
         raise UsageError("tokens and batch must be positive, length above 1, temperature above 0, top-p in (0, 1]")
-    if start not in get_args(Start):
-        raise UsageError(f"no start {start!r}, there are: {', '.join(get_args(Start))}")
-    text = parse_text(prompts, "prompts") if prompts is not None else None
+    begin = _beginning(start, prompts, prompt_tokens, length)
     if not 0 <= seed < 2**31:
         raise UsageError(f"seed {seed}: choose one from 0 to {2**31 - 1}")
     check_device(device)
+    name, folder, note = _teacher(model, dry_run)
+    target = _target(output, name, overwrite)
+    texts = -(-tokens // length)
+    batch = min(batch, texts)
+    plan = SampleResult(
+        target, folder, note, begin.describe(), texts, texts * length, length, batch, temperature, top_p, seed,
+        hardware(device),
+    )  # fmt: skip
+    if dry_run:
+        if (folder / "config.json").is_file():  # else it lies on the hub, or in a single file
+            know(folder)
+            begin.rows(read_config(folder), tokenizer_in(folder), seed)
+        return dataclasses.replace(plan, dry_run=True)
+    writer, tokenizer = load_teacher(folder, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    rows = begin.rows(writer.config, tokenizer, seed)
+    run = _Run(plan, overwrite)
+    try:
+        return run.go(writer, tokenizer, rows, hidden=int(begin.start == "bos" and begin.text is None))
+    finally:
+        run.leave()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Beginning:
+    """What a text of `length` tokens starts from: the first `tokens` of the documents of `text`, or else `start`."""
+
+    start: Start
+    text: Text | None
+    tokens: int
+    length: int
+
+    def describe(self) -> str:
+        return self.start if self.text is None else f"{self.tokens} tokens of {self.text.describe()}"
+
+    def rows(self, config: Any, tokenizer: Any, seed: int) -> Iterator[list[int]]:
+        """The tokens that each text starts from, without end; UsageError where the teacher allows none."""
+        if tokenizer is None:
+            raise UsageError("the teacher has no tokenizer, which text needs")
+        if self.length > positions_in(config):
+            most = positions_in(config)
+            raise UsageError(f"the teacher was made for {most} tokens: lower --length (now {self.length})")
+        if self.text is None:
+            return _starts(tokenizer, self.start, seed)
+        return _prompted(self.text, tokenizer, self.tokens, self.length, seed)
+
+
+def _beginning(start: Start | None, prompts: Any, tokens: int, length: int) -> _Beginning:
+    """Check what a text is to start from."""
+    if start is not None and prompts is not None:
+        raise UsageError("--start and --prompts both say what a text starts from: leave one out")
+    begin = start or "bos"
+    if begin not in get_args(Start):
+        raise UsageError(f"no start {begin!r}, there are: {', '.join(get_args(Start))}")
+    text = parse_text(prompts, "prompts") if prompts is not None else None
     for spec, _ in text.parts if text is not None else ():
         if next(iter(documents(spec)), None) is None:
             raise no_words(spec)
-    name, folder, note = _teacher(model, dry_run)
+    if text is not None and tokens >= length:
+        raise UsageError(f"a text starts from {tokens} tokens: raise --length (now {length})")
+    return _Beginning(begin, text, tokens, length)
+
+
+def _target(output: str | Path | None, name: str, overwrite: bool) -> Path:
+    """The file to write."""
     target = Path(output) if output is not None else Path(f"{name}-samples.jsonl")
     if target.suffix != ".jsonl":
         better = target.with_suffix(".jsonl").name
@@ -153,25 +212,7 @@ def sample(
     for path in (target, target.with_suffix(".json")):
         if path.exists() and not overwrite:
             raise UsageError(f"{path} exists: use --overwrite, or another file with -o")
-    texts = -(-tokens // length)
-    begun = start if text is None else f"{prompt_tokens} tokens of {text.describe()}"
-    batch = min(batch, texts)
-    plan = SampleResult(
-        target, folder, note, begun, texts, texts * length, length, batch, temperature, top_p, seed, hardware(device)
-    )
-    if dry_run:
-        return dataclasses.replace(plan, dry_run=True)
-    writer, tokenizer = load_teacher(folder, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
-    if tokenizer is None:
-        raise UsageError(f"{folder} has no tokenizer, which text needs")
-    if length > positions_of(writer):
-        raise UsageError(f"the teacher was made for {positions_of(writer)} tokens: lower --length (now {length})")
-    rows = _starts(tokenizer, start, seed) if text is None else _prompted(text, tokenizer, prompt_tokens, length, seed)
-    run = _Run(plan, overwrite)
-    try:
-        return run.go(writer, tokenizer, rows, hidden=int(start == "bos" and text is None))
-    finally:
-        run.leave()
+    return target
 
 
 def _teacher(model: str | Path | None, dry_run: bool) -> tuple[str, Path, str]:
@@ -179,6 +220,8 @@ def _teacher(model: str | Path | None, dry_run: bool) -> tuple[str, Path, str]:
     if model is None or (Path(model) / RECORD).is_file():
         found = find(".", model)
         say(f"the teacher of {found.path}")
+        if not (found.teacher_path / "config.json").is_file():
+            raise CheckpointError(f"no teacher at {found.teacher_path}: it was moved or never there; put it back")
         return found.name, found.teacher_path, found.teacher_note
     source = sources.resolve(str(model))
     if dry_run:
@@ -217,7 +260,7 @@ def _prompted(text: Text, tokenizer: Any, count: int, length: int, seed: int) ->
             short = 0
             yield tokens[:count]
         elif (short := short + 1) == _PATIENCE:
-            raise UsageError(f"{text.describe()}: {short:,} documents in a row are shorter than {count} tokens")
+            raise UsageError(f"{text.describe()}: of {short:,} documents in a row none has more than {count} tokens")
 
 
 class _Run:

@@ -1,4 +1,4 @@
-"""SIGTERM: what a scheduler or a spot machine sends before it kills. Training saves first, all else stops at once."""
+"""SIGTERM, what a scheduler sends before it kills, and Ctrl-C: training saves first, all else stops at once."""
 
 from __future__ import annotations
 
@@ -8,37 +8,52 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from .environment import say
 from .errors import TrainingError
 
 
 class Stop:
-    """Whether the process has been asked to end; while `deferred`, somebody looks at `asked` and ends it in order."""
+    """Whether the process has been asked to end; while `deferred`, somebody looks at `asked` and ends it in order.
+
+    `by` names who asked.
+    """
 
     def __init__(self) -> None:
         self.asked = False
         self.deferred = False
+        self.by = "SIGTERM"
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def terminate(self, number: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM."""
         self.asked = True  # launchers send more than one: the second must not break the save
         if not self.deferred:
             raise TrainingError("stopped by SIGTERM; repeat the command to go on from the last save")
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Handle Ctrl-C; the second one is for those who do not want to wait."""
+        if self.asked or not self.deferred:
+            raise KeyboardInterrupt
+        self.asked, self.by = True, "Ctrl-C"
+        say("\nsaving after this step; Ctrl-C again ends at once")
 
 
 STOP = Stop()
 
 
 @contextlib.contextmanager
-def stopping_on_sigterm() -> Iterator[None]:
-    """Listen for SIGTERM while the context is open; outside the main thread, where Python cannot, change nothing."""
+def stopping_in_order() -> Iterator[None]:
+    """Listen for both while the context is open; outside the main thread, where Python cannot, change nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    STOP.asked = STOP.deferred = False
-    before = signal.signal(signal.SIGTERM, STOP._handle)
+    STOP.asked, STOP.deferred, STOP.by = False, False, "SIGTERM"
+    handlers = {signal.SIGTERM: STOP.terminate, signal.SIGINT: STOP.interrupt}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

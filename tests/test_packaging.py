@@ -22,7 +22,7 @@ LAYERS = (
     {"cli"},
     {"quickstart"},
     {"distillation", "evaluation", "generation", "sampling", "conversion", "bench", "report", "throughput"}
-    | {"curves", "estimate"}
+    | {"curves", "estimate", "preparation"}
     | {"kernel_bench", "kernel_lab"}
     | {"inspection", "verification", "selection", "families"},
     {

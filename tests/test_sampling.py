@@ -187,8 +187,8 @@ def test_documents_may_be_gone_on_from(tiny_teacher, tiny_tokenizer, work):
 def test_documents_that_are_all_too_short_are_an_error_not_an_endless_loop(tiny_teacher, work, monkeypatch):
     monkeypatch.setattr(sampling, "_PATIENCE", 50)
     (work / "p.txt").write_text("short")
-    with pytest.raises(UsageError, match=r"p\.txt: 50 documents in a row are shorter than 32 tokens"):
-        sample(tiny_teacher, "s.jsonl", **SMALL, prompts="p.txt")
+    with pytest.raises(UsageError, match=r"p\.txt: of 50 documents in a row none has more than 20 tokens"):
+        sample(tiny_teacher, "s.jsonl", **SMALL, prompts="p.txt", prompt_tokens=20)
     assert [path.name for path in work.iterdir()] == ["p.txt"]
 
 

@@ -6,8 +6,6 @@ from dataclasses import asdict
 
 import click
 
-from swapattn.cells import aligned
-
 from .common import command, emit
 
 
@@ -32,6 +30,7 @@ def models_command(types: bool, as_json: bool) -> None:
 
 
 def _emit_aliases(as_json: bool) -> None:
+    from swapattn.cells import aligned
     from swapattn.sources import ALIASES, CARRIED
 
     carried = {alias: str(wheel) for alias, wheel in CARRIED.items()}
@@ -60,6 +59,8 @@ def _emit_types(as_json: bool) -> None:
         "supported": count,
         "types": [{"type": row.kind, "supported": row.supported, "reason": row.reason or None} for row in rows],
     }
+    from swapattn.cells import aligned
+
     lines = [(row.kind, "supported" if row.supported else "refused", row.reason) for row in rows]
     summary = f"{count} of {len(rows)} causal-LM types of transformers {transformers.__version__} are supported"
     emit(as_json, data, f"{aligned([('type', '', 'reason'), *lines], left=3)}\n\n{summary}")

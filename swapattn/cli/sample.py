@@ -32,9 +32,8 @@ from .common import command, dry_run_option, emit
 @click.option(
     "--start",
     type=click.Choice(["bos", "token", "chat"]),
-    default="bos",
-    show_default=True,
-    help="What a text starts from: the token that begins one, a random token, or the chat template up to the user.",
+    help="What a text starts from: the token that begins one, a random token, or the chat template up to the user.  "
+    "[default: bos]",
 )
 @click.option("--prompts", metavar="TEXT", help="Go on from the documents of this text, as distill.text takes it.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Of each document.")

@@ -1,0 +1,152 @@
+"""What a distillation starts from: the layer that is meant, the teacher, the texts; checked before anything is trained.
+
+And what it would take, for `distill --dry-run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from . import processes
+from .checkpoint import Checkpoint, find
+from .conversion import convert
+from .data import documents, no_words
+from .environment import check_device, say
+from .errors import CheckpointError, RecipeError, SwapattnError, UsageError
+from .estimate import estimate
+from .logits import check_wanted_logits
+from .recipe import Recipe, load_recipe
+from .remote_code import use_own_code
+from .shards import read_config
+from .stages import CalibrateStage, DistillStage, stage_keys, text_of, written_logits
+from .text import TextMixture, TextSpec
+from .training import shares
+from .vocabulary import check_same_vocabulary
+
+
+def as_converted(resolved: Recipe, recipe: str | Recipe, overrides: Sequence[str], start: Checkpoint) -> Recipe:
+    """The recipe with the layer of the checkpoint where it says nothing else.
+
+    That is where it has no convert section, and where what was set by hand when the checkpoint was converted, and is
+    not set now, is all that differs.
+    """
+    have = start.recipe.convert
+    if "convert" not in resolved.model_fields_set:
+        return resolved.model_copy(update={"convert": have})
+    chosen = start.record.get("overrides", ())
+    if chosen and resolved.convert != have:
+        with contextlib.suppress(RecipeError):  # of a recipe with another layer it may make no sense
+            same = load_recipe(recipe, [*chosen, *overrides])
+            if same.convert == have:
+                say(f"{', '.join(chosen)}, as {start.path} was converted")
+                return same
+    return resolved
+
+
+def check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str, *, named: bool, dry_run: bool) -> None:
+    """What would otherwise show only after the first stages: the teacher, the texts, the device, the batches."""
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r}: say cpu or cuda, and choose the GPU with CUDA_VISIBLE_DEVICES")
+    check_device(device)
+    for stage, key in zip(recipe.distill.stages, stage_keys(recipe.distill.stages), strict=True):
+        if not isinstance(stage, CalibrateStage):
+            shares(stage, key, processes.count())
+    own = own_teachers(recipe, start, teacher)
+    taught = [isinstance(stage, DistillStage) and stage.runs_teacher for stage in recipe.distill.stages]
+    needed = named or any(run and not mine for run, mine in zip(taught, own, strict=True))
+    if needed and not (teacher / "config.json").is_file():
+        raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; name it with --teacher FOLDER")
+    if named:
+        check_same_vocabulary(teacher, start.path)
+    check_wanted_logits(recipe, start.path)
+    for spec, key in _sources(recipe).items():
+        try:
+            if next(iter(documents(spec)), None) is None:
+                raise no_words(spec)
+        except SwapattnError as error:
+            if not (dry_run and spec.hub):  # steps are measured on random tokens
+                raise type(error)(f"{key}: {error}") from error
+            say(f"{key}: {error}")
+
+
+def own_teachers(recipe: Recipe, start: Checkpoint, teacher: Path) -> list[bool]:
+    """For each stage whether the student's own weights can teach it: no stage has changed them, and this one does not.
+
+    Adapters can be switched off while their stage runs, and are part of the weights afterwards.
+    """
+    same = teacher == start.teacher_path and all(".swap." in name for name in start.record.get("trained", ()))
+    found = []
+    for stage in recipe.distill.stages:
+        train = "new" if isinstance(stage, CalibrateStage) else stage.train
+        found.append(same and train in ("new", "lora"))
+        same = same and train == "new"
+    return found
+
+
+def _sources(recipe: Recipe) -> dict[TextSpec, str]:
+    """What is read, with the first key of the recipe that says so; written logits have their text with them."""
+    found: dict[TextSpec, str] = {}
+    for index, stage in enumerate(recipe.distill.stages):
+        if written_logits(stage) is not None:
+            continue
+        text = text_of(stage, recipe.distill.text)
+        key = "distill.text" if text is recipe.distill.text else f"distill.stages.{index}.text"
+        for number, (spec, _) in enumerate(text.parts):
+            found.setdefault(spec, f"{key}.{number}" if isinstance(text, TextMixture) else key)
+    return found
+
+
+def with_convert_section(
+    start: Checkpoint, recipe: Recipe, directory: Path, dry_run: bool, overwrite: bool
+) -> Checkpoint:
+    """The checkpoint, or a new conversion of its teacher when the recipe asks for another layer."""
+    have, want = start.recipe.convert.model_dump(), recipe.convert.model_dump()
+    different = sorted(f"convert.{key}" for key in want if have.get(key) != want[key])
+    if not different:
+        return start
+    if start.kind == "distilled":
+        raise UsageError(
+            f"{start.path} is distilled already and its layers differ from recipe {recipe.name} in "
+            f"{', '.join(different)}: convert the teacher anew, or take a recipe with the same convert section"
+        )
+    target = directory / f"{start.name}-swapattn-{recipe.name}-converted"
+    say(f"recipe {recipe.name} differs from {start.path} in {', '.join(different)}: converting anew into {target}")
+    if dry_run:
+        return start
+    if target.exists():
+        again = find(directory, target)
+        if again.recipe.convert == recipe.convert and again.teacher_path == start.teacher_path:
+            return again
+    if not (start.teacher_path / "config.json").is_file():
+        raise CheckpointError(
+            f"no teacher at {start.teacher_path}, which would be converted anew: put it back, or take a recipe with "
+            "the convert section of the checkpoint"
+        )
+    origin = start.record["teacher"]
+    convert(start.teacher_path, target, recipe=recipe, overwrite=overwrite, record_name=start.name, origin=origin)
+    return find(directory, target)
+
+
+def estimates(start: Checkpoint, recipe: Recipe, device: str, teacher: Path) -> tuple[dict[str, Any], ...]:
+    """The figures of `estimate` for each stage."""
+    config = _shape(start)
+    other = read_config(teacher) if (teacher / "config.json").is_file() else config
+    own = own_teachers(recipe, start, teacher)
+    stages = zip(recipe.distill.stages, own, strict=True)
+    return tuple(estimate(config, recipe, stage, device, own_teacher=mine, teacher=other) for stage, mine in stages)
+
+
+def _shape(start: Checkpoint) -> Any:
+    """The config of the checkpoint's original model, wherever that is."""
+    if (start.teacher_path / "config.json").is_file():
+        return read_config(start.teacher_path)
+    use_own_code(start.path)
+    values = json.loads((start.path / "config.json").read_text(encoding="utf-8"))
+    base = values.pop("swapattn")["base_model_type"]
+    return AutoConfig.for_model(**{**values, "model_type": base, "auto_map": None})
