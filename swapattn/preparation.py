@@ -149,4 +149,5 @@ def _shape(start: Checkpoint) -> Any:
     use_own_code(start.path)
     values = json.loads((start.path / "config.json").read_text(encoding="utf-8"))
     base = values.pop("swapattn")["base_model_type"]
-    return AutoConfig.for_model(**{**values, "model_type": base, "auto_map": None})
+    values.pop("auto_map", None)
+    return AutoConfig.for_model(**{**values, "model_type": base})

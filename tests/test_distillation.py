@@ -503,6 +503,47 @@ def test_a_dry_run_needs_no_hub_and_counts_the_teacher_that_is_named(
         distill(converted, recipe=what, device="cpu")
 
 
+def test_the_layer_that_was_converted_is_the_one_that_is_distilled(tiny_teacher, work, capsys):
+    """What was set by hand at the conversion holds until it is set anew; a recipe of stages alone changes no layer."""
+    chosen, what = "convert.keep_softmax=[1]", recipe(ALIGN)
+    start = convert(tiny_teacher, work / "c", recipe=what, overrides=[chosen]).path
+    found = read(distill(start, recipe=what, device="cpu", output=work / "a").path)
+    assert found.recipe.convert.keep_softmax == (1,)
+    assert f"{chosen}, as {start} was converted" in capsys.readouterr().err
+    assert names(work) == ["a", "c"]
+    again = distill(start, recipe=what, overrides=["convert.keep_softmax=[0]"], device="cpu", output=work / "b")
+    assert read(again.path).recipe.convert.keep_softmax == (0,)
+    other = recipe(ALIGN, name="other", local={"window": 4, "sinks": 2})
+    assert read(distill(start, recipe=other, device="cpu", output=work / "d").path).recipe.convert.keep_softmax == ()
+    stages = parse_recipe({"name": "stages", "distill": {"stages": [ALIGN]}})
+    made = read(distill(start, recipe=stages, device="cpu", output=work / "e").path)
+    assert made.recipe.convert == read(start).recipe.convert
+
+
+def test_a_dry_run_needs_no_teacher_for_its_shape(converted, tiny_teacher, work):
+    record = json.loads((converted / "swapattn.json").read_text())
+    record["teacher"] |= {"path": str(work / "gone"), "relative": "gone"}
+    known = distill(converted, recipe=recipe(ALIGN, EVERYTHING), device="cpu", dry_run=True).stages
+    (converted / "swapattn.json").write_text(json.dumps(record))
+    what = recipe(ALIGN, EVERYTHING)
+    found = distill(converted, recipe=what, device="cpu", dry_run=True, teacher=tiny_teacher).stages
+    assert [stage["memory_bytes"] for stage in found] == [stage["memory_bytes"] for stage in known]
+    with pytest.raises(CheckpointError, match="gone, which would be converted anew: put it back"):
+        distill(converted, recipe=recipe(ALIGN, name="other", local=None), device="cpu")
+
+
+def test_a_folder_that_moves_with_its_teacher_keeps_it(tiny_teacher, work):
+    shutil.copytree(tiny_teacher, work / "here" / "t")
+    start = convert(work / "here" / "t", work / "here" / "c", recipe=recipe()).path
+    end = distill(start, recipe=recipe(ALIGN), device="cpu", output=work / "here" / "deep" / "d").path
+    (work / "here").rename(work / "there")
+    for path in (start, end):
+        found = read(work / "there" / path.relative_to(work / "here"))
+        assert found.teacher_path == work / "there" / "t"
+        assert load_teacher(found)[0] is not None
+        assert not found.with_teacher(work / "nowhere").teacher_path.exists()
+
+
 def test_ctrl_c_while_writing_leaves_the_run_to_resume(converted, work, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -375,7 +375,7 @@ def test_another_tokenizer_than_the_teachers(
 
 def test_a_teacher_that_is_gone(found: Any, mirror: Path, tmp_path: Path) -> None:
     record = json.loads((found.checkpoint.path / "swapattn.json").read_text())
-    record["teacher"]["path"] = str(tmp_path / "gone")
+    record["teacher"]["path"] = record["teacher"]["relative"] = str(tmp_path / "gone")
     (found.checkpoint.path / "swapattn.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=r"no longer at .*gone.*--no-teacher"):
         evaluate(tasks=["piqa"], data=str(mirror))
@@ -386,13 +386,13 @@ def test_a_teacher_that_has_moved_is_named(found: Any, mirror: Path, tmp_path: P
     there = evaluate(tasks=["piqa"], data=str(mirror), output=tmp_path / "there.json")
     shutil.copytree(place, tmp_path / "moved")
     record = json.loads((found.checkpoint.path / "swapattn.json").read_text())
-    record["teacher"]["path"] = str(tmp_path / "gone")
+    record["teacher"]["path"] = record["teacher"]["relative"] = str(tmp_path / "gone")
     (found.checkpoint.path / "swapattn.json").write_text(json.dumps(record))
     report = evaluate(tasks=["piqa"], data=str(mirror), teacher=str(tmp_path / "moved"))
     assert report.teacher == str(tmp_path / "moved")
     assert report.rows[0].teacher.value == there.rows[0].teacher.value
     assert f"--teacher {tmp_path / 'moved'}" in report.command
-    with pytest.raises(CheckpointError, match=r"no longer at .*nowhere.*--teacher FOLDER"):
+    with pytest.raises(UsageError, match=r"--teacher .*nowhere: no such model folder"):
         evaluate(tasks=["piqa"], data=str(mirror), teacher=tmp_path / "nowhere")
 
 

@@ -173,6 +173,17 @@ def test_a_checkpoint_without_a_tokenizer_cannot_read_a_prompt(monkeypatch, tmp_
         open_model(tmp_path)
 
 
+@pytest.mark.parametrize(("device", "words"), [("cuda", "finds no GPU"), ("gpu", "no device 'gpu': say cpu, cuda")])
+def test_a_device_that_is_not_there_is_named(monkeypatch, tmp_path, device, words):
+    class Found:
+        path = tmp_path
+
+    monkeypatch.setattr(checkpoint_module, "find", lambda directory, model=None: Found())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=words):
+        open_model(tmp_path, device=device)
+
+
 def test_the_line_of_figures_is_one_line():
     stats = GenerationStats(3, 2, 1.0, 0.5, 2.0, 4096)
     assert (

@@ -145,7 +145,7 @@ KILLED = [
     ("SIGKILL", "step", "stage-2", 5),
     ("SIGKILL", "step", "stage-3", 6),
 ]
-TOLD = [("SIGTERM", "step", "stage-1", 3), ("SIGTERM", "save", "stage-3", 2)]
+TOLD = [("SIGTERM", "step", "stage-1", 3), ("SIGINT", "save", "stage-3", 2)]
 SHARED = [("SIGTERM", "step", "stage-3", 3)]
 SHARDED = [("NAN", "step", "stage-1", 4), ("SIGKILL", "step", "stage-2", 4), ("SIGTERM", "step", "stage-3", 3)]
 
@@ -201,12 +201,13 @@ def test_killed_at_any_step_the_loss_curve_is_that_of_an_uninterrupted_run(whole
     assert not (work / ".killed.run").exists()
 
 
-def test_sigterm_saves_the_step_and_says_how_to_go_on(whole, runs):
+def test_sigterm_and_ctrl_c_save_the_step_and_say_how_to_go_on(whole, runs):
     work, codes, said = runs
     assert codes["told"] == [[1], [1], [0]], said["told"]
     assert "align: stopped by SIGTERM, saved after step 3 of 6; repeat the command to go on" in said["told"]
     # told while it was saving step 2, it takes one step more
-    assert "distill 3: stopped by SIGTERM, saved after step 3 of 6; repeat the command to go on" in said["told"]
+    assert "saving after this step; Ctrl-C again ends at once" in said["told"]
+    assert "distill 3: stopped by Ctrl-C, saved after step 3 of 6; repeat the command to go on" in said["told"]
     assert_same(work / "told", whole, 1e-6)
 
 

@@ -71,7 +71,7 @@ def test_the_teacher_is_found_or_missed_by_name(checkpoint, tiny_teacher, tmp_pa
     assert type(teacher).__name__ == "LlamaForCausalLM"
     assert tokenizer is not None
     assert not swaps(teacher)
-    with pytest.raises(CheckpointError, match=r"no teacher at .*convert"):
+    with pytest.raises(CheckpointError, match=r"no teacher at .*put it back"):
         load_teacher(tmp_path / "gone")
 
 

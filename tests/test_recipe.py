@@ -58,6 +58,8 @@ def test_a_resolved_recipe_reads_back_to_the_same_value(name, tmp_path):
         ({"distill": {"text": {"embedded": True, "colum": "x"}}}, "unknown key distill.text.colum"),
         ({"distill": {"stages": [{**ALIGN, "lr": 1}]}}, "unknown key distill.stages.0.lr"),
         ({"eval": {"task": ["piqa"]}}, "unknown key eval.task"),
+        ({"distill": {"stages": [{"align": {}}]}}, "distill.stages.0: say stage: calibrate, align, distill or extend"),
+        ({"distill": {"stages": [{**ALIGN, "stage": "a"}]}}, "distill.stages.0: say stage: calibrate, align"),
     ],
 )
 def test_an_unknown_key_is_named_with_its_path(sections, path):

@@ -243,11 +243,25 @@ def test_the_command_prints_its_result_and_a_dry_run_writes_nothing(tiny_teacher
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"length": 5000}, "made for 4096 tokens: lower --length"),
+        ({"prompts": "embedded"}, "starts from 32 tokens: raise --length"),
+        ({"start": "chat"}, "no chat template: use --start bos"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(tiny_teacher, work, change, words):
+    with pytest.raises(UsageError, match=words):
+        sample(tiny_teacher, dry_run=True, **{**SMALL, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
         ({"temperature": 0}, "temperature above 0"),
         ({"top_p": 1.5}, r"top-p in \(0, 1\]"),
         ({"start": "middle"}, "no start 'middle', there are: bos, token, chat"),
         ({"length": 5000}, "made for 4096 tokens: lower --length"),
         ({"prompts": "nowhere.txt"}, "no file matches nowhere.txt"),
+        ({"prompts": "embedded", "start": "bos"}, "both say what a text starts from"),
         ({"output": "s.txt"}, "s.txt: JSON lines are read from .jsonl files, name it s.jsonl"),
         ({"output": "notes.jsonl"}, "notes.json exists: use --overwrite"),
     ],
