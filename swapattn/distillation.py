@@ -27,6 +27,7 @@ from .data import PackedTokens
 from .environment import default_device, hardware, is_first_process, say
 from .errors import CheckpointError, RecipeError, TrainingError, UsageError
 from .estimate import table
+from .integrity import samples
 from .loading import load, load_teacher
 from .logits import LogitWindows, read_manifest, wanted_logits
 from .lora import inject_, merge_, target_paths
@@ -39,7 +40,7 @@ from .recipe import Recipe, load_recipe
 from .reporting import Reporting
 from .resumption import enter, new_state, write_state
 from .sharding import gathered, is_sharded
-from .shards import decays, trained_keys, write_trained
+from .shards import NEW_SHARD, decays, trained_keys, write_trained
 from .stages import AlignStage, CalibrateStage, DistillStage, Stage, stage_keys, stage_title, text_of, written_logits
 from .stopping import stopping_in_order
 from .training import LossFunction, out_of_memory, run_stage
@@ -329,4 +330,4 @@ class _Run:
             )
             block = json.loads((folder / "config.json").read_text(encoding="utf-8"))["swapattn"]
             (folder / CARD).write_text(model_card(record, block), encoding="utf-8")
-            write_json(folder / RECORD, record)
+            write_json(folder / RECORD, {**record, "weights": samples(folder, NEW_SHARD)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from .attention import swaps
+from .checkpoint import RECORD
 from .environment import say
 from .errors import CheckpointError
+from .integrity import rewritten
 from .modeling import swap_classes
 from .remote_code import use_own_code
 
@@ -41,11 +44,24 @@ def load(
         raise CheckpointError(f"{path}: no readable config.json ({error.__class__.__name__})") from error
     if block is None:
         raise CheckpointError(f"{path} is not a swapattn checkpoint: convert it first with `swapattn convert {path}`")
+    for name in _rewritten(path):
+        say(
+            f"{path / name} is not what the checkpoint was made with: somebody wrote over it, or over the teacher's, "
+            "which is the same file; convert the original again"
+        )
     use_own_code(path)
     _, model_class = swap_classes(block["base_model_type"])
     model = from_folder(model_class, path, dtype)
     model = model.to(device) if device is not None else model
     return model.eval(), tokenizer_in(path)
+
+
+def _rewritten(path: Path) -> list[str]:
+    """Weight files that were written over; what is damaged shows as it loads."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        return rewritten(path, record.get("weights", {}))
+    return []
 
 
 def load_teacher(

@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from . import surgery
 from .checkpoint import RECORD, write_json
 from .errors import CheckpointError, SourceError, UnsupportedModelError
-from .integrity import check_shards
+from .integrity import check_shards, samples
 from .model_card import CARD, model_card
 from .modeling import MODEL_TYPE_PREFIX, write_runtime
 from .remote_code import use_own_code
@@ -149,7 +149,7 @@ def write_checkpoint(
     )
     kept = [site.layer_idx for site in plan.keep]
     (folder / CARD).write_text(model_card(record, data["swapattn"], kept), encoding="utf-8")
-    write_json(folder / RECORD, record)
+    write_json(folder / RECORD, {**record, "weights": samples(folder, NEW_SHARD)})
     write_json(folder / "config.json", data)
 
 

@@ -25,7 +25,7 @@ from .call import AttentionCall
 from .checkpoint import Checkpoint, find
 from .environment import say
 from .errors import SwapattnError
-from .integrity import altered_files, damaged_shards, foreign_code, pickled_files
+from .integrity import altered_files, damaged_shards, foreign_code, pickled_files, rewritten
 from .loading import load
 from .modeling import swap_classes
 from .remote_code import use_own_code
@@ -216,8 +216,11 @@ class _Verifier:
             pairs.setdefault((theirs[name], ours[name]), []).append(name)
         different: dict[str, list[str]] = {}
         for (their_file, our_file), names in sorted(pairs.items()):
-            if (teacher / their_file).samefile(self.folder / our_file):
-                continue  # one file under two names
+            if (teacher / their_file).samefile(self.folder / our_file):  # one file under two names
+                known = self.checkpoint.record.get("weights", {})
+                if rewritten(self.folder, {our_file: known[our_file]} if our_file in known else {}):
+                    raise _Failed(f"{our_file}, one file with the teacher's {their_file}, has been written over")
+                continue
             with safe_open(teacher / their_file, "pt") as a, safe_open(self.folder / our_file, "pt") as b:
                 found = [name for name in sorted(names) if not _same_bits(a.get_tensor(name), b.get_tensor(name))]
             if found:

@@ -120,6 +120,21 @@ def test_a_flipped_bit_of_a_linked_file_is_found_by_its_name_in_the_hubs_cache(t
     assert "model.safetensors of the teacher is altered" in verify(tmp_path / "c", reload=False).to_table()
 
 
+def test_a_teacher_that_was_written_over_is_found(tiny_teacher, tmp_path, capsys):
+    """The checkpoint's shard is the same file: comparing says nothing, and the swaps sit on other weights."""
+    shutil.copytree(tiny_teacher, tmp_path / "t")
+    convert(tmp_path / "t", tmp_path / "c", recipe="smoke", overrides=SPEC)
+    assert failed(tmp_path / "c") == []
+    tensors = {name: 1.5 * tensor for name, tensor in load_file(tmp_path / "t" / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "other.safetensors", metadata={"format": "pt"})
+    (tmp_path / "t" / "model.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes())
+    capsys.readouterr()
+    assert failed(tmp_path / "c") == ["weights"]
+    assert "c/teacher.safetensors is not what the checkpoint was made with" in capsys.readouterr().err
+    row = next(row for row in verify(tmp_path / "c", reload=False).rows if row.name == "weights")
+    assert row.detail == "teacher.safetensors, one file with the teacher's model.safetensors, has been written over"
+
+
 def test_a_trained_tensor_may_differ_only_if_it_is_listed(checkpoint):
     name = "model.layers.0.mlp.up_proj.weight"
     change(checkpoint / "teacher.safetensors", lambda tensors: tensors[name].mul_(1.5))
@@ -217,7 +232,10 @@ def test_a_tensor_that_is_missing_or_of_another_shape_does_not_load(checkpoint):
 
 
 def test_a_teacher_that_moved_is_asked_for(checkpoint, tiny_teacher, tmp_path):
-    edit_json(checkpoint / "swapattn.json", lambda record: record["teacher"].update(path=str(tmp_path / "gone")))
+    edit_json(
+        checkpoint / "swapattn.json",
+        lambda record: record["teacher"].update(path=str(tmp_path / "gone"), relative="gone"),
+    )
     found = verify(checkpoint, reload=False)
     assert set(found.failed) == {"weights", "linear in length", "decay"}
     assert "name it with --teacher" in found.rows[2].detail
