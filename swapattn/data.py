@@ -197,7 +197,7 @@ def heldout_windows(tokenizer: Any, *, length: int = 512, count: int | None = No
     tokens = tokenizer(source, add_special_tokens=False, verbose=False)["input_ids"]
     available = len(tokens) // length
     if available == 0:
-        raise UsageError(f"the held-out text has {len(tokens)} tokens, less than one window of {length}")
+        raise UsageError(f"the text has {len(tokens)} tokens, less than one window of {length}")
     windows = torch.tensor(tokens[: available * length], dtype=torch.long).view(available, length)
     if count is None or count >= available:
         return windows
