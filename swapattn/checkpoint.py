@@ -175,6 +175,14 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(scratch, path)
 
 
+def place_of(teacher: Path, checkpoint: Path) -> dict[str, str]:
+    """Where a teacher is, for the record of a checkpoint: absolute, and as seen from there if there is a way."""
+    found = {"path": str(teacher.resolve())}
+    with contextlib.suppress(ValueError):  # two drives of Windows
+        found["relative"] = os.path.relpath(teacher.resolve(), checkpoint.resolve())
+    return found
+
+
 def new_record(kind: Kind, name: str, recipe: Recipe, teacher: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """A record for `swapattn.json` with versions and the present time."""
     return {

@@ -5,14 +5,13 @@ torch and transformers are imported when they are needed: what is wrong with the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import publishing, sources, unpickling
-from .checkpoint import atomic_folder, new_record
+from .checkpoint import atomic_folder, new_record, place_of
 from .environment import default_device, say
 from .errors import CheckpointError, SourceError, TrainingError, UsageError
 from .recipe import Recipe, load_recipe
@@ -132,8 +131,6 @@ def convert(
     result = ConvertResult(target, plan, teacher.note, dry_run, weight)
     origin = origin or {
         "given": str(model),
-        "path": str(teacher.path.resolve()),
-        "relative": os.path.relpath(teacher.path.resolve(), target.resolve()),
         "hub_id": teacher.hub_id,
         "revision": teacher.revision,
         "note": teacher.note,
@@ -143,14 +140,25 @@ def convert(
         trained = _calibrate(teacher.path, plan, tensors, weight_map, resolved) if calibrate else []
         name = record_name or source.name
         decay = shards.decays(tensors)
-        chosen = [override for override in overrides if override.startswith("convert.")]
         record = new_record(
-            "converted", name, resolved, origin, overrides=chosen, calibrated=calibrate, trained=trained, decay=decay
+            "converted",
+            name,
+            resolved,
+            {**origin, **place_of(teacher.path, target)},
+            overrides=of_convert(overrides),
+            calibrated=calibrate,
+            trained=trained,
+            decay=decay,
         )
         shards.write_checkpoint(folder, teacher.path, plan, tensors, weight_map, record)
     if push_to_hub is not None:
         publishing.push(target, push_to_hub)
     return result
+
+
+def of_convert(overrides: Sequence[str]) -> list[str]:
+    """Those of `KEY=VALUE` that say what a swapped layer is."""
+    return [override for override in overrides if override.partition("=")[0].partition(".")[0] == "convert"]
 
 
 def _planned(target: Path, source: sources.Source, recipe: Recipe, trust_remote_code: bool) -> ConvertResult:

@@ -7,7 +7,6 @@ import errno
 import functools
 import gc
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from . import processes
 from .attention import only_branch
 from .calibration import calibrate_stage
-from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, find, new_record, write_json
+from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, find, new_record, place_of, write_json
 from .compilation import align_function
 from .curves import CURVES, draw_curves
 from .data import PackedTokens
@@ -143,7 +142,7 @@ def distill(
     check_request(resolved, start, teacher_path, device, named=teacher is not None, dry_run=dry_run)
     processes.join(device)
     if is_first_process():
-        start = with_convert_section(start, resolved, Path(directory), dry_run, overwrite)
+        start = with_convert_section(start, resolved, overrides, Path(directory), dry_run, overwrite)
     start = processes.from_first(start)
     text = resolved.distill.text.describe()
     if dry_run:
@@ -188,8 +187,8 @@ class _Run:
                 model = self._restored(load(self.start.path, dtype=torch.float32)[0])
         if is_first_process():
             self._write(model, overwrite)
-            shutil.rmtree(self.work)
             held.close()
+            shutil.rmtree(self.work)
         processes.from_first(None)  # nobody leaves before the result is there
         return list(self.state["stages"])
 
@@ -309,7 +308,7 @@ class _Run:
 
     def _write(self, model: Any, overwrite: bool) -> None:
         stages = [{k: v for k, v in stage.items() if k != "trained"} for stage in self.state["stages"]]
-        trained, teacher = self._trained(), self.start.teacher_path.resolve()
+        trained = self._trained()
         with atomic_folder(self.target, overwrite=overwrite) as folder:
             write_trained(folder, self.start.path, model, trained)
             if (self.work / LOG).is_file():
@@ -319,7 +318,8 @@ class _Run:
                 "distilled",
                 self.start.name,
                 self.recipe,
-                {**self.start.record["teacher"], "relative": os.path.relpath(teacher, self.target.resolve())},
+                {**self.start.record["teacher"], **place_of(self.start.teacher_path, self.target)},
+                overrides=self.start.record.get("overrides", []),
                 parent={"path": str(self.start.path.resolve()), "time": self.start.time},
                 text=self.recipe.distill.text.describe(),
                 logits=[read_manifest(wanted.folder) for wanted in wanted_logits(self.recipe)],
@@ -330,4 +330,11 @@ class _Run:
             )
             block = json.loads((folder / "config.json").read_text(encoding="utf-8"))["swapattn"]
             (folder / CARD).write_text(model_card(record, block), encoding="utf-8")
-            write_json(folder / RECORD, {**record, "weights": samples(folder, NEW_SHARD)})
+            known = self.start.record.get("weights", {})  # of a file that is the parent's, too, its word counts
+            shared = {name for name in known if _is_one_file(folder / name, self.start.path / name)}
+            weights = samples(folder, NEW_SHARD) | {name: known[name] for name in shared}
+            write_json(folder / RECORD, {**record, "weights": weights})
+
+
+def _is_one_file(a: Path, b: Path) -> bool:
+    return a.is_file() and b.is_file() and a.samefile(b)

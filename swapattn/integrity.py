@@ -22,6 +22,7 @@ from .wheels import sha256_of
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _BYTES |= {"U64": 8, "U32": 4, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "F8_E8M0": 1}
+LONGEST_HEADER = 100_000_000  # bytes, as the format says
 SAMPLE_BYTES = 4096  # of a tensor
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -57,7 +58,7 @@ def _damage(path: Path, tensors: Iterable[str]) -> str | None:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > 100_000_000:
+        if size < 8 or length > LONGEST_HEADER:
             return "is damaged: its first 8 bytes are no header length"
         text = file.read(length)
     if len(text) < length:
@@ -108,6 +109,8 @@ def rewritten(folder: Path, known: Mapping[str, str]) -> list[str]:
 def _sample(path: Path) -> str:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > LONGEST_HEADER:
+            raise ValueError(f"{path.name} has no header")
         text = file.read(length)
         found = hashlib.sha256(text)
         for name, entry in json.loads(text).items():

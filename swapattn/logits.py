@@ -269,7 +269,7 @@ class _Writer:
         folder = self.wanted.folder
         if folder.exists() and not overwrite:
             manifest = read_manifest(folder)
-            if any(manifest.get(key) != value for key, value in self.manifest.items()):
+            if any(manifest.get(key, value) != value for key, value in self.manifest.items()):
                 raise UsageError(f"{folder} holds other logits: use --overwrite, or name another folder")
             say(f"{folder} is there already")
             return

@@ -15,13 +15,13 @@ from transformers import AutoConfig
 
 from . import processes
 from .checkpoint import Checkpoint, find
-from .conversion import convert
+from .conversion import convert, of_convert
 from .data import documents, no_words
 from .environment import check_device, say
 from .errors import CheckpointError, RecipeError, SwapattnError, UsageError
 from .estimate import estimate
 from .logits import check_wanted_logits
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, parse_recipe
 from .remote_code import use_own_code
 from .shards import read_config
 from .stages import CalibrateStage, DistillStage, stage_keys, text_of, written_logits
@@ -38,7 +38,8 @@ def as_converted(resolved: Recipe, recipe: str | Recipe, overrides: Sequence[str
     """
     have = start.recipe.convert
     if "convert" not in resolved.model_fields_set:
-        return resolved.model_copy(update={"convert": have})
+        whole = {**resolved.to_dict(), "convert": have.model_dump(mode="json")}
+        return parse_recipe(whole, label=resolved.name)
     chosen = start.record.get("overrides", ())
     if chosen and resolved.convert != have:
         with contextlib.suppress(RecipeError):  # of a recipe with another layer it may make no sense
@@ -103,9 +104,12 @@ def _sources(recipe: Recipe) -> dict[TextSpec, str]:
 
 
 def with_convert_section(
-    start: Checkpoint, recipe: Recipe, directory: Path, dry_run: bool, overwrite: bool
+    start: Checkpoint, recipe: Recipe, overrides: Sequence[str], directory: Path, dry_run: bool, overwrite: bool
 ) -> Checkpoint:
-    """The checkpoint, or a new conversion of its teacher when the recipe asks for another layer."""
+    """The checkpoint, or a new conversion of its teacher when the recipe asks for another layer.
+
+    `overrides` are in the recipe, and are what the new one remembers of it.
+    """
     have, want = start.recipe.convert.model_dump(), recipe.convert.model_dump()
     different = sorted(f"convert.{key}" for key in want if have.get(key) != want[key])
     if not different:
@@ -128,8 +132,15 @@ def with_convert_section(
             f"no teacher at {start.teacher_path}, which would be converted anew: put it back, or take a recipe with "
             "the convert section of the checkpoint"
         )
-    origin = start.record["teacher"]
-    convert(start.teacher_path, target, recipe=recipe, overwrite=overwrite, record_name=start.name, origin=origin)
+    convert(
+        start.teacher_path,
+        target,
+        recipe=recipe,
+        overrides=of_convert(overrides),
+        overwrite=overwrite,
+        record_name=start.name,
+        origin=start.record["teacher"],
+    )
     return find(directory, target)
 
 

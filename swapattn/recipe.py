@@ -281,7 +281,10 @@ def load_recipe(recipe: str | Recipe, overrides: Iterable[str] = ()) -> Recipe:
     overrides = list(overrides)
     if isinstance(recipe, Recipe) and not overrides:
         return recipe
-    data, label = (recipe.to_dict(), recipe.name) if isinstance(recipe, Recipe) else (_read(recipe), recipe)
+    if isinstance(recipe, Recipe):
+        data, label = recipe.model_dump(mode="json", exclude_unset=True), recipe.name
+    else:
+        data, label = _read(recipe), recipe
     for override in overrides:
         _override(data, override)
     return parse_recipe(data, label=label)
@@ -324,7 +327,7 @@ def _explain(error: Any) -> str:
         return f"unknown key {where}"
     if error["type"] in ("union_tag_not_found", "union_tag_invalid") and error["ctx"]["discriminator"] == "'stage'":
         return f"{where}: say stage: calibrate, align, distill or extend"
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
 
 
 def _override(data: dict[str, Any], override: str) -> None:

@@ -187,7 +187,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         try:
             _clone(source, target)
-        except OSError:  # not every pair of file systems can do that
+        except (OSError, AttributeError):  # not every pair of file systems, nor every system, can do that
             shutil.copyfile(source, target)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ class Stop:
         if self.asked or not self.deferred:
             raise KeyboardInterrupt
         self.asked, self.by = True, "Ctrl-C"
-        say("\nsaving after this step; Ctrl-C again ends at once")
+        if multiprocessing.parent_process() is None:  # not also from a process that reads the data
+            say("\nsaving after this step; Ctrl-C again ends at once")
 
 
 STOP = Stop()
@@ -47,7 +49,9 @@ def stopping_in_order() -> Iterator[None]:
         yield
         return
     STOP.asked, STOP.deferred, STOP.by = False, False, "SIGTERM"
-    handlers = {signal.SIGTERM: STOP.terminate, signal.SIGINT: STOP.interrupt}
+    handlers = {signal.SIGTERM: STOP.terminate}
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell has it in the background
+        handlers[signal.SIGINT] = STOP.interrupt
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

@@ -285,8 +285,8 @@ def run_stage(
         tenth of the steps), trained names.
 
     Raises:
-        TrainingError: nothing to train, a non-finite loss, out of memory, no room for a checkpoint, or SIGTERM, after
-            a save.
+        TrainingError: nothing to train, a non-finite loss, out of memory, no room for a checkpoint, or SIGTERM or
+            Ctrl-C, after a save.
         UsageError: the batch cannot be shared out among the processes.
     """
     key = key or title

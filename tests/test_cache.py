@@ -135,7 +135,7 @@ def test_a_static_cache_compiles_one_step_for_all(tiny_llama, compiled, recipe, 
 
 @pytest.mark.parametrize(
     ("kind", "padding"),
-    [pytest.param("bloom", 0, marks=pytest.mark.slow), ("bloom", 5), pytest.param("falcon", 5, marks=pytest.mark.slow)],
+    [pytest.param(*case, marks=pytest.mark.slow) for case in (("bloom", 0), ("bloom", 5), ("falcon", 5))],
 )
 def test_alibi_compiles_one_step_for_all(compiled, kind, padding):
     settings = {"tie_word_embeddings": False, **({"alibi": True} if kind == "falcon" else {})}
@@ -166,7 +166,9 @@ def test_a_compiled_prefill_in_chunks(tiny_family, compiled):
     assert counters["stats"]["unique_graphs"] == 3  # as stock: the first chunk, the others, one token
 
 
-def test_a_static_cache_serves_a_second_turn_after_compiled_steps(model, compiled):
+@pytest.mark.parametrize("keep", [(1,), *(pytest.param(x, marks=pytest.mark.slow) for x in ((), (0, 2)))], ids=str)
+def test_a_static_cache_serves_a_second_turn_after_compiled_steps(tiny_family, keep, compiled):
+    model = build(tiny_family("llama"), keep)
     ids, cache = ids_of(1, 9), StaticCache(config=model.config, max_cache_len=80)
     first = generate(model, ids, past_key_values=cache, **compiled)
     assert torch.equal(first, generate(model, ids, use_cache=False))

@@ -516,8 +516,20 @@ def test_the_layer_that_was_converted_is_the_one_that_is_distilled(tiny_teacher,
     other = recipe(ALIGN, name="other", local={"window": 4, "sinks": 2})
     assert read(distill(start, recipe=other, device="cpu", output=work / "d").path).recipe.convert.keep_softmax == ()
     stages = parse_recipe({"name": "stages", "distill": {"stages": [ALIGN]}})
-    made = read(distill(start, recipe=stages, device="cpu", output=work / "e").path)
+    made = read(distill(start, recipe=stages, overrides=["distill.seed=1"], device="cpu", output=work / "e").path)
     assert made.recipe.convert == read(start).recipe.convert
+    further = read(distill(work / "a", recipe=what, device="cpu", output=work / "f").path)
+    assert further.recipe.convert.keep_softmax == (1,)
+    anew = distill(start, recipe=what, overrides=["convert.keep_softmax=[0]"], device="cpu", output=work / "g").path
+    assert read(anew).record["overrides"] == ["convert.keep_softmax=[0]"]
+    assert read(anew).record["parent"]["path"] == str(work / "tiny-llama-swapattn-tiny-converted")
+
+
+def test_stages_that_the_converted_layer_cannot_run_are_refused(tiny_teacher, work):
+    convert(tiny_teacher, work / "c", recipe=recipe(local=None))
+    alone = parse_recipe({"name": "x", "distill": {"stages": [{**EVERYTHING, "branch": "local"}]}})
+    with pytest.raises(RecipeError, match="needs a softmax window"):
+        distill(recipe=alone, device="cpu")
 
 
 def test_a_dry_run_needs_no_teacher_for_its_shape(converted, tiny_teacher, work):

@@ -97,6 +97,7 @@ def child(out, harm, environment):
         return pid
     code = 1
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
         os.environ.update(environment)
         if harm:
             harmed(*harm)

@@ -66,6 +66,14 @@ def test_the_tokenizer_comes_along(checkpoint, tiny_tokenizer, copied):
     assert load(copied)[1] is None
 
 
+def test_a_shard_that_is_none_is_a_checkpoint_error(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "c")
+    (tmp_path / "c" / "teacher.safetensors").unlink()
+    (tmp_path / "c" / "teacher.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "c")
+
+
 def test_the_teacher_is_found_or_missed_by_name(checkpoint, tiny_teacher, tmp_path):
     teacher, tokenizer = load_teacher(find(model=checkpoint))
     assert type(teacher).__name__ == "LlamaForCausalLM"

@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 LINES = (
     ("convert", "smollm2-135m"),
-    ("distill", "--recipe", "smoke"),
-    ("eval", "--tasks", "hellaswag,piqa", "--limit", "20"),
+    ("distill", "--recipe", "smoke", "--set", "distill.stages.align.tokens=20480"),  # of 32,768: `quickstart` has all
+    ("eval", "--tasks", "hellaswag,piqa", "--limit", "10"),
 )
 PROMPT = "Once upon a time in a small village there lived an old clockmaker who"
 LONG = " ".join([PROMPT] * 10)  # the linear branch has no token before the window of 128 and the sinks are full
@@ -72,8 +72,8 @@ def test_each_line_finds_the_work_of_the_one_before(lines: Lines) -> None:
     assert Path(evaluated["checkpoint"]).name == distilled["path"] == "smollm2-135m-swapattn-smoke"
     assert "checkpoint: smollm2-135m-swapattn-smoke (" in lines.talk[2]
     assert {row["student"]["task"]: row["student"]["documents"] for row in evaluated["rows"]} == {
-        "hellaswag": 20,
-        "piqa": 20,
+        "hellaswag": 10,
+        "piqa": 10,
     }
 
 

@@ -392,8 +392,11 @@ def _eval_command(path: Path, evaluation: Mapping[str, Any]) -> str:
 def _missing(path: Path, entry: Mapping[str, Any], record: Mapping[str, Any] | None) -> list[dict[str, str]]:
     """What the folder lacks, and the command that makes it."""
     name = start = shlex.quote(str(path))
-    recipe = str(record["recipe"].get("name")) if record else "short"  # what was set by hand stays: see `preparation`
-    if record and recipe not in recipe_names():
+    recipe = str(record["recipe"].get("name")) if record else "short"
+    named = load_recipe(recipe).to_dict() if recipe in recipe_names() else {"distill": None}
+    if (
+        record and named["distill"] != record["recipe"]["distill"]
+    ):  # what was set at the conversion stays: `preparation`
         recipe = shlex.quote(_recipe_argument(path, record["recipe"]))
     if record and record["kind"] == "distilled" and record.get("parent"):
         start = shlex.quote(str(record["parent"]["path"]))

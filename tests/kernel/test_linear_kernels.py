@@ -241,7 +241,7 @@ def test_a_prompt_equals_its_parts_and_its_tokens(normalize):
         assert all(relative(x, y) <= EXACT for x, y in pairs)
 
 
-@pytest.mark.parametrize("bounds", [None, [0, 1, 1, 1200]])
+@pytest.mark.parametrize("bounds", [pytest.param(None, marks=pytest.mark.slow), [0, 1, 1, 1200]])
 def test_gradient_of_the_decay_over_more_tokens_than_are_added_at_a_time(bounds):
     case = Case(1200, rows=1, heads=2, shared=1, bounds=bounds, per_token=True, segment=1280, **EVERYTHING)
     case.compare(5 * EXACT)

@@ -158,7 +158,7 @@ def test_equals_the_definition(length, window, sinks):
     compare(local_attention, make(length, dim=16, value_dim=32), window=window, sinks=sinks, limit=2e-6)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.usefixtures("interpreted")
 def test_bulk_copies(packed, monkeypatch):
     """Half precision reads by descriptors: shared heads, sizes that are no power of 2, NaN behind the last token."""
@@ -172,8 +172,14 @@ def test_bulk_copies(packed, monkeypatch):
         compare(local_attention, views, window=window, sinks=sinks, cu_seqlens=bounds, limit=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("length", "window", "sinks"), [(1, 1, 4), (65, 300, 0), (150, 64, 4)])
+@pytest.mark.parametrize(
+    ("length", "window", "sinks", "dtype"),
+    [
+        *((*sizes, torch.float32) for sizes in ((1, 1, 4), (65, 300, 0), (150, 64, 4))),
+        *((*sizes, torch.float16) for sizes in ((1, 1, 4), (65, 300, 0))),
+        pytest.param(150, 64, 4, torch.float16, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.usefixtures("interpreted")
 def test_log_sum_exp(length, window, sinks, dtype):
     """Beside an unchanged output; both, and then only one of them, have a gradient."""
@@ -339,9 +345,13 @@ def test_cached_form_equals_full_form(step):
                     held_k[row, place], held_v[row, place], held[row, place] = k[row, new], v[row, new], p
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("length", "window", "sinks"), [(1, 1, 4), (40, 64, 0), (65, 300, 4), (150, 64, 4), (150, 20, 0)]
+    ("length", "window", "sinks", "dtype"),
+    [
+        *((*sizes, torch.float32) for sizes in ((1, 1, 4), (40, 64, 0), (65, 300, 4), (150, 64, 4), (150, 20, 0))),
+        *((*sizes, torch.float16) for sizes in ((1, 1, 4), (40, 64, 0), (65, 300, 4))),
+        *(pytest.param(*sizes, torch.float16, marks=pytest.mark.slow) for sizes in ((150, 64, 4), (150, 20, 0))),
+    ],
 )
 @pytest.mark.usefixtures("interpreted")
 def test_merged_with_other_attention(length, window, sinks, dtype):
