@@ -236,12 +236,13 @@ def _check_teacher(found: Checkpoint, *, named: bool) -> None:
 
     Raises:
         CheckpointError: it is not there.
-        UsageError: another vocabulary, other special tokens or another chat template.
+        UsageError: one that was `named` is not there, or another vocabulary, other special tokens or another chat
+            template.
     """
     place = found.teacher_path
-    if named and not (place / "config.json").is_file():
-        raise UsageError(f"--teacher {place}: no such model folder")
     if not (place / "config.json").is_file():
+        if named:
+            raise UsageError(f"--teacher {place}: no such model folder")
         raise CheckpointError(
             f"the teacher is no longer at {place}: name it with --teacher FOLDER, or leave it out with --no-teacher"
         )

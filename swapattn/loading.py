@@ -58,7 +58,7 @@ def load(
 
 def _rewritten(path: Path) -> list[str]:
     """Weight files that were written over; what is damaged shows as it loads."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         return rewritten(path, record.get("weights", {}))
     return []

@@ -145,8 +145,10 @@ def select(
     header = {
         "version": 3, "model": fingerprint(subject.folder), "restore": restore, "tokens": tokens, "length": length,
         "recipe": resolved.to_dict() if subject.converted else None, "text": resolved.distill.text.describe(),
-        "calibrated_on": _digest(_texts(subject, resolved, tokens, length)) if subject.converted else None,
+        "calibrated_on": None,
     }  # fmt: skip
+    if subject.converted:  # on the same text, whatever is asked
+        header["calibrated_on"] = _digest(windows.get("text") or _texts(subject, resolved, tokens, length))
     scores = _Scores(folder, header, {kind: _digest(windows[kind]) for kind in on}, overwrite)
     for kind in on:
         _measure(subject, kind, windows[kind], scores, restore)
