@@ -46,6 +46,7 @@ def evaluate(
     seed: int | None = None,
     perplexity: bool | str | Path = False,
     probes: bool | int = False,
+    probe_documents: int | None = None,
     branches: bool = False,
     against: Sequence[str | Path] = (),
     cost: bool = False,
@@ -76,6 +77,7 @@ def evaluate(
         perplexity: True adds the held-out perplexity on the embedded text, a path that of a text file by position.
         probes: also `swapattn.probes`: recall, passkey, agreement, repetition and letter bias; a number is that of
             tokens of the longest document and perplexity window.
+        probe_documents: of recall and passkey at each length; None = 100, on a CPU 4.
         branches: all of this (but cost and generation) also on the student with each branch switched off, and on the
             teacher with nothing but the student's window: `swapattn.baselines`.
         against: folders of models to measure the same on, each compared with the student document by document.
@@ -94,7 +96,7 @@ def evaluate(
     start = time.perf_counter()
     bounds = thresholds.parse(fail_under, teacher=bool(teacher))
     settings = Settings(limit, num_fewshot, batch_size or 16, seed)
-    extras = _extras(perplexity, probes, cost)
+    extras = _extras(perplexity, probes, probe_documents, cost)
     given: dict[str, Any] = {"--data": data, "--device": device, "--dtype": dtype, "--against": list(against)}
     asked = {"--no-teacher": not teacher, "--branches": branches, "--log-samples": log_samples}
     found = find(directory, checkpoint)
@@ -202,11 +204,13 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _extras(perplexity: bool | str | Path, probes: bool | int, cost: bool) -> Extras:
+def _extras(perplexity: bool | str | Path, probes: bool | int, documents: int | None, cost: bool) -> Extras:
     longest = None if isinstance(probes, bool) else probes
     if longest is not None and longest < 1:
         raise UsageError(f"--probes {longest}: must be positive")
-    extras = Extras(probes=bool(probes), cost=cost, longest=longest)
+    if documents is not None and (not probes or documents < 1):
+        raise UsageError(f"--probe-documents {documents}: " + ("must be positive" if probes else "needs --probes"))
+    extras = Extras(probes=bool(probes), cost=cost, longest=longest, documents=documents)
     if isinstance(perplexity, bool):
         return replace(extras, perplexity=perplexity)
     text = Path(perplexity)
@@ -348,7 +352,8 @@ def _command(
     values: Mapping[str, Any],
 ) -> str:
     """The line that repeats this evaluation; options in `values` may be lists, and are left out where they are None."""
-    options = {**values, **{f"--{key.replace('_', '-')}": value for key, value in asdict(settings).items()}}
+    options = {**values, "--probe-documents": extras.documents}
+    options |= {f"--{key.replace('_', '-')}": value for key, value in asdict(settings).items()}
     words = ["swapattn", "eval", str(found.path), "--tasks", ",".join(names)]
     for option, value in options.items():
         each = value if isinstance(value, list) else [] if value is None else [value]

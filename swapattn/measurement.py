@@ -25,8 +25,9 @@ from .tasks import Unit
 class Extras:
     """What is measured beside the tasks.
 
-    `text` is a file for the perplexity by position; `longest` bounds the tokens of a probe (None: as the device allows)
-    and `generation` says whether the probes that are no matter of length are among them.
+    `text` is a file for the perplexity by position; `longest` bounds the tokens of a probe and `documents` is the
+    number of those of recall and passkey at each length (None: as the device allows); `generation` says whether the
+    probes that are no matter of length are among them.
     """
 
     perplexity: bool = False
@@ -34,6 +35,7 @@ class Extras:
     probes: bool = False
     cost: bool = False
     longest: int | None = None
+    documents: int | None = None
     generation: bool = True
 
 
@@ -161,7 +163,12 @@ class _Measurement:
         if extras.probes:
             from .probes import collect
 
-            options: dict[str, Any] = {"seed": seed, "longest": extras.longest, "generation": extras.generation}
+            options: dict[str, Any] = {
+                "seed": seed,
+                "longest": extras.longest,
+                "documents": extras.documents,
+                "generation": extras.generation,
+            }
             self._remember("probes", options, lambda: collect(*self._loaded, **options))
         if extras.cost:
             from .cost import measure as measure_cost

@@ -433,8 +433,8 @@ def test_probes_and_cost_are_compared(
 
     collected: list[int] = []
 
-    def collect(model: Any, tokenizer: Any, *, seed: int, longest: int | None, generation: bool) -> dict[str, Any]:
-        assert (longest, generation) == (None, True)
+    def collect(model: Any, tokenizer: Any, *, seed: int, **sizes: Any) -> dict[str, Any]:
+        assert sizes == {"longest": None, "documents": 7, "generation": True}
         collected.append(seed)
         return {"continuations": [[len(collected)]]}
 
@@ -445,6 +445,7 @@ def test_probes_and_cost_are_compared(
     monkeypatch.setattr(cost, "to_table", lambda student, teacher: f"{teacher['rows']} {student['rows']}")
     (tmp_path / "text.txt").write_text("It is a truth universally acknowledged. " * 50)
     options: dict[str, Any] = {"data": str(mirror), "perplexity": tmp_path / "text.txt", "probes": True, "cost": True}
+    options["probe_documents"] = 7
     made = evaluate(tasks=["piqa"], **options, seed=5)
     assert made.probes == {"student": {"continuations": [[2]]}, "teacher": {"continuations": [[1]]}}
     assert collected == [5, 5]
@@ -456,8 +457,9 @@ def test_probes_and_cost_are_compared(
     assert "the probes" in table
     assert "['LlamaForCausalLM'] ['SwapAttnLlamaForCausalLM']" in table
     assert json.loads((found.checkpoint.path / "eval.json").read_text())["cost"] == json.loads(json.dumps(made.cost))
-    for word in ("--probes", "--cost", "--seed 5", f"--perplexity {tmp_path / 'text.txt'}", "--tasks piqa"):
+    for word in ("--probes", "--probe-documents 7", "--cost", "--seed 5", "--perplexity", "--tasks piqa"):
         assert word in made.command
+    assert f"--perplexity {tmp_path / 'text.txt'}" in made.command
     evaluate(tasks=["piqa"], **options, seed=5)
     assert collected == [5, 5, 5]  # only the student's again
 
@@ -622,6 +624,7 @@ def test_exit_code_of_a_missed_figure(found: Any, mirror: Path) -> None:
     for wrong in (
         ["--probes", "0"],
         ["--probes", "folder"],
+        ["--probe-documents", "9"],
         ["--batch-size", "0"],
         ["--batch-size", "some"],
         ["--limit", "0"],

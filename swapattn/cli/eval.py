@@ -56,6 +56,9 @@ _TOKENS = _Count("TOKENS", "", "positive number of tokens; name a checkpoint bef
     metavar="[TOKENS]",
     help="Also recall and passkey up to TOKENS (8192, on a CPU 1024), agreement, repetition and letter bias.",
 )
+@click.option(
+    "--probe-documents", type=click.IntRange(min=1), help="Of recall and passkey at each length. [default: 100, CPU 4]"
+)
 @click.option("--branches", is_flag=True, help="Also with each branch off, and the teacher with the window only.")
 @click.option(
     "--against",
