@@ -6,11 +6,13 @@ keeps half the state, and both read the same q and do at the same time, so that 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import hopper
 from .bulk import bulk_copies, head_steps
 from .decay import decay_gradient
 from .launch import sweep_config
@@ -251,21 +253,36 @@ def backward(
         if first and shape.normalize
         else None
     )
+    on_hopper = [False, hopper.takes(shape, q, k, v, do)]  # dk and dv, dq
+    on_hopper[0] = on_hopper[1] and hopper.takes_reversed(shape, behind[0], first)
     configs = [config, sweep_config("dq", dim, value_dim, q.dtype, shape.normalize, shape.narrow)]
     dots_k, dots_q = (
         torch.empty(
-            triton.cdiv(dim, c.columns), shape.rows, x.shape[2], shape.length, dtype=torch.float32, device=q.device
+            triton.cdiv(dim, hopper.CHUNK if taken else c.columns), shape.rows, x.shape[2], shape.length,
+            dtype=torch.float32, device=q.device,
         )
         if decay
         else None
-        for c, x in zip(configs, (dk, dq), strict=True)
-    )
+        for c, x, taken in zip(configs, (dk, dq), on_hopper, strict=True)
+    )  # fmt: skip
+    line = hopper.chunk_sums(log_decay) if on_hopper[1] else None
+    there = partial(hopper.sweep, log_decay=log_decay, scale=scale, shape=shape, cu_seqlens=cu_seqlens, sums=line)
+    if on_hopper[1]:
+        there((do, v, k, dq), None, entering=entering[0], into="k", other=q, dots=dots_q)
+    if on_hopper[0]:
+        back = partial(there, entering=reversed_entering[0], reverse=True)
+        for_v = k, q, do, dv
+        back((v, do, q, dk), for_v if dim == value_dim else None, into="k", other=k, dots=dots_k)
+        if dim != value_dim:
+            back(for_v, None, into="v")
     group = outputs_per_program(shape)
 
     def given(tensor: Tensor | None) -> Tensor:  # a pointer that is not read still has to be one
         return dq if tensor is None else tensor
 
     for part, config in enumerate(configs):
+        if on_hopper[part]:
+            continue
         tile_d, tile_v = min(config.columns, padded(dim)), min(config.columns, padded(value_dim))
         blocks_d, blocks_v = triton.cdiv(dim, tile_d), triton.cdiv(value_dim, tile_v)
         programs = shape.query_heads // group * blocks_d if part else heads * (blocks_d + blocks_v)

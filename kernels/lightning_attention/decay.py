@@ -1,4 +1,4 @@
-"""Gradient of the log decays: a sum over the tokens behind each of them.
+"""A decay for every token: its running sums within chunks, and its gradient, a sum over the tokens behind it.
 
 The running sum G of the log decays enters o_t as exp(G_t - G_s), so its gradient at a token is q . dq - k . dk, and
 that of the log decay of token t is the sum of those from t to the end of its sequence. A scan along a dimension that is
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .shape import Shape
+from .sweep import log2_decay
 
 try:  # in a try block: transformers demands what the files of a checkpoint import outside one
     import triton
@@ -80,3 +81,32 @@ def decay_gradient(
         ENDED=at_end is not None, MASKED=shape.masked, PACKED=shape.packed, TOKENS=1024, num_warps=4,
     )  # fmt: skip
     return total
+
+
+@triton.jit(do_not_specialize=["length", "padded"])
+def sums_kernel(log_decay, sums, length, padded, heads, C: tl.constexpr, BH: tl.constexpr):
+    """Running sums of a chunk for BH heads."""
+    chunk, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    token = chunk * C + tl.arange(0, C)
+    head = block * BH + tl.arange(0, BH)
+    given = log_decay + (row * length + token[:, None]) * heads + head[None, :]
+    known = (head < heads)[None, :]
+    rate = tl.load(given, mask=known & (token < length)[:, None], other=0.0)
+    found = sums + (row * heads + head[None, :]) * padded + token[:, None]
+    tl.store(found, tl.cumsum(log2_decay(rate), 0), mask=known)
+
+
+def running_sums(log_decay: Tensor, chunk: int) -> Tensor:
+    """Of log2 decays from the start of each chunk, token by token, fp32 `[B, H, T up to a whole chunk]`.
+
+    Args:
+        log_decay: natural logarithms, fp32 `[B, T, H]`, contiguous.
+        chunk: tokens.
+    """
+    rows, length, heads = log_decay.shape
+    chunks = triton.cdiv(length, chunk)
+    sums = log_decay.new_empty(rows, heads, chunks * chunk)
+    sums_kernel[(chunks, triton.cdiv(heads, 16), rows)](
+        log_decay, sums, length, chunks * chunk, heads, C=chunk, BH=16, num_warps=4
+    )
+    return sums

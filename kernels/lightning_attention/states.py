@@ -37,9 +37,12 @@ def segment_kernel(
     blocks = tl.cdiv(V, BV)
     pid = tl.program_id(0)
     block, head, item = pid % blocks, (pid // blocks) % heads, pid // (blocks * heads)
-    sequence, row, start, stop, _, end = locate(item, cu_seqlens, length, segment, segments, sequences, SEQUENCES)
+    sequence, row, start, stop, part, end = locate(item, cu_seqlens, length, segment, segments, sequences, SEQUENCES)
     if sequence >= sequences:
         return
+    if SEQUENCES == 0:  # the last one in the order of the walk: its state enters no other
+        if part == (0 if REVERSE else segments - 1):
+            return
     step = tl.arange(0, C)
     dims = tl.arange(0, BD)
     columns = block * BV + tl.arange(0, BV)
@@ -74,10 +77,10 @@ def segment_kernel(
                 vectors = (wide_row * length + begin + step) * query_heads + first + g
                 given = given * tl.load(factor + vectors, mask=real, other=0.0)
             faded = tile_y.to(tl.float32) * given[:, None]
-            part = faded.to(tile_x.dtype)
-            state = product(tl.trans(tile_x), part, state, PRECISION)
+            rounded = faded.to(tile_x.dtype)
+            state = product(tl.trans(tile_x), rounded, state, PRECISION)
             if EXACT:
-                state = product(tl.trans(tile_x), (faded - part.to(tl.float32)).to(tile_x.dtype), state, PRECISION)
+                state = product(tl.trans(tile_x), (faded - rounded.to(tl.float32)).to(tile_x.dtype), state, PRECISION)
             if NORMALIZE:
                 if REVERSE:
                     given = given * tl.load(delta + vectors, mask=real, other=0.0)
@@ -122,7 +125,7 @@ def scan_kernel(
     for n in range(0, count):
         item = first + (count - 1 - n if REVERSE else n)
         here = item.to(tl.int64) * heads + head
-        added = tl.load(states + here * size + place, mask=keep, other=0.0)
+        added = tl.load(states + here * size + place, mask=keep, other=0.0)  # of the last one unknown, and of no use
         fade = tl.exp2(tl.load(totals + here))
         tl.store(states + here * size + place, state, mask=keep)
         state = state * fade + added

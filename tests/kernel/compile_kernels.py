@@ -25,6 +25,7 @@ import torch
 import triton
 from lightning_attention import (
     bulk,
+    hopper,
     lightning_attention_step,
     local_attention,
     local_attention_cached,
@@ -42,7 +43,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = ("64", "96", "128", "192", "256", "128:64")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-WITHOUT_PRODUCTS = tuple(f"{name}_kernel" for name in ("scan", "delta", "decay", "row", "sink", "step", "loss"))
+WITHOUT_PRODUCTS = tuple(f"{name}_kernel" for name in ("scan", "delta", "decay", "row", "sink", "step", "loss", "sums"))
 
 
 class Target:
@@ -79,6 +80,7 @@ def compiling(arch: int) -> Iterator[dict[str, tuple[str, Any]]]:
         patches.enter_context(mock.patch.dict(os.environ, SWAPATTN_KERNELS="triton"))
         for module in (launch_parameters, bulk, local_op):
             patches.enter_context(mock.patch.object(module, "has_bulk_copies", return_value=arch >= 90))
+        patches.enter_context(mock.patch.object(hopper, "available", return_value=arch == 90))
         driver.set_active(Target(arch))
         yield found
 
@@ -106,6 +108,21 @@ def linear(dtype: torch.dtype, dim: int, value_dim: int, *, group: int = 1, back
     if backward:
         states = final[0] if full else final
         (out.sum() + states.sum()).backward()
+
+
+def hopper_sweeps(dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 70, group: int = 1, full: bool = False,
+                  packed: bool = False) -> None:  # fmt: skip
+    """Forward and backward pass as they are trained; `full`: in segments, with a decay for every token."""
+    length, heads = 512, 2
+    q, k, v = (
+        torch.zeros(rows, length, h, d, dtype=dtype, requires_grad=True)
+        for h, d in ((heads * group, dim), (heads, dim), (heads, value_dim))
+    )
+    log_decay = torch.zeros((rows, length, heads) if full else (heads,), requires_grad=full)
+    bounds = torch.arange(0, length + 1, 4, dtype=torch.int32) if packed else None
+    with mock.patch.object(hopper, "SMALLEST", 0):
+        out, _ = lightning_attention_kernel(q, k, v, log_decay, segment=256 if full else length, cu_seqlens=bounds)
+        out.sum().backward()
 
 
 def step(dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 64, length: int = 1) -> None:
@@ -177,6 +194,10 @@ CALLS: dict[str, Callable[[torch.dtype, int, int], None]] = {
     "lse": lambda dtype, dim, value_dim: window(dtype, dim, value_dim, return_lse=True),
     "merged": merged,
     "losses": losses,
+    "hopper": hopper_sweeps,
+    "hopper_full": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, full=True),
+    "hopper_grouped": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, rows=1, group=4),
+    "hopper_packed": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, rows=1, packed=True),
 }
 
 
@@ -211,7 +232,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_MEMORY), choices=SHARED_MEMORY)
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--dim", nargs="+", default=list(DIMS), help="D or D:Dv")
-    parser.add_argument("--call", nargs="+", default=list(CALLS), choices=CALLS)
+    parser.add_argument("--call", nargs="+", default=list(CALLS), choices=CALLS, help="[default: all]")
     options = parser.parse_args()
     failed = 0
     for arch in options.arch:
@@ -221,6 +242,8 @@ def main() -> int:
                 for call in options.call:
                     if call == "losses" and size != options.dim[0]:
                         continue  # there is no D in them
+                    if call.startswith("hopper") and (arch, dtype, "128" in size) != (90, "bf16", True):
+                        continue
                     for line, shared, good in report(arch, dtype, size, call):
                         print(line, flush=True)
                         seen.append(shared)

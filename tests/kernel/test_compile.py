@@ -12,6 +12,8 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 KERNELS_OF_A_DIM = 49
 WITH_BULK = 6  # of the window in half precision, with bulk copies and without
 KERNELS_OF_LOSSES = 2
+CALLS = ("plain", "full", "grouped", "step", "window", "lse", "merged", "losses")
+OF_HOPPER = {"128": 18, "128:64": 22}  # kernels that the sweep for Hopper is made of and needs
 
 
 def python(*arguments):
@@ -24,12 +26,20 @@ def python(*arguments):
 
 
 def test_for_hopper():
-    lines = python(str(SCRIPT), "--arch", "90", "--dtype", "bf16", "--dim", "64", "128")
+    lines = python(str(SCRIPT), "--arch", "90", "--dtype", "bf16", "--dim", "64", "128", "--call", *CALLS)
     assert len(lines) == 2 * (KERNELS_OF_A_DIM + WITH_BULK) + KERNELS_OF_LOSSES + 1
     assert {line.split()[4] for line in lines[:-1]} == {
         *("forward_kernel", "backward_kernel", "segment_kernel", "scan_kernel", "delta_kernel", "step_kernel"),
         *("row_kernel", "sink_kernel", "cached_kernel", "loss_kernel", "decay_kernel"),
     }
+
+
+def test_the_sweep_for_hopper():
+    """Whole warpgroups multiply, asynchronously, and what they hold stays in registers."""
+    options = "--arch", "90", "--dtype", "bf16", "--dim", "128", "--call", "hopper", "hopper_full"
+    lines = [line for line in python(str(SCRIPT), *options) if "hopper_kernel" in line]
+    assert len(lines) == 6
+    assert max(int(line.split("STACK:")[1]) for line in lines) <= 128
 
 
 def test_the_window_spills_few_registers():
@@ -53,7 +63,8 @@ def test_one_head_compiles():
 def test_for_every_gpu(arch):
     lines = python(str(SCRIPT), "--arch", arch)
     twice = 0 if arch == "80" else 2 * 6 * WITH_BULK
-    assert len(lines) == 3 * 6 * KERNELS_OF_A_DIM + twice + 3 * KERNELS_OF_LOSSES + 1
+    hopper = sum(OF_HOPPER.values()) if arch == "90" else 0
+    assert len(lines) == 3 * 6 * KERNELS_OF_A_DIM + twice + 3 * KERNELS_OF_LOSSES + hopper + 1
 
 
 LENGTHS = """

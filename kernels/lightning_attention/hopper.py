@@ -1,0 +1,140 @@
+"""Which calls take the sweep for Hopper GPUs, and its launcher.
+
+It takes what trains and scores: bfloat16, no hidden tokens, no normaliser, no final state. Every other call takes the
+Triton kernels, which are correct everywhere and as fast where nothing is gained here (64 features and 64 values).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bulk import bulk_tensors
+from .decay import running_sums
+from .launch import processors
+from .shape import Shape
+
+kernels: Any = None
+try:
+    from . import hopper_kernels
+
+    kernels = hopper_kernels
+except ImportError:  # a Triton without Gluon, or with another one: nothing is taken
+    pass
+
+CHUNK = 64  # tokens, and columns of a consumer
+SMALLEST = 2**22  # elements of q: for less, making the descriptors on the host takes longer than is gained
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # a, b, c, out: [B, T, H, D]
+
+
+class Consumers(NamedTuple):
+    """How the columns of a head are shared out."""
+
+    number: int  # warpgroups of a program
+    stages: int  # chunks in flight
+    registers: int  # of a thread at the start, which the roles then share out
+    programs: int  # that a multiprocessor holds
+
+
+def takes(shape: Shape, *tensors: Tensor) -> bool:
+    """Whether sweeps of these tensors `[B, T, H, D]` can run here."""
+    if kernels is None or shape.masked or shape.normalize or (shape.packed and (shape.split or shape.per_token)):
+        return False
+    if {shape.dim, shape.value_dim} not in ({64, 128}, {128}) or shape.heads != shape.shared or shape.group > 8:
+        return False
+    large = shape.rows * shape.length * shape.query_heads * shape.dim >= SMALLEST
+    return large and tensors[0].dtype == torch.bfloat16 and available(tensors[0].device) and bulk_tensors(tensors)
+
+
+def takes_reversed(shape: Shape, behind: Tensor | None, first: bool) -> bool:
+    """Whether those for dk and dv, of a call that `takes`, can run here too.
+
+    There is no place for the gradient of the initial state (`first`), and running sums do not count from the last
+    token, as a gradient of the final state (`behind`) wants it.
+    """
+    return not first and (behind is None or not shape.per_token or shape.length % CHUNK == 0)
+
+
+@cache
+def available(device: torch.device) -> bool:
+    """Whether it is a Hopper GPU: other generations have no such products."""
+    cuda = device.type == "cuda" and torch.version.hip is None
+    return cuda and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def consumers(dim: int, columns: int, pieces: int, dots: bool, device: torch.device) -> Consumers:
+    """How `columns` columns of each of `pieces` heads of sequences are shared out; `dots`: with a fifth tile.
+
+    Measured on an H100 in bf16 (README.md). Two consumers of a program read a and b once. Two stages are better than
+    three where every multiprocessor is at work, and three where some are not; one consumer and twice the programs only
+    where most are not.
+    """
+    if columns == 64:
+        return Consumers(1, 2 if dim == 128 else 4 - dots, 128, 2)
+    if 3 * pieces < processors(device):
+        return Consumers(1, 4 - dots, 168, 1)
+    return Consumers(2, 2 if dots or pieces > processors(device) else 3, 168, 1)
+
+
+def chunk_sums(log_decay: Tensor) -> Tensor | None:
+    """What a sweep wants to know of a decay for every token, `[B, T, Hkv]`; None of a fixed one."""
+    return running_sums(log_decay, CHUNK) if log_decay.dim() == 3 else None
+
+
+def sweep(
+    first: Operands, second: Operands | None, log_decay: Tensor, scale: float, entering: Tensor | None,
+    shape: Shape, *, into: str, reverse: bool = False, cu_seqlens: Tensor | None = None, sums: Tensor | None = None,
+    other: Tensor | None = None, dots: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launch one sweep, or two side by side, of which the other goes into v and D = Dv.
+
+    Args:
+        first, second: a, b, c of a sweep, and where its output goes. With `reverse` a has the key/value heads, b and c
+            the query heads; else a has the query heads.
+        log_decay: fp32 `[Hkv]`; not read where there are `sums`.
+        scale: factor of the output.
+        entering: state `[items, Hkv, D, Dv]`, fp32, before each segment in the order of the walk; None: 0.
+        shape: sizes of the call.
+        into: "v" if out has the Dv columns of v (o, dv), "k" if it has the D columns of k (dq, dk).
+        reverse: tokens from the last to the first.
+        cu_seqlens: `[N + 1]` integers.
+        sums: `chunk_sums`.
+        other, dots: `[B, T, H, D]` as out; the products of both go into dots, fp32 `[blocks of 64 columns, B, H, T]`.
+    """
+    dim, columns, device = first[0].shape[3], first[3].shape[3], first[0].device
+    heads = shape.shared if reverse else shape.query_heads
+    pieces = shape.items * heads * (1 if second is None else 2)
+    config = consumers(dim, columns, pieces, dots is not None, device)
+    works = pieces * (columns // (CHUNK * config.number))
+    tiles = [
+        _tile(x, size)
+        for operands in (first, second or first)
+        for x, size in zip(operands, (dim, dim, CHUNK, CHUNK), strict=True)
+    ]
+    line = tiles[0]
+    if sums is not None:
+        line = kernels.TensorDescriptor(sums, list(sums.shape), list(sums.stride()), [1, 1, CHUNK], kernels.LINE)
+
+    def given(tensor: Tensor | None) -> Tensor:  # a pointer that is not read still has to be one
+        return first[3] if tensor is None else tensor
+
+    # Packed sequences are of different lengths: the device hands them out.
+    programs = works if shape.packed else min(works, config.programs * processors(device))
+    kernels.hopper_kernel[(programs,)](
+        *tiles, tiles[3] if other is None else _tile(other, CHUNK), line, first[3], (second or first)[3],
+        given(entering), log_decay, given(dots), given(cu_seqlens), scale,
+        works, heads, shape.length, shape.segment, shape.segments,
+        *((columns, 1) if into == "v" else (1, dim)),  # of a's features and of the columns, in the state
+        0 if dots is None else dots.stride(0),
+        A=dim, V=columns, GROUP=shape.group, STAGES=config.stages, CONSUMERS=config.number,
+        PAIR=second is not None, REVERSED=reverse, ENTERING=entering is not None,
+        PER_TOKEN=sums is not None, DOTS=dots is not None, PACKED=shape.packed,
+        num_warps=4, maxnreg=config.registers,
+    )  # fmt: skip
+
+
+def _tile(x: Tensor, columns: int) -> Any:
+    return kernels.TensorDescriptor(x, list(x.shape), list(x.stride()), [1, CHUNK, 1, columns], kernels.TILE)

@@ -1,0 +1,154 @@
+"""The sweep for Hopper GPUs: what it takes, its running sums, and on such a GPU its results."""
+
+import pytest
+import torch
+from attention_case import Case
+from lightning_attention import lightning_attention
+
+hopper = pytest.importorskip("lightning_attention.hopper")
+pytest.importorskip("lightning_attention.hopper_kernels")
+CPU = torch.device("cpu")
+
+
+def shape(rows=4, length=512, heads=32, shared=32, dim=128, value_dim=None, dtype=torch.bfloat16, **options):
+    from lightning_attention.shape import shape_of
+
+    q, k, v = (
+        torch.empty(rows, length, h, d, dtype=dtype, device="meta")
+        for h, d in ((heads, dim), (shared, dim), (shared, value_dim or dim))
+    )
+    states = options.pop("states", shared)
+    per_token = options.pop("per_token", False)
+    log_decay = torch.empty((rows, length, states) if per_token else (states,), device="meta")
+    bounds = torch.empty(3, device="meta") if options.pop("packed", False) else None
+    return shape_of(q, k, v, log_decay, bounds, options.pop("masked", False), options.pop("normalize", False)), (
+        q,
+        k,
+        v,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({}, True),
+        ({"per_token": True}, True),
+        ({"shared": 8}, True),
+        ({"dim": 128, "value_dim": 64}, True),
+        ({"rows": 1, "length": 65536, "packed": True}, True),
+        ({"dim": 96}, False),
+        ({"dim": 64}, False),
+        ({"dim": 256, "heads": 16, "shared": 16}, False),
+        ({"dtype": torch.float16}, False),
+        ({"masked": True}, False),
+        ({"normalize": True}, False),
+        ({"shared": 8, "states": 32}, False),
+        ({"rows": 1, "length": 65536, "packed": True, "per_token": True}, False),
+        ({"length": 64}, False),  # too small to be worth its descriptors
+    ],
+)
+def test_what_it_takes(monkeypatch, options, taken):
+    monkeypatch.setattr(hopper, "available", lambda device: True)
+    monkeypatch.setattr(hopper, "bulk_tensors", lambda tensors: True)
+    sizes, tensors = shape(**options)
+    assert hopper.takes(sizes, *tensors) is taken
+    monkeypatch.setattr(hopper, "available", lambda device: False)
+    assert not hopper.takes(sizes, *tensors)
+
+
+def test_idle_multiprocessors_get_programs_of_half_the_columns(monkeypatch):
+    monkeypatch.setattr(hopper, "processors", lambda device: 132)
+    assert hopper.consumers(128, 128, 256, False, CPU).number == 2
+    assert hopper.consumers(128, 128, 32, False, CPU).number == 1
+
+
+@pytest.mark.parametrize("length", [1, 64, 130])
+def test_running_sums(length):
+    from lightning_attention.decay import running_sums
+
+    log_decay = -torch.rand(2, length, 17)
+    log_decay[0, 0, 0] = -torch.inf
+    found = running_sums(log_decay, 64)
+    padded = torch.nn.functional.pad(log_decay, (0, 0, 0, -length % 64)).mul(1.4426950408889634).clamp(min=-160)
+    wanted = padded.unflatten(1, (-1, 64)).cumsum(2).flatten(1, 2).transpose(1, 2)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-5)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Small calls go to Hopper's sweep, too; how many have gone."""
+    if not (torch.cuda.is_available() and hopper.available(torch.device("cuda"))):
+        pytest.skip("no Hopper GPU")
+    count, sweep = [], hopper.sweep
+    monkeypatch.setenv("SWAPATTN_KERNELS", "triton")
+    monkeypatch.setattr(hopper, "SMALLEST", 0)
+    monkeypatch.setattr(hopper, "sweep", lambda *a, **more: (count.append(more["into"]), sweep(*a, **more)))
+    return count
+
+
+def check(taken, length, *, sweeps, limits=(3e-3, 6e-3), **options):
+    options = {"dim": 128, "value_dim": 128, "heads": 4, "shared": 4, **options}
+    Case(length, dtype=torch.bfloat16, device="cuda", **options).compare(*limits)
+    assert len(taken) == sweeps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [64, 65, 127, 200, 512, 1000, 4097])
+@pytest.mark.parametrize("rows", [1, 40])  # one consumer a program, and two
+def test_any_length(taken, length, rows):
+    check(taken, length, rows=rows, sweeps=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dim", "value_dim", "sweeps"), [(64, 128, 4), (128, 64, 4)])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_dimensions(taken, dim, value_dim, sweeps, per_token):
+    limits = (5e-3, 3e-2) if per_token else (3e-3, 6e-3)
+    check(taken, 200, dim=dim, value_dim=value_dim, per_token=per_token, decay=per_token, limits=limits, sweeps=sweeps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [8, 16])
+@pytest.mark.parametrize("segment", [None, 128])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_groups_and_segments(taken, heads, segment, per_token):
+    check(taken, 520, heads=heads, segment=segment, per_token=per_token, sweeps=3, layout="within")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("segment", [None, 256])
+def test_gradient_of_the_decay(taken, per_token, segment):
+    options = {"per_token": per_token, "decay": True, "segment": segment, "limits": (5e-3, 3e-2)}
+    check(taken, 1500, rows=2, sweeps=3, **options)
+    check(taken, 520, heads=8, sweeps=6, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [4, 8])
+def test_packed(taken, heads):
+    bounds = [0, 0, 1, 65, 500, 500, *range(600, 4000, 97), 4096]
+    check(taken, 4096, bounds=bounds, heads=heads, sweeps=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [512, 500])
+def test_states_of_the_caller(taken, length):
+    """An initial state is taken up; where its gradient or a final state is wanted, those sweeps go elsewhere."""
+    check(taken, length, started=True, sweeps=2)
+    check(taken, length, started=True, final=True, sweeps=3)
+
+
+@pytest.mark.gpu
+def test_runs_are_equal_and_graphs_replay(taken):
+    q, k, v = torch.randn(3, 40, 200, 4, 128, device="cuda").bfloat16().unbind(0)
+    log_decay = -torch.tensor([0.0, 0.0039, 0.96, 7.9], device="cuda")
+    first, second = (lightning_attention(q, k, v, log_decay)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = lightning_attention(q, k, v, log_decay)
+    q.mul_(2)
+    graph.replay()
+    assert torch.equal(out, lightning_attention(q, k, v, log_decay)[0])
+    assert len(taken) == 4
