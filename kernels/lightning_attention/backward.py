@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import hopper
 from .bulk import bulk_copies, head_steps
 from .decay import decay_gradient
+from .hopper import CHUNK, chunk_sums, fits_hopper, fits_hopper_reversed, hopper_sweep
 from .launch import sweep_config
 from .shape import Shape, outputs_per_program, padded, precision
 from .states import entering_states
@@ -253,20 +253,20 @@ def backward(
         if first and shape.normalize
         else None
     )
-    on_hopper = [False, hopper.takes(shape, q, k, v, do)]  # dk and dv, dq
-    on_hopper[0] = on_hopper[1] and hopper.takes_reversed(shape, behind[0], first)
+    on_hopper = [False, fits_hopper(shape, q, k, v, do)]  # dk and dv, dq
+    on_hopper[0] = on_hopper[1] and fits_hopper_reversed(shape, behind[0], first)
     configs = [config, sweep_config("dq", dim, value_dim, q.dtype, shape.normalize, shape.narrow)]
     dots_k, dots_q = (
         torch.empty(
-            triton.cdiv(dim, hopper.CHUNK if taken else c.columns), shape.rows, x.shape[2], shape.length,
+            triton.cdiv(dim, CHUNK if taken else c.columns), shape.rows, x.shape[2], shape.length,
             dtype=torch.float32, device=q.device,
         )
         if decay
         else None
         for c, x, taken in zip(configs, (dk, dq), on_hopper, strict=True)
     )  # fmt: skip
-    line = hopper.chunk_sums(log_decay) if on_hopper[1] else None
-    there = partial(hopper.sweep, log_decay=log_decay, scale=scale, shape=shape, cu_seqlens=cu_seqlens, sums=line)
+    line = chunk_sums(log_decay) if on_hopper[1] else None
+    there = partial(hopper_sweep, log_decay=log_decay, scale=scale, shape=shape, cu_seqlens=cu_seqlens, sums=line)
     if on_hopper[1]:
         there((do, v, k, dq), None, entering=entering[0], into="k", other=q, dots=dots_q)
     if on_hopper[0]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import hopper
 from .bulk import bulk_copies, head_steps
+from .hopper import chunk_sums, fits_hopper, hopper_sweep
 from .launch import sweep_config
 from .shape import Shape, outputs_per_program, padded, precision
 from .states import entering_states
@@ -106,10 +106,10 @@ def forward(
         leaving = state, v.new_empty(state.shape[:3], dtype=torch.float32) if shape.normalize else None
     config = sweep_config("forward", shape.dim, shape.value_dim, q.dtype, shape.normalize, shape.narrow)
     entering = entering_states(k, v, log_decay, mask, cu_seqlens, initial, shape, config, exact=final)
-    if not final and hopper.takes(shape, q, k, v):
-        hopper.sweep(
+    if not final and fits_hopper(shape, q, k, v):
+        hopper_sweep(
             (q, k, v, o), None, log_decay, scale, entering[0], shape,
-            into="v", cu_seqlens=cu_seqlens, sums=hopper.chunk_sums(log_decay),
+            into="v", cu_seqlens=cu_seqlens, sums=chunk_sums(log_decay),
         )  # fmt: skip
         return o, sums, leaving, entering
 

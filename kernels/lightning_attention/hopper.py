@@ -17,13 +17,10 @@ from .decay import running_sums
 from .launch import processors
 from .shape import Shape
 
-kernels: Any = None
 try:
-    from . import hopper_kernels
-
-    kernels = hopper_kernels
-except ImportError:  # a Triton without Gluon, or with another one: nothing is taken
-    pass
+    from .hopper_kernels import LINE, TILE, TensorDescriptor, hopper_kernel
+except ImportError:  # a Triton without Gluon, or with another one
+    hopper_kernel = None
 
 CHUNK = 64  # tokens, and columns of a consumer
 SMALLEST = 2**22  # elements of q: for less, making the descriptors on the host takes longer than is gained
@@ -39,9 +36,9 @@ class Consumers(NamedTuple):
     programs: int  # that a multiprocessor holds
 
 
-def takes(shape: Shape, *tensors: Tensor) -> bool:
+def fits_hopper(shape: Shape, *tensors: Tensor) -> bool:
     """Whether sweeps of these tensors `[B, T, H, D]` can run here."""
-    if kernels is None or shape.masked or shape.normalize or (shape.packed and (shape.split or shape.per_token)):
+    if hopper_kernel is None or shape.masked or shape.normalize or (shape.packed and (shape.split or shape.per_token)):
         return False
     if {shape.dim, shape.value_dim} not in ({64, 128}, {128}) or shape.heads != shape.shared or shape.group > 8:
         return False
@@ -49,8 +46,8 @@ def takes(shape: Shape, *tensors: Tensor) -> bool:
     return large and tensors[0].dtype == torch.bfloat16 and available(tensors[0].device) and bulk_tensors(tensors)
 
 
-def takes_reversed(shape: Shape, behind: Tensor | None, first: bool) -> bool:
-    """Whether those for dk and dv, of a call that `takes`, can run here too.
+def fits_hopper_reversed(shape: Shape, behind: Tensor | None, first: bool) -> bool:
+    """Whether those for dk and dv, of a call that `fits_hopper`, can run here too.
 
     There is no place for the gradient of the initial state (`first`), and running sums do not count from the last
     token, as a gradient of the final state (`behind`) wants it.
@@ -84,7 +81,7 @@ def chunk_sums(log_decay: Tensor) -> Tensor | None:
     return running_sums(log_decay, CHUNK) if log_decay.dim() == 3 else None
 
 
-def sweep(
+def hopper_sweep(
     first: Operands, second: Operands | None, log_decay: Tensor, scale: float, entering: Tensor | None,
     shape: Shape, *, into: str, reverse: bool = False, cu_seqlens: Tensor | None = None, sums: Tensor | None = None,
     other: Tensor | None = None, dots: Tensor | None = None,
@@ -116,14 +113,14 @@ def sweep(
     ]
     line = tiles[0]
     if sums is not None:
-        line = kernels.TensorDescriptor(sums, list(sums.shape), list(sums.stride()), [1, 1, CHUNK], kernels.LINE)
+        line = TensorDescriptor(sums, list(sums.shape), list(sums.stride()), [1, 1, CHUNK], LINE)
 
     def given(tensor: Tensor | None) -> Tensor:  # a pointer that is not read still has to be one
         return first[3] if tensor is None else tensor
 
     # Packed sequences are of different lengths: the device hands them out.
     programs = works if shape.packed else min(works, config.programs * processors(device))
-    kernels.hopper_kernel[(programs,)](
+    hopper_kernel[(programs,)](
         *tiles, tiles[3] if other is None else _tile(other, CHUNK), line, first[3], (second or first)[3],
         given(entering), log_decay, given(dots), given(cu_seqlens), scale,
         works, heads, shape.length, shape.segment, shape.segments,
@@ -137,4 +134,4 @@ def sweep(
 
 
 def _tile(x: Tensor, columns: int) -> Any:
-    return kernels.TensorDescriptor(x, list(x.shape), list(x.stride()), [1, CHUNK, 1, columns], kernels.TILE)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, CHUNK, 1, columns], TILE)

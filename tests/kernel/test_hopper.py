@@ -51,9 +51,9 @@ def test_what_it_takes(monkeypatch, options, taken):
     monkeypatch.setattr(hopper, "available", lambda device: True)
     monkeypatch.setattr(hopper, "bulk_tensors", lambda tensors: True)
     sizes, tensors = shape(**options)
-    assert hopper.takes(sizes, *tensors) is taken
+    assert hopper.fits_hopper(sizes, *tensors) is taken
     monkeypatch.setattr(hopper, "available", lambda device: False)
-    assert not hopper.takes(sizes, *tensors)
+    assert not hopper.fits_hopper(sizes, *tensors)
 
 
 def test_idle_multiprocessors_get_programs_of_half_the_columns(monkeypatch):
@@ -79,10 +79,13 @@ def taken(monkeypatch):
     """Small calls go to Hopper's sweep, too; how many have gone."""
     if not (torch.cuda.is_available() and hopper.available(torch.device("cuda"))):
         pytest.skip("no Hopper GPU")
-    count, sweep = [], hopper.sweep
+    from lightning_attention import backward, forward
+
+    count, sweep = [], hopper.hopper_sweep
     monkeypatch.setenv("SWAPATTN_KERNELS", "triton")
     monkeypatch.setattr(hopper, "SMALLEST", 0)
-    monkeypatch.setattr(hopper, "sweep", lambda *a, **more: (count.append(more["into"]), sweep(*a, **more)))
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "hopper_sweep", lambda *a, **more: (count.append(more["into"]), sweep(*a, **more)))
     return count
 
 
