@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from lightning_attention import (
+    hopper,
     lightning_attention,
     lightning_attention_step,
     local_attention,
@@ -96,10 +97,13 @@ def ring(dtype: torch.dtype, dim: int, shared: int) -> None:
 
 
 def main() -> None:
-    count = 0
-    for dtype, dim in itertools.product((torch.bfloat16, torch.float32), (64, 128)):
-        if sys.argv[1:] and f"{str(dtype).removeprefix('torch.')}-{dim}" not in sys.argv[1:]:
-            continue
+    count, hopper.SMALLEST = 0, 0  # small calls go to Hopper's sweep, too
+    types = itertools.product((torch.bfloat16, torch.float32), (64, 128))
+    chosen = {f"{str(dtype).removeprefix('torch.')}-{dim}": (dtype, dim) for dtype, dim in types}
+    unknown = set(sys.argv[1:]) - chosen.keys()
+    if unknown:
+        sys.exit(f"{', '.join(sorted(unknown))}: expected {', '.join(chosen)}")
+    for dtype, dim in (chosen[name] for name in sys.argv[1:] or chosen):
         values = 64
         for name, case in LINEAR.items():
             linear(dtype, dim, values, **case)
