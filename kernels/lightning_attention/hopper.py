@@ -6,6 +6,7 @@ Triton kernels, which are correct everywhere and as fast where nothing is gained
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,10 +19,13 @@ from .launch import processors
 from .shape import Shape
 
 try:
-    from .hopper_kernels import LINE, TILE, TensorDescriptor, hopper_kernel
-except ImportError:  # a Triton without Gluon, or with another one
-    hopper_kernel = None
+    from .hopper_kernels import LINE, TILE, VERSION, TensorDescriptor, hopper_kernel
+except ImportError:  # a Triton without Gluon, or with one that is not known to compile it
+    hopper_kernel, VERSION = None, (0, 0)
 
+# "0": never; "1": with any Triton that compiles it; "auto": with those with which it has run on a GPU.
+SWITCH = "SWAPATTN_HOPPER"
+HAS_RUN = ((3, 6),)
 CHUNK = 64  # tokens, and columns of a consumer
 SMALLEST = 2**22  # elements of q: for less, making the descriptors on the host takes longer than is gained
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # a, b, c, out: [B, T, H, D]
@@ -37,7 +41,16 @@ class Consumers(NamedTuple):
 
 
 def fits_hopper(shape: Shape, *tensors: Tensor) -> bool:
-    """Whether sweeps of these tensors `[B, T, H, D]` can run here."""
+    """Whether sweeps of these tensors `[B, T, H, D]` run here; see `SWITCH`.
+
+    Raises:
+        ValueError: the switch has an unknown value.
+    """
+    choice = os.environ.get(SWITCH, "auto")
+    if choice not in ("0", "1", "auto"):
+        raise ValueError(f"{SWITCH}: expected 0, 1 or auto, found {choice}")
+    if choice == "0" or (choice == "auto" and VERSION not in HAS_RUN):
+        return False
     if hopper_kernel is None or shape.masked or shape.normalize or (shape.packed and (shape.split or shape.per_token)):
         return False
     if {shape.dim, shape.value_dim} not in ({64, 128}, {128}) or shape.heads != shape.shared or shape.group > 8:

@@ -16,6 +16,7 @@ Source: Lightning Attention-2, arXiv 2401.04658; the division of labour is that 
 from __future__ import annotations
 
 try:  # in a try block: transformers demands what the files of a checkpoint import outside one
+    import triton
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
@@ -27,12 +28,16 @@ try:  # in a try block: transformers demands what the files of a checkpoint impo
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as TensorDescriptor
 except ImportError as error:
-    raise ImportError("the kernels for Hopper need triton >= 3.6 with Gluon") from error
+    raise ImportError("the kernels for Hopper need triton with Gluon") from error
 
-if hasattr(tma, "async_load"):
-    barrier, bulk_load, bulk_store = gl.barrier, tma.async_load, tma.async_store
-else:  # their names in Triton 3.6
-    barrier, bulk_load, bulk_store = gl.thread_barrier, tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+if not (3, 6) <= VERSION <= (3, 9):  # Gluon changes its names from one version to the next
+    raise ImportError(f"the kernels for Hopper were compiled by triton 3.6 to 3.9, found {triton.__version__}")
+barrier = gl.thread_barrier if VERSION == (3, 6) else gl.barrier
+if VERSION < (3, 8):
+    bulk_load, bulk_store = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
+else:
+    bulk_load, bulk_store = tma.async_load, tma.async_store
 
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)  # of [1, 64, 1, columns]
 LINE = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)  # of [1, 1, 64]

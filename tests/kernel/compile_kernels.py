@@ -77,7 +77,7 @@ def compiling(arch: int) -> Iterator[dict[str, tuple[str, Any]]]:
 
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(JITFunction, "run", run))
-        patches.enter_context(mock.patch.dict(os.environ, SWAPATTN_KERNELS="triton"))
+        patches.enter_context(mock.patch.dict(os.environ, SWAPATTN_KERNELS="triton", SWAPATTN_HOPPER="1"))
         for module in (launch_parameters, bulk, local_op):
             patches.enter_context(mock.patch.object(module, "has_bulk_copies", return_value=arch >= 90))
         patches.enter_context(mock.patch.object(hopper, "available", return_value=arch == 90))

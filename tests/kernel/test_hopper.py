@@ -6,7 +6,6 @@ from attention_case import Case
 from lightning_attention import lightning_attention
 
 hopper = pytest.importorskip("lightning_attention.hopper")
-pytest.importorskip("lightning_attention.hopper_kernels")
 CPU = torch.device("cpu")
 
 
@@ -48,12 +47,35 @@ def shape(rows=4, length=512, heads=32, shared=32, dim=128, value_dim=None, dtyp
     ],
 )
 def test_what_it_takes(monkeypatch, options, taken):
+    monkeypatch.setenv(hopper.SWITCH, "1")
     monkeypatch.setattr(hopper, "available", lambda device: True)
     monkeypatch.setattr(hopper, "bulk_tensors", lambda tensors: True)
     sizes, tensors = shape(**options)
     assert hopper.fits_hopper(sizes, *tensors) is taken
     monkeypatch.setattr(hopper, "available", lambda device: False)
     assert not hopper.fits_hopper(sizes, *tensors)
+
+
+@pytest.mark.parametrize(
+    ("choice", "version", "taken"),
+    [("auto", (3, 6), True), ("auto", (3, 9), False), ("1", (3, 9), True), ("0", (3, 6), False)],
+)
+def test_switch(monkeypatch, choice, version, taken):
+    """Of itself it runs only with a Triton with which it has run."""
+    monkeypatch.setenv(hopper.SWITCH, choice)
+    monkeypatch.setattr(hopper, "VERSION", version)
+    monkeypatch.setattr(hopper, "available", lambda device: True)
+    monkeypatch.setattr(hopper, "bulk_tensors", lambda tensors: True)
+    sizes, tensors = shape()
+    assert hopper.fits_hopper(sizes, *tensors) is taken
+    monkeypatch.setenv(hopper.SWITCH, "yes")
+    with pytest.raises(ValueError, match="expected 0, 1 or auto, found yes"):
+        hopper.fits_hopper(sizes, *tensors)
+
+
+def test_the_triton_here_is_known_to_compile_it():
+    """A new version of Triton is to be tried with compile_kernels.py, and on a GPU, before it is let in."""
+    assert hopper.hopper_kernel is not None
 
 
 def test_idle_multiprocessors_get_programs_of_half_the_columns(monkeypatch):
@@ -83,6 +105,7 @@ def taken(monkeypatch):
 
     count, sweep = [], hopper.hopper_sweep
     monkeypatch.setenv("SWAPATTN_KERNELS", "triton")
+    monkeypatch.setenv(hopper.SWITCH, "1")
     monkeypatch.setattr(hopper, "SMALLEST", 0)
     for module in (forward, backward):
         monkeypatch.setattr(module, "hopper_sweep", lambda *a, **more: (count.append(more["into"]), sweep(*a, **more)))
