@@ -78,7 +78,7 @@ def locate(work, cu_seqlens, sizes, PAIR: gl.constexpr, BLOCKS: gl.constexpr, PA
     head = work // BLOCKS % heads
     item = work // (BLOCKS * heads)
     if PACKED:
-        row = 0
+        row = item * 0
         start, stop = gl.load(cu_seqlens + item).to(gl.int32), gl.load(cu_seqlens + item + 1).to(gl.int32)
     else:
         row = item // segments

@@ -97,6 +97,63 @@ def test_running_sums(length):
 
 
 @pytest.fixture
+def on_cpu(monkeypatch):
+    """The kernel's source in `gluon_emulator`, for float32; how many sweeps there have been."""
+    from pathlib import Path
+
+    from gluon_emulator import emulated
+    from lightning_attention import backward, forward
+
+    module, count, sweep = emulated(Path(hopper.__file__).with_name("hopper_kernels.py")), [], hopper.hopper_sweep
+    monkeypatch.setenv("SWAPATTN_KERNELS", "triton")
+    monkeypatch.setattr(hopper, "hopper_kernel", module.hopper_kernel)
+    monkeypatch.setattr(hopper, "TensorDescriptor", module.TensorDescriptor)
+    for at in (forward, backward):
+        monkeypatch.setattr(at, "fits_hopper", lambda *_: True)
+        monkeypatch.setattr(at, "hopper_sweep", lambda *a, **more: (count.append(more["into"]), sweep(*a, **more)))
+    return count
+
+
+def check_on_cpu(on_cpu, length, *, sweeps, **options):
+    options = {"dim": 128, "value_dim": 128, "heads": 2, "shared": 2, "rows": 1, **options}
+    Case(length, **options).compare(2e-5)
+    assert len(on_cpu) == sweeps
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 200])
+@pytest.mark.parametrize("number", [1, 2])
+def test_source_any_length(on_cpu, monkeypatch, length, number):
+    monkeypatch.setattr(hopper, "consumers", lambda *_: hopper.Consumers(number, 2, 168, 1))
+    check_on_cpu(on_cpu, length, sweeps=3)
+
+
+@pytest.mark.parametrize(("dim", "value_dim", "sweeps"), [(64, 128, 4), (128, 64, 4)])
+def test_source_dimensions(on_cpu, dim, value_dim, sweeps):
+    check_on_cpu(on_cpu, 130, dim=dim, value_dim=value_dim, per_token=True, decay=True, sweeps=sweeps)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("segment", [None, 128])
+def test_source_groups_and_segments(on_cpu, per_token, segment):
+    check_on_cpu(on_cpu, 300, heads=4, per_token=per_token, decay=True, segment=segment, sweeps=3, layout="within")
+
+
+def test_source_packed(on_cpu):
+    check_on_cpu(on_cpu, 250, bounds=[0, 0, 1, 65, 129, 129, 250], heads=4, decay=True, slopes=(0.1,), sweeps=3)
+
+
+def test_source_takes_up_states(on_cpu):
+    check_on_cpu(on_cpu, 100, started=True, sweeps=2)
+    check_on_cpu(on_cpu, 128, final=True, sweeps=4)  # a gradient from behind, but no state
+
+
+def test_source_many_pieces_of_work(on_cpu, monkeypatch):
+    """A program goes from one to the next with its ring and its phases as they are."""
+    monkeypatch.setattr(hopper, "processors", lambda device: 3)
+    check_on_cpu(on_cpu, 70, rows=4, heads=4, shared=4, sweeps=3)
+
+
+@pytest.fixture
 def taken(monkeypatch):
     """Small calls go to Hopper's sweep, too; how many have gone."""
     if not (torch.cuda.is_available() and hopper.available(torch.device("cuda"))):
