@@ -86,7 +86,7 @@ def test_the_distilled_model_beats_window_and_conversion(lines: Lines, distilled
     from swapattn.loading import load, load_teacher
     from swapattn.perplexity import heldout_perplexity
 
-    windows = heldout_windows(distilled[1], count=4)
+    windows = heldout_windows(distilled[1], count=2)
     teacher, _ = load_teacher(read(lines.folder / "smollm2-135m-swapattn"))
     converted, _ = load(lines.folder / "smollm2-135m-swapattn")
     student = heldout_perplexity(distilled[0], windows).value

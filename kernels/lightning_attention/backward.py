@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .bulk import bulk_copies, head_steps
 from .decay import decay_gradient
-from .hopper import CHUNK, chunk_sums, fits_hopper, fits_hopper_reversed, hopper_sweep
+from .hopper import CHUNK, chunk_sums, fits_hopper, hopper_sweep
 from .launch import sweep_config
 from .shape import Shape, outputs_per_program, padded, precision
 from .states import entering_states
@@ -254,7 +254,7 @@ def backward(
         else None
     )
     on_hopper = [False, fits_hopper(shape, q, k, v, do)]  # dk and dv, dq
-    on_hopper[0] = on_hopper[1] and fits_hopper_reversed(shape, behind[0], first)
+    on_hopper[0] = on_hopper[1] and not first  # it has no place for the gradient of the initial state
     configs = [config, sweep_config("dq", dim, value_dim, q.dtype, shape.normalize, shape.narrow)]
     dots_k, dots_q = (
         torch.empty(

@@ -83,11 +83,12 @@ def decay_gradient(
     return total
 
 
-@triton.jit(do_not_specialize=["length", "padded"])
-def sums_kernel(log_decay, sums, length, padded, heads, C: tl.constexpr, BH: tl.constexpr):
+@triton.jit(do_not_specialize=["length", "chunks"])
+def sums_kernel(log_decay, sums, length, chunks, heads, C: tl.constexpr, BH: tl.constexpr):
     """Running sums of a chunk for BH heads."""
-    chunk, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    token = chunk * C + tl.arange(0, C)
+    pid, block = tl.program_id(0), tl.program_id(1)
+    row, padded = (pid // chunks).to(tl.int64), chunks * C
+    token = pid % chunks * C + tl.arange(0, C)
     head = block * BH + tl.arange(0, BH)
     given = log_decay + (row * length + token[:, None]) * heads + head[None, :]
     known = (head < heads)[None, :]
@@ -106,7 +107,7 @@ def running_sums(log_decay: Tensor, chunk: int) -> Tensor:
     rows, length, heads = log_decay.shape
     chunks = triton.cdiv(length, chunk)
     sums = log_decay.new_empty(rows, heads, chunks * chunk)
-    sums_kernel[(chunks, triton.cdiv(heads, 16), rows)](
-        log_decay, sums, length, chunks * chunk, heads, C=chunk, BH=16, num_warps=4
+    sums_kernel[(rows * chunks, triton.cdiv(heads, 16))](
+        log_decay, sums, length, chunks, heads, C=chunk, BH=16, num_warps=4
     )
     return sums

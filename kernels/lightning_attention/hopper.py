@@ -1,7 +1,7 @@
 """Which calls take the sweep for Hopper GPUs, and its launcher.
 
-It takes what trains and scores: bfloat16, no hidden tokens, no normaliser, no final state. Every other call takes the
-Triton kernels, which are correct everywhere and as fast where nothing is gained here (64 features and 64 values).
+It takes bfloat16 without hidden tokens, normaliser or final state. Every other call takes the Triton kernels, which
+are correct everywhere and as fast where nothing is gained here (64 features and 64 values).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .shape import Shape
 
 try:
     from .hopper_kernels import LINE, TILE, VERSION, TensorDescriptor, hopper_kernel
-except ImportError:  # a Triton without Gluon, or with one that is not known to compile it
+except (ImportError, AttributeError):  # a Triton without Gluon, or with one that is not known to compile it
     hopper_kernel, VERSION = None, (0, 0)
 
 # "0": never; "1": with any Triton that compiles it; "auto": with those with which it has run on a GPU.
@@ -53,19 +53,12 @@ def fits_hopper(shape: Shape, *tensors: Tensor) -> bool:
         return False
     if hopper_kernel is None or shape.masked or shape.normalize or (shape.packed and (shape.split or shape.per_token)):
         return False
+    if shape.per_token and shape.split and shape.segment % CHUNK:
+        return False
     if {shape.dim, shape.value_dim} not in ({64, 128}, {128}) or shape.heads != shape.shared or shape.group > 8:
         return False
     large = shape.rows * shape.length * shape.query_heads * shape.dim >= SMALLEST
     return large and tensors[0].dtype == torch.bfloat16 and available(tensors[0].device) and bulk_tensors(tensors)
-
-
-def fits_hopper_reversed(shape: Shape, behind: Tensor | None, first: bool) -> bool:
-    """Whether those for dk and dv, of a call that `fits_hopper`, can run here too.
-
-    There is no place for the gradient of the initial state (`first`), and running sums do not count from the last
-    token, as a gradient of the final state (`behind`) wants it.
-    """
-    return not first and (behind is None or not shape.per_token or shape.length % CHUNK == 0)
 
 
 @cache
@@ -75,16 +68,16 @@ def available(device: torch.device) -> bool:
     return cuda and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def consumers(dim: int, columns: int, pieces: int, dots: bool, device: torch.device) -> Consumers:
+def consumers(columns: int, pieces: int, dots: bool, device: torch.device) -> Consumers:
     """How `columns` columns of each of `pieces` heads of sequences are shared out; `dots`: with a fifth tile.
 
-    Measured on an H100 in bf16 (README.md). Two consumers of a program read a and b once. Two stages are better than
-    three where every multiprocessor is at work, and three where some are not; one consumer and twice the programs only
-    where most are not.
+    Measured on an H100 and an H200 in bf16 (README.md). Two consumers of a program read a and b once. Two stages are
+    better than three where every multiprocessor is at work, and three where some are not; one consumer and twice the
+    programs where more than half are not.
     """
     if columns == 64:
-        return Consumers(1, 2 if dim == 128 else 4 - dots, 128, 2)
-    if 3 * pieces < processors(device):
+        return Consumers(1, 2, 128, 2)
+    if 2 * pieces < processors(device):
         return Consumers(1, 4 - dots, 168, 1)
     return Consumers(2, 2 if dots or pieces > processors(device) else 3, 168, 1)
 
@@ -117,7 +110,7 @@ def hopper_sweep(
     dim, columns, device = first[0].shape[3], first[3].shape[3], first[0].device
     heads = shape.shared if reverse else shape.query_heads
     pieces = shape.items * heads * (1 if second is None else 2)
-    config = consumers(dim, columns, pieces, dots is not None, device)
+    config = consumers(columns, pieces, dots is not None, device)
     works = pieces * (columns // (CHUNK * config.number))
     tiles = [
         _tile(x, size)

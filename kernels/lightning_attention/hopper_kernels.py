@@ -15,6 +15,8 @@ Source: Lightning Attention-2, arXiv 2401.04658; the division of labour is that 
 
 from __future__ import annotations
 
+import re
+
 try:  # in a try block: transformers demands what the files of a checkpoint import outside one
     import triton
     from triton.experimental import gluon
@@ -30,7 +32,7 @@ try:  # in a try block: transformers demands what the files of a checkpoint impo
 except ImportError as error:
     raise ImportError("the kernels for Hopper need triton with Gluon") from error
 
-VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+VERSION = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
 if not (3, 6) <= VERSION <= (3, 9):  # Gluon changes its names from one version to the next
     raise ImportError(f"the kernels for Hopper were compiled by triton 3.6 to 3.9, found {triton.__version__}")
 barrier = gl.thread_barrier if VERSION == (3, 6) else gl.barrier

@@ -104,17 +104,16 @@ def main() -> None:
     if unknown:
         sys.exit(f"{', '.join(sorted(unknown))}: expected {', '.join(chosen)}")
     for dtype, dim in (chosen[name] for name in sys.argv[1:] or chosen):
-        values = 64
-        for name, case in LINEAR.items():
+        for (name, case), values in itertools.product(LINEAR.items(), sorted({64, dim})):
             linear(dtype, dim, values, **case)
             print(f"linear, {name}: {dtype}, {dim} x {values}", flush=True)
         for shared, length, normalize in itertools.product((4, 1), (1, 3), (False, True)):
-            step(dtype, dim, values, shared, length, normalize)
+            step(dtype, dim, 64, shared, length, normalize)
         for shared, kind in itertools.product((4, 2), ("whole", "packed", "masked")):
             window(dtype, dim, shared, kind)
         ring(dtype, dim, 2)
         print(f"step and window: {dtype}, {dim}", flush=True)
-        count += len(LINEAR) + 8 + 6 + 1
+        count += len(LINEAR) * len({64, dim}) + 8 + 6 + 1
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print(f"{count} cases on {DEVICE}")

@@ -20,11 +20,8 @@ def shape(rows=4, length=512, heads=32, shared=32, dim=128, value_dim=None, dtyp
     per_token = options.pop("per_token", False)
     log_decay = torch.empty((rows, length, states) if per_token else (states,), device="meta")
     bounds = torch.empty(3, device="meta") if options.pop("packed", False) else None
-    return shape_of(q, k, v, log_decay, bounds, options.pop("masked", False), options.pop("normalize", False)), (
-        q,
-        k,
-        v,
-    )
+    flags = options.pop("masked", False), options.pop("normalize", False), options.pop("segment", None)
+    return shape_of(q, k, v, log_decay, bounds, *flags), (q, k, v)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +40,8 @@ def shape(rows=4, length=512, heads=32, shared=32, dim=128, value_dim=None, dtyp
         ({"normalize": True}, False),
         ({"shared": 8, "states": 32}, False),
         ({"rows": 1, "length": 65536, "packed": True, "per_token": True}, False),
+        ({"rows": 1, "length": 65536, "per_token": True, "segment": 16384}, True),
+        ({"rows": 1, "length": 65536, "per_token": True, "segment": 1000}, False),
         ({"length": 64}, False),  # too small to be worth its descriptors
     ],
 )
@@ -80,8 +79,8 @@ def test_the_triton_here_is_known_to_compile_it():
 
 def test_idle_multiprocessors_get_programs_of_half_the_columns(monkeypatch):
     monkeypatch.setattr(hopper, "processors", lambda device: 132)
-    assert hopper.consumers(128, 128, 256, False, CPU).number == 2
-    assert hopper.consumers(128, 128, 32, False, CPU).number == 1
+    assert hopper.consumers(128, 128, False, CPU).number == 2
+    assert hopper.consumers(128, 64, False, CPU).number == 1
 
 
 @pytest.mark.parametrize("length", [1, 64, 130])
@@ -144,7 +143,8 @@ def test_source_packed(on_cpu):
 
 def test_source_takes_up_states(on_cpu):
     check_on_cpu(on_cpu, 100, started=True, sweeps=2)
-    check_on_cpu(on_cpu, 128, final=True, sweeps=4)  # a gradient from behind, but no state
+    check_on_cpu(on_cpu, 100, final=True, sweeps=4)  # a gradient from behind, but no state
+    check_on_cpu(on_cpu, 130, final=True, per_token=True, decay=True, sweeps=6)
 
 
 def test_source_many_pieces_of_work(on_cpu, monkeypatch):
