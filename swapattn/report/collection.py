@@ -394,9 +394,8 @@ def _missing(path: Path, entry: Mapping[str, Any], record: Mapping[str, Any] | N
     name = start = shlex.quote(str(path))
     recipe = str(record["recipe"].get("name")) if record else "short"
     named = load_recipe(recipe).to_dict() if recipe in recipe_names() else {"distill": None}
-    if (
-        record and named["distill"] != record["recipe"]["distill"]
-    ):  # what was set at the conversion stays: `preparation`
+    # What was set at the conversion stays: see `preparation`.
+    if record and named["distill"] != record["recipe"]["distill"]:
         recipe = shlex.quote(_recipe_argument(path, record["recipe"]))
     if record and record["kind"] == "distilled" and record.get("parent"):
         start = shlex.quote(str(record["parent"]["path"]))

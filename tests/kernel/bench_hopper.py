@@ -2,17 +2,16 @@
 
     python tests/kernel/bench_hopper.py [SHAPE ...] > figures.json
 
-Forward and backward pass of the operators, each recorded as a CUDA graph and replayed back to back, medians of 20 in
-ms; "pt" with a decay for every token and its gradient. The floor is the time to move q, k, v, o (forward) and also q,
-k, v, do, dq, dk, dv (backward) once at the measured speed of a copy. bf16, slopes of ALiBi.
+Forward and backward pass of the operators, recorded as CUDA graphs and replayed back to back, medians in ms; "pt" with
+a decay for every token and its gradient. The floor is the time to move q, k, v, o (forward) and also q, k, v, do, dq,
+dk, dv (backward) once at the measured speed of a copy. bf16, slopes of ALiBi. Without a GPU, with TRITON_INTERPRET=1
+and SWAPATTN_KERNELS=triton: tiny shapes, to try it out.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -21,6 +20,8 @@ from lightning_attention import backward, forward, hopper, linear_op
 from lightning_attention.hopper import Consumers
 from lightning_attention.shape import shape_of
 from torch import Tensor
+
+from swapattn.kernel_lab import Lab
 
 SHAPES = {  # B, T, Hq, Hkv, D, Dv
     "8x8K": (8, 8192, 32, 32, 128, 128),
@@ -35,85 +36,63 @@ SHAPES = {  # B, T, Hq, Hkv, D, Dv
     "8x8K, Dv=64": (8, 8192, 32, 32, 128, 64),
 }
 CHOICES = {  # consumers, stages, registers, programs of a multiprocessor
-    "chosen": None,
     "2, 2 stages": Consumers(2, 2, 168, 1),
     "2, 3 stages": Consumers(2, 3, 168, 1),
     "1, 4 stages": Consumers(1, 4, 168, 1),
 }
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Median milliseconds of a replay."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(24)]
-    for event in events:
-        event.record()
-        graph.replay()
-    torch.cuda.synchronize()
-    return sorted(a.elapsed_time(b) for a, b in pairwise(events[3:]))[10]
-
-
-def copy_speed() -> float:
-    """Bytes read and written in a millisecond."""
-    source, target = (torch.zeros(2**31, dtype=torch.uint8, device="cuda") for _ in range(2))
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
-    for event in events:
-        event.record()
-        target.copy_(source)
-    torch.cuda.synchronize()
-    return 2**32 / sorted(a.elapsed_time(b) for a, b in pairwise(events[1:]))[5]
-
-
-def measure(sizes: tuple[int, ...], speed: float) -> dict[str, float]:
+def measure(lab: Lab, sizes: tuple[int, ...]) -> dict[str, float]:
     """Times of one shape, with what is chosen or patched at the moment, and shares of the floor."""
-    rows, length, heads, shared, dim, value_dim = sizes
-    torch.manual_seed(0)
-    tensors = ((heads, dim), (shared, dim), (shared, value_dim), (heads, value_dim))
-    q, k, v, do = (torch.randn(rows, length, *size, device="cuda", dtype=torch.bfloat16) for size in tensors)
-    decay = -(2.0 ** (-8 * (torch.arange(shared, device="cuda") + 1) / shared))
+    shape = lab.shape(*sizes[:5])
+    wide, narrow = (shape.rows, shape.length, shape.heads), (shape.rows, shape.length, shape.shared)
+    values = shape.dim * sizes[5] // sizes[4]
+    q, k = lab.random(*wide, shape.dim), lab.random(*narrow, shape.dim)
+    v, do = lab.random(*narrow, values), lab.random(*wide, values)
+    decay = lab.decay(shape.shared)
     found = {}
-    for name, given in (("", decay), ("pt ", decay.expand(rows, length, shared).contiguous())):
-        arguments = (q, k, v, given, dim**-0.5, None, None, False, None, None, False, 0)
-        found[f"{name}forward"] = timed(lambda args=arguments: linear_op._forward(*args))
-        shape = shape_of(q, k, v, given, None, False, False)
-        entering = linear_op._forward(*arguments)[4] if shape.split else None
+    for name, given in (("", decay), ("pt ", decay.expand(narrow).contiguous())):
+        arguments = (q, k, v, given, shape.dim**-0.5, None, None, False, None, None, False, 0)
+        found[f"{name}forward"] = lab.time_graph(lambda args=arguments: linear_op._forward(*args))
+        split = shape_of(q, k, v, given, None, False, False).split
+        entering = linear_op._forward(*arguments)[4] if split else None
 
         def back(given: Tensor = given, entering: Tensor | None = entering) -> None:
             linear_op._backward(
-                q, k, v, do, given, dim**-0.5, entering, None, None, None, None, None, None, None, 0, False,
+                q, k, v, do, given, shape.dim**-0.5, entering, None, None, None, None, None, None, None, 0, False,
                 given.dim() == 3, None, None,
             )  # fmt: skip
 
-        found[f"{name}backward"] = timed(back)
-    once = 2 * sum(x.numel() for x in (q, k, v))
-    there = (once + 2 * do.numel()) / speed
-    found["share forward"] = there / found["forward"]
-    found["share both"] = (2 * there + once / speed) / (found["forward"] + found["backward"])
+        found[f"{name}backward"] = lab.time_graph(back)
+    once = sum(x.nbytes for x in (q, k, v))
+    there = once + do.nbytes
+    found["share forward"] = lab.floor(there) / found["forward"]
+    found["share both"] = lab.floor(2 * there + once) / (found["forward"] + found["backward"])
     return {key: round(value, 4) for key, value in found.items()}
 
 
 def main() -> None:
     """Print the figures of the shapes that are named, else of all."""
-    speed = copy_speed()
-    figures: dict[str, Any] = {"device": torch.cuda.get_device_name(), "copy TB/s": round(speed / 1e9, 3), "rows": {}}
+    cuda = torch.cuda.is_available()
+    lab = Lab("cuda" if cuda else "cpu", peers=False)
+    device = torch.cuda.get_device_name() if cuda else "cpu"
+    figures: dict[str, Any] = {"device": device, "copy TB/s": round(lab.bandwidth / 1e12, 3), "rows": {}}
+
+    def add(name: str, choice: str) -> None:
+        figures["rows"][f"{name}: {choice}"] = measure(lab, SHAPES[name])
+        print(name, choice, figures["rows"][f"{name}: {choice}"], file=sys.stderr, flush=True)
+
     for name in sys.argv[1:] or SHAPES:
+        add(name, "chosen")
         for choice, consumers in CHOICES.items():
-            given = hopper.consumers if consumers is None else lambda *_, found=consumers: found
-            if consumers is not None and consumers.number * 64 > SHAPES[name][5]:
-                continue
-            with mock.patch.object(hopper, "consumers", given):
-                figures["rows"][f"{name}: {choice}"] = measure(SHAPES[name], speed)
-            print(name, choice, figures["rows"][f"{name}: {choice}"], file=sys.stderr, flush=True)
+            if consumers.number * hopper.CHUNK <= min(SHAPES[name][4:]):
+                with mock.patch.object(hopper, "consumers", return_value=consumers):
+                    add(name, choice)
         with (
             mock.patch.object(forward, "fits_hopper", return_value=False),
             mock.patch.object(backward, "fits_hopper", return_value=False),
         ):
-            figures["rows"][f"{name}: Triton"] = measure(SHAPES[name], speed)
-        print(name, "Triton", figures["rows"][f"{name}: Triton"], file=sys.stderr, flush=True)
+            add(name, "Triton")
     print(json.dumps(figures, indent=1))
 
 
