@@ -41,7 +41,12 @@ class Consumers(NamedTuple):
 
 
 def fits_hopper(shape: Shape, *tensors: Tensor) -> bool:
-    """Whether sweeps of these tensors `[B, T, H, D]` run here; see `SWITCH`.
+    """Whether sweeps of these tensors `[B, T, H, D]` run here; see `SWITCH`."""
+    return suits_hopper(shape, tensors[0].dtype, tensors[0].device) and bulk_tensors(tensors)
+
+
+def suits_hopper(shape: Shape, dtype: torch.dtype, device: torch.device) -> bool:
+    """As far as sizes, dtype and device tell, which fake tensors have, too.
 
     Raises:
         ValueError: the switch has an unknown value.
@@ -55,17 +60,19 @@ def fits_hopper(shape: Shape, *tensors: Tensor) -> bool:
         return False
     if shape.per_token and shape.split and shape.segment % CHUNK:
         return False
-    if {shape.dim, shape.value_dim} not in ({64, 128}, {128}) or shape.heads != shape.shared or shape.group > 8:
+    if (shape.dim, shape.value_dim) not in ((128, 128), (64, 128), (128, 64)):  # of a trace symbols, which have no hash
+        return False
+    if shape.heads != shape.shared or shape.group > 8:
         return False
     large = shape.rows * shape.length * shape.query_heads * shape.dim >= SMALLEST
-    return large and tensors[0].dtype == torch.bfloat16 and available(tensors[0].device) and bulk_tensors(tensors)
+    return large and dtype == torch.bfloat16 and available(device)
 
 
 @cache
 def available(device: torch.device) -> bool:
-    """Whether it is a Hopper GPU: other generations have no such products."""
+    """Whether it is a Hopper GPU: other generations have no such products. A trace without a GPU is for one."""
     cuda = device.type == "cuda" and torch.version.hip is None
-    return cuda and torch.cuda.get_device_capability(device)[0] == 9
+    return cuda and (not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] == 9)
 
 
 def consumers(columns: int, pieces: int, dots: bool, device: torch.device) -> Consumers:

@@ -9,6 +9,7 @@ import torch
 
 SMALLEST_SEGMENT = 256
 LONGEST_UNCUT = 4096  # up to here three launches cost more than idle multiprocessors
+LONGEST_UNCUT_HOPPER = 2047  # the same, of calls for Hopper's sweep
 LARGEST_TILE = 128  # tokens
 
 
@@ -106,6 +107,41 @@ def segment_length(length: int, programs: int, narrow: int, sequences: int, devi
     if 4 * narrow >= 3 * wanted and length <= LONGEST_UNCUT:
         return length
     parts = max(2, 2 * wanted // programs)  # two programs fit a multiprocessor: one more would begin a second wave
-    segment = -(-length // (parts * sequences))
-    segment = max(SMALLEST_SEGMENT, -(-segment // 128) * 128)
+    segment = max(SMALLEST_SEGMENT, share_of(length, parts * sequences))
     return length if segment >= length else segment
+
+
+def hopper_cut(length: int, programs: int, narrow: int, states: int, device: torch.device) -> tuple[int, int]:
+    """Tokens of a segment for Hopper's sweep, and into how many parts the pass for the states cuts it.
+
+    One program fills a multiprocessor there, so segments are fewer and longer than those of `segment_length`, and fewer
+    of k and v are read twice: all but the last segment. Without outputs a program is small; two to a multiprocessor.
+    With 128 features and values and 132 multiprocessors:
+
+        rows x tokens, heads    segments x tokens    parts
+        2 x 32768, 32           1                    1
+        1 x 65536, 32           2 x 32768            8
+        1 x 2048, 32            2 x 1024             4
+        1 x 65536, 32 / 8       4 x 16384            11
+        1 x 32768, 8            8 x 4096             4
+
+    Args:
+        length: tokens of a row.
+        programs: the fewest programs of a sweep of whole sequences, each with 64 columns.
+        narrow: those of the forward pass in the narrow form of the Triton kernels, 0 where there is none.
+        states: sequences times heads of the state.
+        device: where it runs.
+    """
+    wanted = processors(device)
+    if 4 * programs >= 3 * wanted or (4 * narrow >= 3 * wanted and length <= LONGEST_UNCUT_HOPPER):
+        return length, 1
+    segment = max(SMALLEST_SEGMENT, share_of(length, max(2, wanted // programs)))
+    if segment >= length:
+        return length, 1
+    before = -(-length // segment) - 1  # segments whose share of the state enters another
+    return segment, max(1, min(2 * wanted // (states * before), segment // SMALLEST_SEGMENT))
+
+
+def share_of(tokens: int, parts: int) -> int:
+    """Tokens of each of so many parts: whole tiles, of which the last part may have fewer."""
+    return -(-tokens // (parts * LARGEST_TILE)) * LARGEST_TILE

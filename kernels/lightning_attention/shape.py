@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import LARGEST_TILE, can_narrow, processors, segment_length, sweep_config
+from .launch import LARGEST_TILE, can_narrow, hopper_cut, processors, segment_length, sweep_config
+
+CUT_FOR_HOPPER = True  # False: calls for Hopper's sweep are cut as the others are, to compare
 
 
 class Shape(NamedTuple):
@@ -23,6 +25,7 @@ class Shape(NamedTuple):
     sequences: int
     segment: int  # tokens
     segments: int  # of a row; of all sequences when they are packed
+    parts: int  # into which a segment is cut where only its share of the state is computed; 1 of packed sequences
     packed: bool
     per_token: bool
     masked: bool
@@ -60,7 +63,13 @@ def shape_of(
     normalize: bool,
     segment: int | None = None,
 ) -> Shape:
-    """Sizes of a call, and how its sequences are cut into segments (`segment` tokens, None: as fits the device)."""
+    """Sizes of a call, and how its sequences are cut into segments (`segment` tokens, None: as fits the device).
+
+    The forward pass, a trace on fake tensors and the backward pass each ask, so that nothing but sizes, dtype and
+    device may count: not where a tensor lies.
+    """
+    from .hopper import suits_hopper  # which imports this
+
     rows, length, query_heads, dim = q.shape
     sequences = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     heads = log_decay.shape[-1]
@@ -71,14 +80,22 @@ def shape_of(
     if can_narrow(dim, v.shape[3], q.dtype, normalize, paired, q.device):
         half = sweep_config("forward", dim, v.shape[3], q.dtype, normalize, narrow=True).columns
         narrow = sequences * (query_heads // paired) * -(-v.shape[3] // half)
+    uncut = Shape(
+        rows, length, query_heads, k.shape[2], heads, dim, v.shape[3], sequences, length, 1, 1,
+        cu_seqlens is not None, log_decay.dim() == 3, masked, normalize, False,
+    )  # fmt: skip
+    parts = 1
     if segment is None:
-        segment = segment_length(length, programs, narrow, 1 if cu_seqlens is None else sequences, q.device)
+        if CUT_FOR_HOPPER and not uncut.packed and suits_hopper(uncut, q.dtype, q.device):
+            pieces = rows * min(query_heads, 2 * uncut.shared)  # of o and dq, or of dk and dv side by side
+            segment, parts = hopper_cut(length, pieces * (v.shape[3] // 64), narrow, rows * heads, q.device)
+        else:
+            segment = segment_length(length, programs, narrow, 1 if cu_seqlens is None else sequences, q.device)
     cut = -(-length // segment)
     segments = cut if cu_seqlens is None else (sequences if segment >= length else cut + sequences)
-    return Shape(
-        rows, length, query_heads, k.shape[2], heads, dim, v.shape[3], sequences, segment, segments,
-        cu_seqlens is not None, log_decay.dim() == 3, masked, normalize,
-        segment >= length and narrow > 0 and programs <= processors(q.device),
+    return uncut._replace(
+        segment=segment, segments=segments, parts=parts,
+        narrow=segment >= length and narrow > 0 and programs <= processors(q.device),
     )  # fmt: skip
 
 

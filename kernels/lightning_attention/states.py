@@ -1,7 +1,8 @@
 """States between the segments of a sequence, so that few long sequences fill a GPU too.
 
-A sequence is cut into segments; `segment_kernel` computes what each adds to the state, all at once, and `scan_kernel`
-turns that into the state entering each of them (forward: the state before its first token, reverse: after its last).
+A sequence is cut into segments, and those into parts; `segment_kernel` computes what each part adds to the state, all
+at once, and `scan_kernel` turns that into the state entering each segment (forward: the state before its first token,
+reverse: after its last). The last segment in the order of the walk adds to no state that is wanted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .bulk import bulk_copies, head_steps
-from .launch import SweepConfig, state_config
+from .launch import SweepConfig, share_of, state_config
 from .shape import Shape, padded, precision
 from .sweep import load_tile, locate, product, rows_of, running_decay
 
@@ -21,28 +22,32 @@ except ImportError as error:
     raise ImportError("the kernels of lightning_attention need triton") from error
 
 
-@triton.jit(do_not_specialize=["scale", "length", "segment", "segments", "sequences"])
+@triton.jit(do_not_specialize=["scale", "length", "segment", "segments", "parts", "share", "sequences"])
 def segment_kernel(
     x, y, steps_x, steps_y, log_decay, mask, cu_seqlens, factor, delta, states, extras, totals,
-    scale, length, segment, segments, sequences, heads, shared, query_heads,
+    scale, length, segment, segments, parts, share, sequences, heads, shared, query_heads,
     stride_x_row, stride_x, stride_x_head, stride_y_row, stride_y, stride_y_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
     REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr,
     SEQUENCES: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """What a segment adds to the state `[D, Dv]`: sum of decayed x y^T, with (k, v) forward and (q, do) in reverse.
+    """What a part of a segment adds to the state: sum of decayed x y^T, with (k, v) forward and (q, do) in reverse.
 
-    extras `[items, Hs, D]` gets the same sum of x alone (NORMALIZE), totals `[items, Hs]` the log2 decay in all.
+    Its sum goes into states `[items, Hs, D, Dv]`, that of x alone into extras `[items, Hs, D]` (NORMALIZE), the log2
+    decay in all into totals `[items, Hs]`. Items are the parts, of `share` tokens, of all segments but the last one in
+    the order of the walk; of packed sequences all segments.
     """
     blocks = tl.cdiv(V, BV)
     pid = tl.program_id(0)
     block, head, item = pid % blocks, (pid // blocks) % heads, pid // (blocks * heads)
-    sequence, row, start, stop, part, end = locate(item, cu_seqlens, length, segment, segments, sequences, SEQUENCES)
+    wanted = (segments - 1) * parts  # of a row
+    sequence, row, start, stop, part, end = locate(item, cu_seqlens, length, segment, wanted, sequences, SEQUENCES)
     if sequence >= sequences:
         return
-    if SEQUENCES == 0:  # the last one in the order of the walk: its state enters no other
-        if part == (0 if REVERSE else segments - 1):
-            return
+    if SEQUENCES == 0:
+        first_token = (part // parts + (1 if REVERSE else 0)) * segment
+        start = first_token + part % parts * share
+        stop = tl.maximum(tl.minimum(start + share, tl.minimum(first_token + segment, end)), start)
     step = tl.arange(0, C)
     dims = tl.arange(0, BD)
     columns = block * BV + tl.arange(0, BV)
@@ -94,20 +99,32 @@ def segment_kernel(
             tl.store(extras + here * D + dims, extra, mask=dims < D)
 
 
-@triton.jit(do_not_specialize=["segment", "segments", "sequences"])
+@triton.jit
+def load_part(states, totals, m, begin, end, heads, head, size, place, REVERSE: tl.constexpr):
+    """What the m-th part of begin .. end in the order of the walk adds, and its log2 decay; 0 where there is none."""
+    item = end - 1 - m if REVERSE else begin + m
+    there = (item >= begin) & (item < end)
+    here = item.to(tl.int64) * heads + head
+    added = tl.load(states + here * size + place, mask=place < tl.where(there, size, 0), other=0.0)
+    return added, tl.load(totals + here, mask=there, other=0.0)
+
+
+@triton.jit(do_not_specialize=["segment", "segments", "parts", "sequences"])
 def scan_kernel(
-    states, initial, totals, cu_seqlens, segment, segments, sequences, heads, size,
+    states, entering, initial, totals, cu_seqlens, segment, segments, parts, sequences, heads, size,
     REVERSE: tl.constexpr, STARTED: tl.constexpr, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """In place: what each segment adds becomes the state entering it. `size` numbers a state and head.
+    """The state entering each segment, from what the parts of segments add, which lies as `segment_kernel` left it.
 
-    `initial` (STARTED) `[N, Hs, size]`: the state before the first segment in the order of the walk.
+    entering `[row * segments + segment, Hs, size]` (packed: `[segment, ...]`), `initial` (STARTED) `[N, Hs, size]`: the
+    state before the first segment in the order of the walk. `size` numbers a state and head.
     """
     blocks = tl.cdiv(size, BLOCK)
     pid = tl.program_id(0)
     block, head, sequence = pid % blocks, (pid // blocks) % heads, pid // (blocks * heads)
     if SEQUENCES == 0:
         first, count = sequence * segments, segments
+        given = sequence * (segments - 1) - (1 if REVERSE else 0)  # where segment 0 would be among those with parts
     else:
         index = tl.arange(0, SEQUENCES)
         known = index < sequences
@@ -116,6 +133,7 @@ def scan_kernel(
         counts = tl.where(known, tl.maximum((high - low + segment - 1) // segment, 1), 0)
         first = tl.sum(tl.where(index < sequence, counts, 0), 0)
         count = tl.sum(tl.where(index == sequence, counts, 0), 0)
+        given = first
     place = block * BLOCK + tl.arange(0, BLOCK)
     keep = place < size
     own = (sequence.to(tl.int64) * heads + head) * size
@@ -123,12 +141,21 @@ def scan_kernel(
     if STARTED:
         state = tl.load(initial + own + place, mask=keep, other=0.0)
     for n in range(0, count):
-        item = first + (count - 1 - n if REVERSE else n)
-        here = item.to(tl.int64) * heads + head
-        added = tl.load(states + here * size + place, mask=keep, other=0.0)  # of the last one unknown, and of no use
-        fade = tl.exp2(tl.load(totals + here))
-        tl.store(states + here * size + place, state, mask=keep)
-        state = state * fade + added
+        which = count - 1 - n if REVERSE else n
+        there = (first + which).to(tl.int64) * heads + head
+        tl.store(entering + there * size + place, state, mask=keep)
+        if n < count - 1:
+            begin = (given + which) * parts
+            end = begin + parts
+            for m in range(0, parts, 4):  # four are fetched before the first is waited for
+                added, total = load_part(states, totals, m, begin, end, heads, head, size, place, REVERSE)
+                added_1, total_1 = load_part(states, totals, m + 1, begin, end, heads, head, size, place, REVERSE)
+                added_2, total_2 = load_part(states, totals, m + 2, begin, end, heads, head, size, place, REVERSE)
+                added_3, total_3 = load_part(states, totals, m + 3, begin, end, heads, head, size, place, REVERSE)
+                state = state * tl.exp2(total) + added
+                state = state * tl.exp2(total_1) + added_1
+                state = state * tl.exp2(total_2) + added_2
+                state = state * tl.exp2(total_3) + added_3
 
 
 def entering_states(
@@ -161,7 +188,8 @@ def entering_states(
         return initial
     group = shape.group if reverse else 1
     config = state_config(config, shape.dim, shape.value_dim, x.dtype, shape.normalize, group, x.device)
-    items, heads, dim, value_dim = shape.items, shape.heads, shape.dim, shape.value_dim
+    heads, dim, value_dim = shape.heads, shape.dim, shape.value_dim
+    items = shape.items if shape.packed else shape.rows * (shape.segments - 1) * shape.parts
     states = x.new_empty(items, heads, dim, value_dim, dtype=torch.float32)
     extras = x.new_empty(items, heads, dim, dtype=torch.float32) if shape.normalize else None
     totals = x.new_empty(items, heads, dtype=torch.float32)
@@ -173,7 +201,8 @@ def entering_states(
     segment_kernel[(triton.cdiv(value_dim, block) * heads * items,)](
         x, y, head_steps(x), head_steps(y), log_decay, given(mask), given(cu_seqlens), given(factor), given(delta),
         states, given(extras), totals,
-        scale, shape.length, shape.segment, shape.segments, shape.sequences, heads, shape.shared, shape.query_heads,
+        scale, shape.length, shape.segment, shape.segments, shape.parts, share_of(shape.segment, shape.parts),
+        shape.sequences, heads, shape.shared, shape.query_heads,
         x.stride(0), x.stride(1), x.stride(2), y.stride(0), y.stride(1), y.stride(2),
         D=dim, V=value_dim, BD=padded(dim), BV=block, C=config.chunk, GROUP=group,
         REVERSE=reverse, PER_TOKEN=shape.per_token, MASKED=shape.masked, NORMALIZE=shape.normalize,
@@ -181,14 +210,18 @@ def entering_states(
         BULK=bulk_copies(shape, config, group, (x, y)), EXACT=exact,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
+    entering: list[Tensor | None] = []
     for tensor, start in ((states, initial[0]), (extras, initial[1])):
         if tensor is None:
+            entering.append(None)
             continue
-        size = tensor[0, 0].numel()
+        out = tensor.new_empty(shape.items, *tensor.shape[1:])
+        entering.append(out)
+        size = out[0, 0].numel()
         block = min(1024, padded(size))
         scan_kernel[(triton.cdiv(size, block) * heads * shape.sequences,)](
-            tensor, given(start), totals, given(cu_seqlens),
-            shape.segment, shape.segments, shape.sequences, heads, size,
+            tensor, out, given(start), totals, given(cu_seqlens),
+            shape.segment, shape.segments, shape.parts, shape.sequences, heads, size,
             REVERSE=reverse, STARTED=start is not None, SEQUENCES=shape.block_sequences, BLOCK=block,
         )  # fmt: skip
-    return states, extras
+    return entering[0], entering[1]

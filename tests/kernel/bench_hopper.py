@@ -1,4 +1,4 @@
-"""Time the sweep for Hopper beside the Triton kernels, and other ways of sharing out its columns.
+"""Time the sweep for Hopper beside the Triton kernels, and other ways of sharing out its columns and segments.
 
     python tests/kernel/bench_hopper.py [SHAPE ...] > figures.json
 
@@ -88,7 +88,10 @@ def main() -> None:
             if consumers.number * hopper.CHUNK <= min(SHAPES[name][4:]):
                 with mock.patch.object(hopper, "consumers", return_value=consumers):
                     add(name, choice)
+        with mock.patch("lightning_attention.shape.CUT_FOR_HOPPER", False):
+            add(name, "cut as for Triton")
         with (
+            mock.patch("lightning_attention.shape.CUT_FOR_HOPPER", False),
             mock.patch.object(forward, "fits_hopper", return_value=False),
             mock.patch.object(backward, "fits_hopper", return_value=False),
         ):

@@ -12,13 +12,14 @@ CPU = torch.device("cpu")
 def shape(rows=4, length=512, heads=32, shared=32, dim=128, value_dim=None, dtype=torch.bfloat16, **options):
     from lightning_attention.shape import shape_of
 
+    known = options.pop("known", lambda x: x)
     q, k, v = (
-        torch.empty(rows, length, h, d, dtype=dtype, device="meta")
+        known(torch.empty(rows, length, h, d, dtype=dtype, device="meta"))
         for h, d in ((heads, dim), (shared, dim), (shared, value_dim or dim))
     )
     states = options.pop("states", shared)
     per_token = options.pop("per_token", False)
-    log_decay = torch.empty((rows, length, states) if per_token else (states,), device="meta")
+    log_decay = known(torch.empty((rows, length, states) if per_token else (states,), device="meta"))
     bounds = torch.empty(3, device="meta") if options.pop("packed", False) else None
     flags = options.pop("masked", False), options.pop("normalize", False), options.pop("segment", None)
     return shape_of(q, k, v, log_decay, bounds, *flags), (q, k, v)
@@ -83,6 +84,53 @@ def test_idle_multiprocessors_get_programs_of_half_the_columns(monkeypatch):
     assert hopper.consumers(128, 64, False, CPU).number == 1
 
 
+@pytest.mark.parametrize(
+    ("rows", "length", "heads", "shared", "cut"),
+    [  # segments, their tokens, parts
+        (8, 8192, 32, 32, (1, 8192, 1)),
+        (2, 32768, 32, 32, (1, 32768, 1)),
+        (1, 65536, 32, 32, (2, 32768, 8)),
+        (1, 131072, 32, 32, (2, 65536, 8)),
+        (1, 65536, 32, 8, (4, 16384, 11)),
+        (1, 32768, 8, 8, (8, 4096, 4)),
+        (1, 2048, 32, 32, (2, 1024, 4)),
+        (1, 2047, 32, 32, (1, 2047, 1)),
+        (1, 2200, 32, 32, (2, 1152, 4)),
+    ],
+)
+def test_cut(monkeypatch, rows, length, heads, shared, cut):
+    """On a GPU with 132 multiprocessors. A trace finds the same: sizes may be symbols, and tensors lie nowhere."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    monkeypatch.setenv(hopper.SWITCH, "1")
+    monkeypatch.setattr(hopper, "available", lambda device: True)
+    monkeypatch.setattr(hopper, "bulk_tensors", lambda tensors: False)
+    sizes = {"rows": rows, "length": length, "heads": heads, "shared": shared}
+    found, tensors = shape(**sizes)
+    assert (found.segments, found.segment, found.parts) == cut
+    assert not hopper.fits_hopper(found, *tensors)
+    traced, _ = shape(**sizes, known=FakeTensorMode(shape_env=ShapeEnv()).from_tensor)
+    assert isinstance(traced.length, torch.SymInt)
+    assert traced == found
+    if cut[0] > 1:
+        given, _ = shape(**sizes, segment=found.segment)
+        assert given == found._replace(parts=1)
+    monkeypatch.setenv(hopper.SWITCH, "0")
+    assert shape(**sizes)[0].parts == 1
+
+
+def test_cut_of_calls_for_the_triton_kernels(monkeypatch):
+    monkeypatch.setenv(hopper.SWITCH, "1")
+    monkeypatch.setattr(hopper, "available", lambda device: True)
+    calls = {"masked": True}, {"dtype": torch.float16}, {"packed": True}
+    found = [shape(1, 65536, **{"heads": 16, "shared": 16, **options})[0] for options in calls]
+    assert all(x.parts == 1 and x.segment < 32768 for x in found)
+    monkeypatch.setattr("lightning_attention.shape.CUT_FOR_HOPPER", False)
+    assert found == [shape(1, 65536, **{"heads": 16, "shared": 16, **options})[0] for options in calls]
+    assert shape(1, 65536)[0].segment == 16384
+
+
 @pytest.mark.parametrize("length", [1, 64, 130])
 def test_running_sums(length):
     from lightning_attention.decay import running_sums
@@ -145,6 +193,37 @@ def test_source_takes_up_states(on_cpu):
     check_on_cpu(on_cpu, 100, started=True, sweeps=2)
     check_on_cpu(on_cpu, 100, final=True, sweeps=4)  # a gradient from behind, but no state
     check_on_cpu(on_cpu, 130, final=True, per_token=True, decay=True, sweeps=6)
+
+
+@pytest.fixture
+def cut_small(monkeypatch):
+    """Short sequences are cut, too, as for a GPU of 8 multiprocessors; the sizes that were found."""
+    from lightning_attention import launch, linear_op
+
+    found, shape_of = [], linear_op.shape_of
+    monkeypatch.setattr(hopper, "suits_hopper", lambda *_: True)
+    monkeypatch.setattr(launch, "processors", lambda device: 8)
+    monkeypatch.setattr(launch, "SMALLEST_SEGMENT", 64)
+    monkeypatch.setattr(launch, "LARGEST_TILE", 64)
+    monkeypatch.setattr(linear_op, "shape_of", lambda *a: found.append(shape_of(*a)) or found[-1])
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"heads": 4, "shared": 1, "per_token": True, "decay": True}])
+def test_source_few_segments_of_many_parts(on_cpu, cut_small, options):
+    check_on_cpu(on_cpu, 300, sweeps=3, **options)
+    assert [(x.segments, x.segment, x.parts) for x in cut_small] == [(2, 192, 3)] * 2
+
+
+def test_fake_tensors_are_cut_as_real_ones(monkeypatch, cut_small):
+    """The operator and its trace agree, also where tensors lie so that no bulk copy reaches them."""
+    from lightning_attention import linear_op
+
+    monkeypatch.setattr(hopper, "bulk_tensors", lambda tensors: False)
+    q, k, v = (torch.rand(1, 130, 2, dim).requires_grad_() for dim in (16, 16, 128))
+    arguments = (q, k, v, -torch.rand(2), 0.25, None, None, False, None, None, False, 0)
+    torch.library.opcheck(linear_op._forward, arguments, test_utils="test_faketensor")
+    assert cut_small[0].segments == 2  # the Triton kernels' programs would be enough
 
 
 def test_source_many_pieces_of_work(on_cpu, monkeypatch):
@@ -220,6 +299,17 @@ def test_states_of_the_caller(taken, length):
     """An initial state is taken up; where its gradient or a final state is wanted, those sweeps go elsewhere."""
     check(taken, length, started=True, sweeps=2)
     check(taken, length, started=True, final=True, sweeps=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [32, 8])
+@pytest.mark.parametrize("length", [4096, 4000])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_few_segments_of_many_parts(taken, length, shared, per_token):
+    """Long enough that the states are computed by more programs than the sweeps have."""
+    limits = (5e-3, 3e-2) if per_token else (3e-3, 6e-3)
+    options = {"rows": 1, "heads": 32, "shared": shared, "per_token": per_token, "decay": per_token, "limits": limits}
+    check(taken, length, sweeps=3, **options)
 
 
 @pytest.mark.gpu

@@ -38,6 +38,28 @@ def test_groups_states_and_decays(states, normalize, kind):
     Case(70, rows=1, heads=4, states=states, normalize=normalize, segment=32, **options, **EVERYTHING).compare(EXACT)
 
 
+@pytest.mark.parametrize(
+    ("parts", "options"),
+    [
+        (2, {"shared": 1}),
+        (3, {"shared": 1, "states": "own", "normalize": True, "hidden": True, "layout": "within"}),
+        (2, {"per_token": True, "started": False, "final": False}),
+    ],
+)
+def test_states_of_parts_of_segments(monkeypatch, parts, options):
+    """96 tokens in parts of 64 and 32, or of 32 each; in the last segment some have no token."""
+    from lightning_attention import launch, linear_op
+
+    def cut(*arguments):
+        shape = shape_of(*arguments)
+        assert (shape.segments, shape.parts) == (3, 1)
+        return shape._replace(parts=parts)
+
+    monkeypatch.setattr(launch, "LARGEST_TILE", 32)
+    monkeypatch.setattr(linear_op, "shape_of", cut)
+    Case(200, segment=96, **(EVERYTHING | options)).compare(EXACT)
+
+
 @pytest.mark.parametrize(("dim", "value_dim"), [(24, 40), (96, 16), (16, 80)])
 def test_dimensions_that_are_no_power_of_two(dim, value_dim):
     Case(40, rows=1, heads=1, shared=1, dim=dim, value_dim=value_dim, **EVERYTHING).compare(EXACT)
