@@ -15,7 +15,7 @@ from torch import Tensor
 from .bulk import bulk_copies, head_steps
 from .decay import decay_gradient
 from .hopper import CHUNK, chunk_sums, fits_hopper, hopper_sweep
-from .launch import sweep_config
+from .launch import in_memory, sweep_config
 from .shape import Shape, outputs_per_program, padded, precision
 from .states import entering_states
 from .sweep import GRAD_K, GRAD_Q, GRAD_V, locate, rows_of, sweep
@@ -227,6 +227,8 @@ def backward(
         at_end: what reaches the sum of all log decays of a sequence besides, `[N, Hs]` contiguous.
     """
     config = sweep_config("dkv", shape.dim, shape.value_dim, q.dtype, shape.normalize)
+    width = padded(max(shape.dim, shape.value_dim)) + config.columns
+    config = in_memory(config, shape.group, width, q.element_size(), q.device)
     delta = factor = None
     if output is not None:
         o, factor = output

@@ -9,7 +9,6 @@ import torch
 
 SMALLEST_SEGMENT = 256
 LONGEST_UNCUT = 4096  # up to here three launches cost more than idle multiprocessors
-LONGEST_UNCUT_HOPPER = 2047  # the same, of calls for Hopper's sweep
 LARGEST_TILE = 128  # tokens
 
 
@@ -69,6 +68,29 @@ def _as_measured(
     return plain and 64 < max(dim, value_dim) <= 128 and has_bulk_copies(device)
 
 
+def in_memory(config: SweepConfig, group: int, width: int, itemsize: int, device: torch.device) -> SweepConfig:
+    """With as few chunks in flight as the shared memory holds, of each `group` tiles with `width` columns in all.
+
+    Args:
+        config: launch parameters as measured, for one head.
+        group: query heads whose tiles a program reads for every chunk.
+        width: features and columns of such tiles.
+        itemsize: bytes of an element.
+        device: where it runs.
+    """
+    chunk = group * config.chunk * width * itemsize
+    return config._replace(stages=max(1, min(config.stages, shared_memory(device) // chunk)))
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; that of an H100 where there is no GPU to ask."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 232448
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
 @cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a device; those of an H100 where there is none to ask."""
@@ -114,14 +136,15 @@ def segment_length(length: int, programs: int, narrow: int, sequences: int, devi
 def hopper_cut(length: int, programs: int, narrow: int, states: int, device: torch.device) -> tuple[int, int]:
     """Tokens of a segment for Hopper's sweep, and into how many parts the pass for the states cuts it.
 
-    One program fills a multiprocessor there, so segments are fewer and longer than those of `segment_length`, and fewer
-    of k and v are read twice: all but the last segment. Without outputs a program is small; two to a multiprocessor.
+    One program fills a multiprocessor there (of 64 columns in all: two), so segments are fewer and longer than those of
+    `segment_length`, and fewer of k and v are read twice: all but the last segment. Without outputs a program is small;
+    two to a multiprocessor.
     With 128 features and values and 132 multiprocessors:
 
         rows x tokens, heads    segments x tokens    parts
         2 x 32768, 32           1                    1
         1 x 65536, 32           2 x 32768            8
-        1 x 2048, 32            2 x 1024             4
+        1 x 4096, 32            1                    1
         1 x 65536, 32 / 8       4 x 16384            11
         1 x 32768, 8            8 x 4096             4
 
@@ -133,7 +156,7 @@ def hopper_cut(length: int, programs: int, narrow: int, states: int, device: tor
         device: where it runs.
     """
     wanted = processors(device)
-    if 4 * programs >= 3 * wanted or (4 * narrow >= 3 * wanted and length <= LONGEST_UNCUT_HOPPER):
+    if 4 * programs >= 3 * wanted or (4 * narrow >= 3 * wanted and length <= LONGEST_UNCUT):
         return length, 1
     segment = max(SMALLEST_SEGMENT, share_of(length, max(2, wanted // programs)))
     if segment >= length:

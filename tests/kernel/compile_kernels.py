@@ -81,6 +81,8 @@ def compiling(arch: int) -> Iterator[dict[str, tuple[str, Any]]]:
         for module in (launch_parameters, bulk, local_op):
             patches.enter_context(mock.patch.object(module, "has_bulk_copies", return_value=arch >= 90))
         patches.enter_context(mock.patch.object(hopper, "available", return_value=arch == 90))
+        memory = SHARED_MEMORY[arch]
+        patches.enter_context(mock.patch.object(launch_parameters, "shared_memory", return_value=memory))
         driver.set_active(Target(arch))
         yield found
 
@@ -189,6 +191,7 @@ CALLS: dict[str, Callable[[torch.dtype, int, int], None]] = {
     "plain": linear,
     "full": lambda dtype, dim, value_dim: linear(dtype, dim, value_dim, group=2, full=True),
     "grouped": lambda dtype, dim, value_dim: linear(dtype, dim, value_dim, group=2, backward=False, segment=512),
+    "groups of 8": lambda dtype, dim, value_dim: linear(dtype, dim, value_dim, group=8),
     "step": step,
     "window": window,
     "lse": lambda dtype, dim, value_dim: window(dtype, dim, value_dim, return_lse=True),

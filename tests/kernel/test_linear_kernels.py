@@ -249,6 +249,25 @@ def test_on_gpu(dtype, dim, value_dim):
     Case(512, heads=6, **options).compare(*LIMITS[dtype])
 
 
+def test_chunks_in_flight_fit_the_memory():
+    """A program of dk and dv reads the tiles of all query heads of a group."""
+    from lightning_attention.launch import in_memory, sweep_config
+
+    config, device = sweep_config("dkv", 128, 128, torch.bfloat16), torch.device("cpu")
+    assert in_memory(config, 1, 192, 2, device) == config
+    assert in_memory(config, 8, 192, 2, device) == config._replace(stages=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("heads", [14, 32])
+def test_on_gpu_large_groups(dim, heads):
+    """Of 7 and 16 query heads: their tiles fill the shared memory."""
+    options = {"dim": dim, "value_dim": 128, "dtype": torch.bfloat16, "device": "cuda", "started": True, "final": True}
+    Case(100, heads=heads, **options).compare(*LIMITS[torch.bfloat16])
+    Case(600, heads=heads, segment=256, rows=1, **options).compare(*LIMITS[torch.bfloat16])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"per_token": True, "decay": True}, {"hidden": True}, {"scale": 1.0}])
 @pytest.mark.parametrize("dim", [96, 128])
