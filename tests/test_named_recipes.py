@@ -31,9 +31,9 @@ def tiny(name):
     return parse_recipe(values)
 
 
-# The forms of `standard` and `long` differ from those of `short` in tokens only.
+# `standard`, its forms and those of `long` differ from `short`, its forms and `long` in tokens only.
 NAMES = [
-    pytest.param(name, marks=pytest.mark.slow) if name.startswith(("standard-", "long-")) else name
+    pytest.param(name, marks=pytest.mark.slow) if name.startswith(("standard", "long-")) else name
     for name in recipe_names()
 ]
 
