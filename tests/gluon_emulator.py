@@ -177,13 +177,16 @@ class Machine:
     def modules(self) -> dict[str, types.ModuleType]:
         gl, hopper = types.ModuleType("gl"), types.ModuleType("hopper")
         mbarrier, tma = types.ModuleType("mbarrier"), types.ModuleType("tma")
-        for name in ("NVMMASharedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout"):
+        for name in ("BlockedLayout", "NVMMASharedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout"):
             setattr(gl, name, lambda *_, **__: None)
 
-        def load(pointer: Pointer) -> Tensor:
+        def load(pointer: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Tensor:
             base, offset = pointer.flat()
-            assert 0 <= int(offset.min()) <= int(offset.max()) < len(base)
-            return base[offset]
+            mask = torch.ones_like(offset, dtype=torch.bool) if mask is None else mask.expand(offset.shape)
+            assert not mask.any() or 0 <= int(offset[mask].min()) <= int(offset[mask].max()) < len(base)
+            found = torch.full(offset.shape, other, dtype=base.dtype)
+            found[mask] = base[offset[mask]]
+            return found
 
         def store(pointer: Pointer, x: Tensor, mask: Tensor) -> None:
             base, offset = pointer.flat()
@@ -195,7 +198,7 @@ class Machine:
             return lambda x, y: function(torch.as_tensor(x), torch.as_tensor(y))
 
         vars(gl).update(
-            constexpr=Any, bfloat16=torch.float32, float32=torch.float32, int32=torch.int32, int64=torch.int64,
+            constexpr=lambda x: x, bfloat16=torch.float32, float32=torch.float32, int32=torch.int32, int64=torch.int64,
             static_range=range, exp2=torch.exp2, where=torch.where, load=load, store=store,
             minimum=pair(torch.minimum), maximum=pair(torch.maximum),
             arange=lambda low, high, layout: torch.arange(low, high),
@@ -223,7 +226,8 @@ class Machine:
 
         vars(hopper).update(
             fence_async_shared=lambda: None, mbarrier=mbarrier, tma=tma, warpgroup_mma=product,
-            warpgroup_mma_wait=lambda num_outstanding, deps: deps[0], TensorDescriptor=Descriptor,
+            warpgroup_mma_wait=lambda num_outstanding, deps: deps if len(deps) > 1 else deps[0],
+            TensorDescriptor=Descriptor,
         )  # fmt: skip
         gluon = types.ModuleType("gluon")
         vars(gluon).update(jit=self.jit, language=gl)

@@ -229,6 +229,7 @@ def backward(
     config = sweep_config("dkv", shape.dim, shape.value_dim, q.dtype, shape.normalize)
     width = padded(max(shape.dim, shape.value_dim)) + config.columns
     config = in_memory(config, shape.group, width, q.element_size(), q.device)
+    hopper = fits_hopper(shape, q, k, v, do)
     delta = factor = None
     if output is not None:
         o, factor = output
@@ -255,8 +256,8 @@ def backward(
         if first and shape.normalize
         else None
     )
-    on_hopper = [False, fits_hopper(shape, q, k, v, do)]  # dk and dv, dq
-    on_hopper[0] = on_hopper[1] and not first  # it has no place for the gradient of the initial state
+    # dk and dv, which have no place there for the gradient of the initial state; dq
+    on_hopper = [hopper and not first, hopper]
     configs = [config, sweep_config("dq", dim, value_dim, q.dtype, shape.normalize, shape.narrow)]
     dots_k, dots_q = (
         torch.empty(
@@ -267,15 +268,17 @@ def backward(
         else None
         for c, x, taken in zip(configs, (dk, dq), on_hopper, strict=True)
     )  # fmt: skip
-    line = chunk_sums(log_decay) if on_hopper[1] else None
-    there = partial(hopper_sweep, log_decay=log_decay, scale=scale, shape=shape, cu_seqlens=cu_seqlens, sums=line)
+    there = partial(
+        hopper_sweep, log_decay=log_decay, scale=scale, shape=shape, cu_seqlens=cu_seqlens, given=(factor, delta),
+        sums=chunk_sums(log_decay) if hopper else None,
+    )  # fmt: skip
     if on_hopper[1]:
-        there((do, v, k, dq), None, entering=entering[0], into="k", other=q, dots=dots_q)
+        there((do, v, k, dq), None, entering=entering, into="k", other=q, dots=dots_q)
     if on_hopper[0]:
-        back = partial(there, entering=reversed_entering[0], reverse=True)
-        for_v = k, q, do, dv
-        back((v, do, q, dk), for_v if dim == value_dim else None, into="k", other=k, dots=dots_k)
-        if dim != value_dim:
+        back = partial(there, entering=reversed_entering, reverse=True)
+        for_v, together = (k, q, do, dv), dim == value_dim and output is None
+        back((v, do, q, dk), for_v if together else None, into="k", other=k, dots=dots_k)
+        if not together:
             back(for_v, None, into="v")
     group = outputs_per_program(shape)
 

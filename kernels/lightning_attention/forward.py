@@ -108,8 +108,8 @@ def forward(
     entering = entering_states(k, v, log_decay, mask, cu_seqlens, initial, shape, config, exact=final)
     if not final and fits_hopper(shape, q, k, v):
         hopper_sweep(
-            (q, k, v, o), None, log_decay, scale, entering[0], shape,
-            into="v", cu_seqlens=cu_seqlens, sums=chunk_sums(log_decay),
+            (q, k, v, o), None, log_decay, scale, entering, shape,
+            into="v", cu_seqlens=cu_seqlens, sums=chunk_sums(log_decay), made=sums,
         )  # fmt: skip
         return o, sums, leaving, entering
 

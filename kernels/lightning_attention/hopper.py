@@ -1,7 +1,7 @@
 """Which calls take the sweep for Hopper GPUs, and its launcher.
 
-It takes bfloat16 without hidden tokens, normaliser or final state. Every other call takes the Triton kernels, which
-are correct everywhere and as fast where nothing is gained here (64 features and 64 values).
+It takes bfloat16 without hidden tokens or final state. Every other call takes the Triton kernels, which are correct
+everywhere and as fast where nothing is gained here (64 features and 64 values).
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ from .launch import processors
 from .shape import Shape
 
 try:
-    from .hopper_kernels import LINE, TILE, VERSION, TensorDescriptor, hopper_kernel
+    from .hopper_kernels import (
+        GIVEN_BOTH,
+        GIVEN_SUM,
+        LINE,
+        MAKE_SUM,
+        NO_SUM,
+        TILE,
+        VERSION,
+        TensorDescriptor,
+        hopper_kernel,
+    )
 except (ImportError, AttributeError):  # a Triton without Gluon, or with one that is not known to compile it
     hopper_kernel, VERSION = None, (0, 0)
 
@@ -27,8 +37,10 @@ except (ImportError, AttributeError):  # a Triton without Gluon, or with one tha
 SWITCH = "SWAPATTN_HOPPER"
 HAS_RUN = ((3, 6),)
 CHUNK = 64  # tokens, and columns of a consumer
+TAKEN = (64, 128), (128, 64), (128, 128), (256, 128), (256, 256)  # features of q and k, of v
 SMALLEST = 2**22  # elements of q: for less, making the descriptors on the host takes longer than is gained
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # a, b, c, out: [B, T, H, D]
+Pair = tuple[Tensor | None, Tensor | None]  # a state and its sum state
 
 
 class Consumers(NamedTuple):
@@ -56,13 +68,11 @@ def suits_hopper(shape: Shape, dtype: torch.dtype, device: torch.device) -> bool
         raise ValueError(f"{SWITCH}: expected 0, 1 or auto, found {choice}")
     if choice == "0" or (choice == "auto" and VERSION not in HAS_RUN):
         return False
-    if hopper_kernel is None or shape.masked or shape.normalize or (shape.packed and (shape.split or shape.per_token)):
+    if hopper_kernel is None or shape.masked or (shape.packed and (shape.split or shape.per_token)):
         return False
     if shape.per_token and shape.split and shape.segment % CHUNK:
         return False
-    if (shape.dim, shape.value_dim) not in ((128, 128), (64, 128), (128, 64)):  # of a trace symbols, which have no hash
-        return False
-    if shape.heads != shape.shared or shape.group > 8:
+    if (shape.dim, shape.value_dim) not in TAKEN or shape.heads != shape.shared or shape.group > 8:
         return False
     large = shape.rows * shape.length * shape.query_heads * shape.dim >= SMALLEST
     return large and dtype == torch.bfloat16 and available(device)
@@ -75,18 +85,26 @@ def available(device: torch.device) -> bool:
     return cuda and (not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] == 9)
 
 
-def consumers(columns: int, pieces: int, dots: bool, device: torch.device) -> Consumers:
-    """How `columns` columns of each of `pieces` heads of sequences are shared out; `dots`: with a fifth tile.
+def consumers(dim: int, columns: int, pieces: int, device: torch.device, *, dots: bool = False) -> Consumers:
+    """How `columns` columns of each of `pieces` heads of sequences are shared out.
+
+    Args:
+        dim: features of a and b.
+        dots: with a fifth tile.
 
     Measured on an H100 and an H200 in bf16 (README.md). Two consumers of a program read a and b once. Two stages are
     better than three where every multiprocessor is at work, and three where some are not; one consumer and twice the
     programs where more than half are not.
     """
+    few = pieces * (columns // CHUNK) < processors(device)
+    if dim == 256:
+        return Consumers(1 if few or dots else 2, 2, 168, 1)
     if columns == 64:
         return Consumers(1, 2, 128, 2)
-    if 2 * pieces < processors(device):
+    if few:
         return Consumers(1, 4 - dots, 168, 1)
-    return Consumers(2, 2 if dots or pieces > processors(device) else 3, 168, 1)
+    all_at_work = pieces * (columns // (2 * CHUNK)) > processors(device)
+    return Consumers(2, 2 if dots or all_at_work else 3, 168, 1)
 
 
 def chunk_sums(log_decay: Tensor) -> Tensor | None:
@@ -95,8 +113,9 @@ def chunk_sums(log_decay: Tensor) -> Tensor | None:
 
 
 def hopper_sweep(
-    first: Operands, second: Operands | None, log_decay: Tensor, scale: float, entering: Tensor | None,
+    first: Operands, second: Operands | None, log_decay: Tensor, scale: float, entering: Pair,
     shape: Shape, *, into: str, reverse: bool = False, cu_seqlens: Tensor | None = None, sums: Tensor | None = None,
+    made: Tensor | None = None, given: Pair = (None, None),
     other: Tensor | None = None, dots: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch one sweep, or two side by side, of which the other goes into v and D = Dv.
@@ -106,42 +125,51 @@ def hopper_sweep(
             the query heads; else a has the query heads.
         log_decay: fp32 `[Hkv]`; not read where there are `sums`.
         scale: factor of the output.
-        entering: state `[items, Hkv, D, Dv]`, fp32, before each segment in the order of the walk; None: 0.
+        entering: state `[items, Hkv, D, Dv]` and sum state `[items, Hkv, D]`, fp32, before each segment in the order of
+            the walk; None: 0.
         shape: sizes of the call.
         into: "v" if out has the Dv columns of v (o, dv), "k" if it has the D columns of k (dq, dk).
         reverse: tokens from the last to the first.
         cu_seqlens: `[N + 1]` integers.
         sums: `chunk_sums`.
+        made: where 1/z goes, fp32 `[B, T, Hq]`, if the output is to be normalised.
+        given: 1/z and -(do . o) of a normalised output, fp32 `[B, T, Hq]`; a sweep into v reads the first only.
         other, dots: `[B, T, H, D]` as out; the products of both go into dots, fp32 `[blocks of 64 columns, B, H, T]`.
     """
     dim, columns, device = first[0].shape[3], first[3].shape[3], first[0].device
     heads = shape.shared if reverse else shape.query_heads
     pieces = shape.items * heads * (1 if second is None else 2)
-    config = consumers(columns, pieces, dots is not None, device)
+    config = consumers(dim, columns, pieces, device, dots=dots is not None)
     works = pieces * (columns // (CHUNK * config.number))
-    tiles = [
-        _tile(x, size)
-        for operands in (first, second or first)
-        for x, size in zip(operands, (dim, dim, CHUNK, CHUNK), strict=True)
+    tiles: list[Any] = [
+        None if operands is None else _tile(operands[i], size)
+        for operands in (first, second)
+        for i, size in enumerate((dim, dim, CHUNK, CHUNK))
     ]
-    line = tiles[0]
+    line = None
     if sums is not None:
         line = TensorDescriptor(sums, list(sums.shape), list(sums.stride()), [1, 1, CHUNK], LINE)
 
-    def given(tensor: Tensor | None) -> Tensor:  # a pointer that is not read still has to be one
+    def held(tensor: Tensor | None) -> Tensor:  # a pointer that is not read still has to be one
         return first[3] if tensor is None else tensor
 
+    role = NO_SUM
+    if made is not None:
+        role = MAKE_SUM
+    elif given[0] is not None:
+        role = GIVEN_SUM if into == "v" else GIVEN_BOTH
     # Packed sequences are of different lengths: the device hands them out.
     programs = works if shape.packed else min(works, config.programs * processors(device))
     hopper_kernel[(programs,)](
-        *tiles, tiles[3] if other is None else _tile(other, CHUNK), line, first[3], (second or first)[3],
-        given(entering), log_decay, given(dots), given(cu_seqlens), scale,
+        *tiles, None if other is None else _tile(other, CHUNK), line, first[3], (second or first)[3],
+        held(entering[0]), held(entering[1]), log_decay, held(made), held(given[0]), held(given[1]), held(dots),
+        held(cu_seqlens), scale,
         works, heads, shape.length, shape.segment, shape.segments,
         *((columns, 1) if into == "v" else (1, dim)),  # of a's features and of the columns, in the state
         0 if dots is None else dots.stride(0),
         A=dim, V=columns, GROUP=shape.group, STAGES=config.stages, CONSUMERS=config.number,
-        PAIR=second is not None, REVERSED=reverse, ENTERING=entering is not None,
-        PER_TOKEN=sums is not None, DOTS=dots is not None, PACKED=shape.packed,
+        PAIR=second is not None, REVERSED=reverse, ENTERING=entering[0] is not None,
+        PER_TOKEN=sums is not None, DOTS=dots is not None, PACKED=shape.packed, SUM=role.value,
         num_warps=4, maxnreg=config.registers,
     )  # fmt: skip
 

@@ -7,6 +7,11 @@ columns of out and keeps the state of these columns in registers, transposed: S^
 so that c, read from shared memory and scaled, is an operand in registers and needs no memory of its own. All products
 are asynchronous warpgroup products (wgmma). Both consumers of a program read the same tiles of a and b.
 
+SUM is what a sweep has to do with the sum z of the weights by which the output is divided: nothing (NO_SUM); to make
+it, beside the state (MAKE_SUM: o); to be given 1/z of each query (GIVEN_SUM: dv), and also -(do . o), which is added to
+a . b before the weights are formed (GIVEN_BOTH: dq, dk). What this adds through the state is one more vector, `extra`:
+the sum of b, A numbers, or of c, one for each column.
+
 Dimensions: A features of a and b, V columns of c and out, GROUP query heads that share a key/value head and its state.
 Chunks have 64 tokens. Numbers as in `sweep.py`; a NaN in a packed sequence may reach the last chunk of its neighbour.
 
@@ -43,6 +48,7 @@ else:
 
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)  # of [1, 64, 1, columns]
 LINE = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)  # of [1, 1, 64]
+NO_SUM, MAKE_SUM, GIVEN_SUM, GIVEN_BOTH = (gl.constexpr(i) for i in range(4))
 
 
 @gluon.jit
@@ -59,8 +65,7 @@ def send(desc, row, token, head, column, tile):
 
 @gluon.jit
 def fill(descs, rings, full, stage, row, token, head_a, head, column, CONSUMERS: gl.constexpr, DOTS: gl.constexpr):
-    """Send for the tiles of a chunk."""
-    fetch(descs[0], row, token, head_a, 0, full, rings[0].index(stage))
+    """Send for the tiles of a chunk but that of a."""
     fetch(descs[1], row, token, head, 0, full, rings[1].index(stage))
     for i in gl.static_range(CONSUMERS):
         fetch(descs[2], row, token, head, column + i * 64, full, rings[2].index(stage * CONSUMERS + i))
@@ -105,29 +110,75 @@ def chunk_start(n, start, stop, REVERSED: gl.constexpr, PER_TOKEN: gl.constexpr)
 
 
 @gluon.jit
+def read_line(
+    numbers, row, head, heads, length, start, stop, count, HEADS: gl.constexpr, REVERSED: gl.constexpr,
+    PER_TOKEN: gl.constexpr,
+):  # fmt: skip
+    """Of `[B, T, heads * HEADS]` the numbers of the tokens and query head of a walk's step; 0 where there is no token.
+
+    Few bytes, scattered, from any token on: a bulk copy could not fetch them.
+    """
+    step = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
+    token = chunk_start(count // HEADS, start, stop, REVERSED, PER_TOKEN) + step
+    place = ((row.to(gl.int64) * length + token) * heads + head) * HEADS + count % HEADS
+    return gl.load(numbers + place, mask=(token >= start) & (token < stop), other=0.0)
+
+
+@gluon.jit
+def write_lines(pointer, lines, first: gl.constexpr, stride, n, token, start, stop, REVERSED: gl.constexpr):
+    """The numbers of the tokens of the last n % 8 + 1 chunks, one for each, to `pointer` + token * `stride`.
+
+    A fence waits for all stores before it, so the fewer steps of a walk store anything the better.
+    """
+    step = gl.arange(0, 64, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    for i in gl.static_range(8):
+        back = n % 8 - i
+        if REVERSED:
+            there = token + back * 64 + step
+        else:
+            there = token - back * 64 + step
+        known = (there >= start) & (there < stop) & (back >= 0)
+        found = lines.index(first + i).load(gl.BlockedLayout([1], [32], [4], [0]))
+        gl.store(pointer + there.to(gl.int64) * stride, found, mask=known)
+
+
+@gluon.jit
 def produce(
-    first, second, sums, rings, bars, cu_seqlens, sizes,
+    first, second, sums, numbers, rings, bars, cu_seqlens, sizes,
     A: gl.constexpr, BLOCKS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     PAIR: gl.constexpr, REVERSED: gl.constexpr, PER_TOKEN: gl.constexpr, DOTS: gl.constexpr, PACKED: gl.constexpr,
+    SUM: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches: all work of the program, chunk after chunk, as far ahead as the ring allows."""
-    full, empty = bars
-    tiles: gl.constexpr = 2 * A + CONSUMERS * (128 if DOTS else 64)  # columns of 64 tokens in bf16
+    """The warp that fetches: all work of the program, chunk after chunk, as far ahead as the ring allows.
+
+    Of 256 features there is one tile of a; it is given back before the others, which the same consumers still read.
+    """
+    full, empty, full_a, empty_a = bars
+    ALONE: gl.constexpr = A == 256
+    HEADS: gl.constexpr = GROUP if REVERSED else 1
+    inverses, biases = numbers
+    _, heads, length, _, _ = sizes
+    columns: gl.constexpr = (1 if ALONE else 2) * A + CONSUMERS * (128 if DOTS else 64)  # of 64 tokens in bf16
     stage = 0
     phase = 1  # of a fresh barrier the phase before has passed: the first round does not wait
+    phase_a = 1
     for work in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
         which, _, row, head, start, stop, block = locate(work, cu_seqlens, sizes, PAIR, BLOCKS, PACKED)
         column = block * 64 * CONSUMERS
+        if SUM >= GIVEN_SUM:
+            inverse = read_line(inverses, row, head, heads, length, start, stop, 0, HEADS, REVERSED, PER_TOKEN)
+            if SUM == GIVEN_BOTH:
+                bias = read_line(biases, row, head, heads, length, start, stop, 0, HEADS, REVERSED, PER_TOKEN)
         for n in range(gl.cdiv(stop - start, 64)):
             token = chunk_start(n, start, stop, REVERSED, PER_TOKEN)
-            for g in gl.static_range(GROUP if REVERSED else 1):
+            for g in gl.static_range(HEADS):
                 if REVERSED:
                     other = head * GROUP + g
                 else:
                     other = head // GROUP
                 mbarrier.wait(empty.index(stage), phase)
                 here = full.index(stage)
-                mbarrier.expect(here, tiles * 64 * 2 + (64 * 4 if PER_TOKEN else 0))
+                mbarrier.expect(here, columns * 64 * 2 + (64 * 4 if PER_TOKEN else 0))
                 if PAIR:
                     if which == 0:
                         fill(first, rings, here, stage, row, token, head, other, column, CONSUMERS, DOTS)
@@ -139,6 +190,32 @@ def produce(
                     own = head if REVERSED else head // GROUP
                     line = rings[4].index(stage).reshape([1, 1, 64])
                     bulk_load(sums, [row, own, token], here, line)
+                slot = stage
+                if ALONE:
+                    mbarrier.wait(empty_a, phase_a)
+                    phase_a ^= 1
+                    slot, here = 0, full_a
+                    mbarrier.expect(here, A * 64 * 2)
+                if PAIR:
+                    if which == 0:
+                        fetch(first[0], row, token, head, 0, here, rings[0].index(slot))
+                    else:
+                        fetch(second[0], row, token, head, 0, here, rings[0].index(slot))
+                else:
+                    fetch(first[0], row, token, head, 0, here, rings[0].index(slot))
+                if SUM >= GIVEN_SUM:  # those of the next step are sent for before these are waited for
+                    rings[5].index(stage).store(inverse)
+                    count = n * HEADS + g + 1
+                    inverse = read_line(
+                        inverses, row, head, heads, length, start, stop, count, HEADS, REVERSED, PER_TOKEN
+                    )
+                    if SUM == GIVEN_BOTH:
+                        rings[6].index(stage).store(bias)
+                        bias = read_line(
+                            biases, row, head, heads, length, start, stop, count, HEADS, REVERSED, PER_TOKEN
+                        )
+                    barrier()
+                    mbarrier.arrive(full.index(stage), count=1)
                 stage += 1
                 if stage == STAGES:
                     stage = 0
@@ -146,47 +223,104 @@ def produce(
 
 
 @gluon.jit
-def decays(by_row, by_column, by_step, total, scale, acc: gl.constexpr, REVERSED: gl.constexpr):
-    """Of a chunk with these running sums of log2 decays, in three layouts: decay between its tokens, from the state to
-    them, from them into the state. The scale is in the first and, as in `sweep.sweep`, in that of the reader: a state
-    that comes from behind has it.
-    """
+def log2_rate(log_decay):
+    """As `sweep.log2_decay`, of a head with one decay."""
+    return gl.maximum(gl.load(log_decay) * 1.4426950408889634, -160.0)
+
+
+@gluon.jit
+def pair_decay(by_row, by_column, scale, acc: gl.constexpr, REVERSED: gl.constexpr):
+    """Decay between the tokens of a chunk, given running sums of log2 decays, times the scale; 0 where none reaches."""
     rows = gl.arange(0, 64, layout=gl.SliceLayout(1, acc))
     columns = gl.arange(0, 64, layout=gl.SliceLayout(0, acc))
     apart = gl.expand_dims(rows, 1) - gl.expand_dims(columns, 0)
     distance = gl.expand_dims(by_row, 1) - gl.expand_dims(by_column, 0)
     if REVERSED:
         table = gl.exp2(gl.where(apart <= 0, -distance, -10000.0)) * scale
+    else:
+        table = gl.exp2(gl.where(apart >= 0, distance, -10000.0)) * scale
+    return table
+
+
+@gluon.jit
+def state_decays(by_row, by_step, total, scale, REVERSED: gl.constexpr):
+    """Decay from the state to the tokens of a chunk, and from them into the state.
+
+    The scale is in that of the reader, as in `sweep.sweep`: a state that comes from behind has it.
+    """
+    if REVERSED:
         reach = gl.exp2(gl.minimum(total - by_row, 0.0))
         source = gl.exp2(by_step) * scale
     else:
-        table = gl.exp2(gl.where(apart >= 0, distance, -10000.0)) * scale
         reach = gl.exp2(by_row) * scale
         source = gl.exp2(gl.minimum(total - by_step, 0.0))
-    return table, reach, source
+    return reach, source
+
+
+@gluon.jit
+def fade_values(c, source, inverse, bias, transposed: gl.constexpr, REVERSED: gl.constexpr, SUM: gl.constexpr):
+    """c^T as it enters the state, and (GIVEN_BOTH) the sum over the tokens that enters the vector beside the state: of
+    c^T, for dk of c^T times the bias of each.
+    """
+    by_steps: gl.constexpr = gl.SliceLayout(0, transposed)
+    if SUM >= GIVEN_SUM and REVERSED:
+        source = source * inverse.load(by_steps)
+    faded = c.permute((1, 0)).load(transposed).to(gl.float32) * gl.expand_dims(source, 0)
+    added = source
+    if SUM == GIVEN_BOTH:
+        if REVERSED:
+            added = gl.sum(faded * gl.expand_dims(bias.load(by_steps), 0), 1)
+        else:
+            added = gl.sum(faded, 1)
+    return faded.to(gl.bfloat16), added
+
+
+@gluon.jit
+def store_rows(pointer, out, row, token, head, column, heads, length, inside, V: gl.constexpr, acc: gl.constexpr):
+    """Write those rows of a tile that are `inside`."""
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, acc))
+    columns = gl.arange(0, 64, layout=gl.SliceLayout(0, acc))
+    place = ((row.to(gl.int64) * length + token + rows) * heads + head) * V + column
+    place = gl.expand_dims(place, 1) + gl.expand_dims(columns, 0)
+    gl.store(pointer + place, out.to(gl.bfloat16), mask=gl.expand_dims(inside, 1))
 
 
 @gluon.jit
 def consume(
-    first, second, pointers, rings, bars, state_memory, out_memory, given, sizes, strides,
+    first, second, pointers, rings, bars, memory, given, sizes, strides,
     HALF: gl.constexpr, A: gl.constexpr, V: gl.constexpr, BLOCKS: gl.constexpr, GROUP: gl.constexpr,
     STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PAIR: gl.constexpr, REVERSED: gl.constexpr,
-    ENTERING: gl.constexpr, PER_TOKEN: gl.constexpr, DOTS: gl.constexpr, PACKED: gl.constexpr,
+    ENTERING: gl.constexpr, PER_TOKEN: gl.constexpr, DOTS: gl.constexpr, PACKED: gl.constexpr, SUM: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that multiplies: 64 columns of all work of the program."""
     acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     acc_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])
+    acc_line: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, acc, 2)
     transposed: gl.constexpr = gl.DotOperandLayout(0, acc_state, 2)
-    a_ring, b_ring, c_ring, other_ring, sums_ring = rings
-    full, empty = bars
-    entering, log_decay, dots, cu_seqlens, scale = given
+    by_rows: gl.constexpr = gl.SliceLayout(1, acc)
+    by_columns: gl.constexpr = gl.SliceLayout(0, acc)
+    by_steps: gl.constexpr = gl.SliceLayout(0, transposed)
+    TIGHT: gl.constexpr = A == 256  # beside such a state there is no room for a table, nor for two tiles of a
+    MADE: gl.constexpr = SUM == MAKE_SUM
+    BOTH: gl.constexpr = SUM == GIVEN_BOTH
+    HEADS: gl.constexpr = GROUP if REVERSED else 1
+    a_ring, b_ring, c_ring, other_ring, sums_ring, inverse_ring, bias_ring = rings
+    full, empty, full_a, empty_a = bars
+    state_memory, out_memory = memory[0].index(HALF), memory[1].index(HALF)
+    extra_memory, source_memory = memory[2].index(HALF), memory[3].index(HALF)
+    made_lines, dots_lines = memory[4], memory[5]
+    entering, entering_sum, log_decay, made, dots, cu_seqlens, scale = given
     works, heads, length, _, _ = sizes
     stride_a, stride_c, stride_dots = strides
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, acc))
+    rows = gl.arange(0, 64, layout=by_rows)
+    columns = gl.arange(0, 64, layout=by_columns)
+    step = gl.arange(0, 64, layout=by_steps)
     zero = gl.zeros([64, 64], gl.float32, acc)
+    zero_line = gl.zeros([64, 8], gl.float32, acc_line)
     stage = 0
     phase = 0
+    phase_a = 0
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
         which, item, row, head, start, stop, block = locate(work, cu_seqlens, sizes, PAIR, BLOCKS, PACKED)
         column = (block * CONSUMERS + HALF) * 64
@@ -194,15 +328,17 @@ def consume(
             own, owners = head, heads  # of the state
         else:
             own, owners = head // GROUP, heads // GROUP
-        if not PER_TOKEN:
-            rate = gl.maximum(gl.load(log_decay + own) * 1.4426950408889634, -160.0)  # as sweep.log2_decay
-            columns = gl.arange(0, 64, layout=gl.SliceLayout(0, acc))
-            step = gl.arange(0, 64, layout=gl.SliceLayout(0, transposed))
-            table, reach, source = decays(
-                rate * (rows + 1), rate * (columns + 1), rate * (step + 1), rate * 64, scale, acc, REVERSED
-            )
+        place_state = item.to(gl.int64) * owners + own
+        if not (PER_TOKEN or TIGHT):
+            rate = log2_rate(log_decay + own)
+            table = pair_decay(rate * (rows + 1), rate * (columns + 1), scale, acc, REVERSED)
+            reach, source = state_decays(rate * (rows + 1), rate * (step + 1), rate * 64, scale, REVERSED)
             fade = gl.exp2(rate * 64)
         state = gl.zeros([64, A], gl.float32, acc_state)
+        if MADE:
+            extra = gl.zeros([A, 8], gl.float32, acc_line)  # eight times the sum of b
+        else:
+            extra = gl.zeros([64], gl.float32, gl.SliceLayout(1, transposed))
         if ENTERING:
             step_a, step_c = stride_a, stride_c
             if PAIR:
@@ -210,54 +346,119 @@ def consume(
                     step_a, step_c = stride_c, stride_a
             values = column + gl.arange(0, 64, layout=gl.SliceLayout(1, acc_state))
             dims = gl.arange(0, A, layout=gl.SliceLayout(0, acc_state))
-            base = entering + (item.to(gl.int64) * owners + own) * (A * V)
+            base = entering + place_state * (A * V)
             state += gl.load(base + gl.expand_dims(values * step_c, 1) + gl.expand_dims(dims * step_a, 0))
+            if MADE:
+                numbers = gl.arange(0, A, layout=gl.SliceLayout(1, acc_line))
+                extra += gl.expand_dims(gl.load(entering_sum + place_state * A + numbers), 1)
+            if BOTH:
+                values = column + gl.arange(0, 64, layout=gl.SliceLayout(1, transposed))
+                extra += gl.load(entering_sum + place_state * V + values)
         barrier()  # every warp is done with what these hold
         state_memory.store(state.to(gl.bfloat16))
+        if MADE:
+            extra_memory.permute((1, 0)).store(extra.to(gl.bfloat16))
+            if not PER_TOKEN:
+                to_end = 63 - gl.arange(0, 64, layout=gl.SliceLayout(1, acc_line))
+                line = gl.exp2(log2_rate(log_decay + own) * to_end)
+                source_memory.permute((1, 0)).store((zero_line + gl.expand_dims(line, 1)).to(gl.bfloat16))
         fence_async_shared()
         barrier()
         for n in range(gl.cdiv(stop - start, 64)):
             token = chunk_start(n, start, stop, REVERSED, PER_TOKEN)
             inside = (token + rows >= start) & (token + rows < stop)
             out = zero
-            for g in gl.static_range(GROUP if REVERSED else 1):
+            for g in gl.static_range(HEADS):
+                inverse, bias = inverse_ring.index(stage), bias_ring.index(stage)
                 mbarrier.wait(full.index(stage), phase)
-                a, b, c = a_ring.index(stage), b_ring.index(stage), c_ring.index(stage * CONSUMERS + HALF)
+                slot = stage
+                if TIGHT:
+                    mbarrier.wait(full_a, phase_a)
+                    phase_a ^= 1
+                    slot = 0
+                a, b, c = a_ring.index(slot), b_ring.index(stage), c_ring.index(stage * CONSUMERS + HALF)
                 weights = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
-                if PER_TOKEN and g == 0:
-                    line = sums_ring.index(stage)
-                    by_column = line.load(gl.SliceLayout(0, acc))
-                    total = gl.min(by_column, 0)
-                    table, reach, source = decays(
-                        line.load(gl.SliceLayout(1, acc)), by_column, line.load(gl.SliceLayout(0, transposed)), total,
-                        scale, acc, REVERSED,
-                    )  # fmt: skip
+                if (PER_TOKEN or TIGHT) and g == 0:
+                    if PER_TOKEN:
+                        sums = sums_ring.index(stage)
+                        by_row, by_column, by_step = sums.load(by_rows), sums.load(by_columns), sums.load(by_steps)
+                        total = gl.min(by_column, 0)
+                    else:  # read anew for every chunk, or the compiler would keep what follows from it
+                        rate = log2_rate(log_decay + own)
+                        by_row, by_column, by_step = rate * (rows + 1), rate * (columns + 1), rate * (step + 1)
+                        total = rate * 64
+                    reach, source = state_decays(by_row, by_step, total, scale, REVERSED)
                     fade = gl.exp2(total)
+                    if not TIGHT:
+                        table = pair_decay(by_row, by_column, scale, acc, REVERSED)
+                if MADE and PER_TOKEN:
+                    line = gl.convert_layout(source, gl.SliceLayout(1, acc_line))
+                    source_memory.permute((1, 0)).store((zero_line + gl.expand_dims(line, 1)).to(gl.bfloat16))
+                    fence_async_shared()
+                    barrier()
                 if g == 0:
                     out = warpgroup_mma(a, state_memory.permute((1, 0)), out, use_acc=False, is_async=True)
-                turned = c.permute((1, 0)).load(transposed)
-                faded = (turned.to(gl.float32) * gl.expand_dims(source, 0)).to(gl.bfloat16)
+                    if MADE:
+                        reached = warpgroup_mma(
+                            a, extra_memory.permute((1, 0)), zero_line, use_acc=False, is_async=True
+                        )
+                        extra = warpgroup_mma(
+                            b.permute((1, 0)), source_memory.permute((1, 0)), extra * fade, is_async=True
+                        )
+                if not TIGHT:
+                    faded, added = fade_values(c, source, inverse, bias, transposed, REVERSED, SUM)
+                weights = warpgroup_mma_wait(num_outstanding=(3 if MADE else 1) if g == 0 else 0, deps=(weights,))
+                if BOTH:
+                    if REVERSED:
+                        weights += gl.expand_dims(bias.load(by_columns), 0)
+                    else:
+                        weights += gl.expand_dims(bias.load(by_rows), 1)
+                if SUM >= GIVEN_SUM and REVERSED:
+                    weights = weights * gl.expand_dims(inverse.load(by_columns), 0)
+                if TIGHT:
+                    table = pair_decay(by_row, by_column, scale, acc, REVERSED)
+                weights = weights * table
+                if MADE:
+                    total_weight = gl.sum(weights, 1)
+                near = gl.convert_layout(weights.to(gl.bfloat16), operand)
+                if TIGHT:
+                    faded, added = fade_values(c, source, inverse, bias, transposed, REVERSED, SUM)
                 if g == 0:
-                    weights = warpgroup_mma_wait(num_outstanding=1, deps=(weights,))
-                else:
-                    weights = warpgroup_mma_wait(num_outstanding=0, deps=(weights,))
-                near = gl.convert_layout((weights * table).to(gl.bfloat16), operand)
-                if g == 0:
-                    out = warpgroup_mma_wait(num_outstanding=0, deps=(out,))
+                    if MADE:
+                        out, reached = warpgroup_mma_wait(num_outstanding=1, deps=(out, reached))
+                        total_weight += gl.convert_layout(gl.sum(reached, 1), by_rows) * (reach / 8)
+                    else:
+                        out = warpgroup_mma_wait(num_outstanding=0, deps=(out,))
                     out = out * gl.expand_dims(reach, 1)
+                    if BOTH:
+                        across = gl.convert_layout(extra, by_columns)
+                        if REVERSED:
+                            out += gl.expand_dims(reach, 1) * gl.expand_dims(across, 0)
+                        else:
+                            out += gl.expand_dims(reach * bias.load(by_rows), 1) * gl.expand_dims(across, 0)
                     state = state * fade
+                    if BOTH:
+                        extra = extra * fade
+                if TIGHT:
+                    barrier()  # every warp is done with a
+                    mbarrier.arrive(empty_a, count=1)
                 out = warpgroup_mma(near, c, out, is_async=True)
                 state = warpgroup_mma(faded, b, state, is_async=True)
-                out = warpgroup_mma_wait(num_outstanding=1, deps=(out,))
+                if MADE:
+                    inverted = 1.0 / gl.where(total_weight == 0, 1.0, total_weight)
+                    out, extra = warpgroup_mma_wait(num_outstanding=1, deps=(out, extra))
+                    out = out * gl.expand_dims(inverted, 1)
+                else:
+                    out = warpgroup_mma_wait(num_outstanding=1, deps=(out,))
                 state = warpgroup_mma_wait(num_outstanding=0, deps=(state,))
-                if DOTS and g == (GROUP if REVERSED else 1) - 1:
-                    if which == 0:
-                        other = other_ring.index(stage * CONSUMERS + HALF).load(acc)
-                        place = dots + (column // 64).to(gl.int64) * stride_dots
-                        place += (row.to(gl.int64) * heads + head) * length + token
-                        gl.store(place + rows, gl.sum(out * other.to(gl.float32), 1), mask=inside)
-                fence_async_shared()
-                if g == (GROUP if REVERSED else 1) - 1:
+                if BOTH:
+                    extra += added
+                    if not REVERSED:
+                        out = out * gl.expand_dims(inverse.load(by_rows), 1)
+                if DOTS and g == HEADS - 1:
+                    other = other_ring.index(stage * CONSUMERS + HALF).load(acc)
+                    dotted = gl.sum(out * other.to(gl.float32), 1)
+                if g == HEADS - 1:
                     tma.store_wait(pendings=0)  # the store before this one has read out_memory
                 barrier()  # every warp is done with the stage, and with the memory of state and out
                 mbarrier.arrive(empty.index(stage), count=1)
@@ -266,10 +467,21 @@ def consume(
                     stage = 0
                     phase ^= 1
             state_memory.store(state.to(gl.bfloat16))
+            if MADE:
+                extra_memory.permute((1, 0)).store(extra.to(gl.bfloat16))
+                if HALF == 0:
+                    made_lines.index(n % 8).store(inverted)
+            if DOTS:
+                dots_lines.index(HALF * 8 + n % 8).store(dotted)
             if (token >= start) & (token + 64 <= stop):
                 out_memory.store(out.to(gl.bfloat16))
-                fence_async_shared()
-                barrier()
+            fence_async_shared()
+            barrier()
+            pointer = pointers[0]
+            if PAIR:
+                if which == 1:
+                    pointer = pointers[1]
+            if (token >= start) & (token + 64 <= stop):
                 if PAIR:
                     if which == 0:
                         send(first[3], row, token, head, column, out_memory)
@@ -278,87 +490,109 @@ def consume(
                 else:
                     send(first[3], row, token, head, column, out_memory)
             else:  # tokens of others on either side
-                fence_async_shared()
-                barrier()
-                pointer = pointers[0]
-                if PAIR:
-                    if which == 1:
-                        pointer = pointers[1]
-                place = ((row.to(gl.int64) * length + token + rows) * heads + head) * V + column
-                columns_out = gl.arange(0, 64, layout=gl.SliceLayout(0, acc))
-                gl.store(
-                    pointer + gl.expand_dims(place, 1) + gl.expand_dims(columns_out, 0), out.to(gl.bfloat16),
-                    mask=gl.expand_dims(inside, 1),
-                )  # fmt: skip
+                store_rows(pointer, out, row, token, head, column, heads, length, inside, V, acc)
+            if (n % 8 == 7) | (n == gl.cdiv(stop - start, 64) - 1):
+                if MADE and HALF == 0:
+                    if block == 0:
+                        place = made + row.to(gl.int64) * length * heads + head
+                        write_lines(place, made_lines, 0, heads, n, token, start, stop, REVERSED)
+                if DOTS:
+                    if which == 0:
+                        place = dots + (column // 64).to(gl.int64) * stride_dots
+                        place += (row.to(gl.int64) * heads + head) * length
+                        write_lines(place, dots_lines, HALF * 8, 1, n, token, start, stop, REVERSED)
     tma.store_wait(pendings=0)
 
 
 @gluon.jit(do_not_specialize=["scale", "works", "length", "segment", "segments", "stride_dots"])
 def hopper_kernel(
     a, b, c, out, a_second, b_second, c_second, out_second, other, sums, out_pointer, second_pointer,
-    entering, log_decay, dots, cu_seqlens, scale,
+    entering, entering_sum, log_decay, made, inverse, bias, dots, cu_seqlens, scale,
     works, heads, length, segment, segments, stride_a, stride_c, stride_dots,
     A: gl.constexpr, V: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     PAIR: gl.constexpr, REVERSED: gl.constexpr, ENTERING: gl.constexpr, PER_TOKEN: gl.constexpr, DOTS: gl.constexpr,
-    PACKED: gl.constexpr,
+    PACKED: gl.constexpr, SUM: gl.constexpr,
 ):  # fmt: skip
     """One sweep, or (PAIR) two that read two tensors in common, over `works` pieces of work.
 
-    The operands are descriptors. sums (PER_TOKEN): of the log2 decays within chunks, `decay.running_sums`. DOTS: the
-    products of out and `other` of each token, of the first sweep and 64 columns, are stored at `dots`
+    The operands are descriptors, None where there are none. sums (PER_TOKEN): of the log2 decays within chunks,
+    `decay.running_sums`. made: where 1/z goes; inverse and bias: 1/z and -(do . o), of each query, `[B, T, Hq]`. DOTS:
+    the products of out and `other` of each token, of the first sweep and 64 columns, are stored at `dots`
     `[V / 64, B, heads, T]`.
     """
     tile: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     blocks: gl.constexpr = V // (64 * CONSUMERS)
-    a_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, A], tile)
+    a_ring = gl.allocate_shared_memory(gl.bfloat16, [1 if A == 256 else STAGES, 64, A], tile)
     b_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, A], tile)
     c_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * CONSUMERS, 64, 64], tile)
     if DOTS:
         other_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * CONSUMERS, 64, 64], tile)
     else:
         other_ring = c_ring  # not read
+    line: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    sums_ring, inverse_ring, bias_ring = c_ring, c_ring, c_ring  # what is not read
     if PER_TOKEN:
-        line: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
         sums_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 64], line)
-    else:
-        sums_ring = c_ring  # not read
+    if SUM >= GIVEN_SUM:
+        inverse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 64], line)
+    if SUM == GIVEN_BOTH:
+        bias_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 64], line)
     states = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, 64, A], tile)
     outs = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, 64, 64], tile)
+    extras, sources, made_lines, dots_lines = states, states, states, states  # what is not used
+    if SUM == MAKE_SUM:
+        extras = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, 8, A], tile)
+        sources = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, 8, 64], tile)
+        made_lines = gl.allocate_shared_memory(gl.float32, [8, 64], line)
+    if DOTS:
+        dots_lines = gl.allocate_shared_memory(gl.float32, [CONSUMERS * 8, 64], line)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=1 if SUM < GIVEN_SUM else 2)
         mbarrier.init(empty.index(i), count=CONSUMERS)
+    of_a = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(of_a.index(0), count=1)
+    mbarrier.init(of_a.index(1), count=CONSUMERS)
     fence_async_shared()
-    first, second = (a, b, c, out, other), (a_second, b_second, c_second, out_second, other)
-    pointers = (out_pointer, second_pointer)
-    rings, bars = (a_ring, b_ring, c_ring, other_ring, sums_ring), (full, empty)
-    given, sizes = (entering, log_decay, dots, cu_seqlens, scale), (works, heads, length, segment, segments)
-    strides = (stride_a, stride_c, stride_dots)
+    if not DOTS:  # what is not read is not given: the host takes long to make a descriptor
+        other = a
+    if not PER_TOKEN:
+        sums = a
+    first = (a, b, c, out, other)
+    second = first
+    if PAIR:
+        second = (a_second, b_second, c_second, out_second, other)
+    pointers, bars = (out_pointer, second_pointer), (full, empty, of_a.index(0), of_a.index(1))
+    rings = (a_ring, b_ring, c_ring, other_ring, sums_ring, inverse_ring, bias_ring)
+    memory, numbers = (states, outs, extras, sources, made_lines, dots_lines), (inverse, bias)
+    given = (entering, entering_sum, log_decay, made, dots, cu_seqlens, scale)
+    sizes, strides = (works, heads, length, segment, segments), (stride_a, stride_c, stride_dots)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (first, second, pointers, rings, bars, states.index(0), outs.index(0), given, sizes, strides,
+                (consume, (first, second, pointers, rings, bars, memory, given, sizes, strides,
                            0, A, V, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, PER_TOKEN, DOTS,
-                           PACKED)),
-                (consume, (first, second, pointers, rings, bars, states.index(1), outs.index(1), given, sizes, strides,
+                           PACKED, SUM)),
+                (consume, (first, second, pointers, rings, bars, memory, given, sizes, strides,
                            1, A, V, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, PER_TOKEN, DOTS,
-                           PACKED)),
-                (produce, (first, second, sums, rings, bars, cu_seqlens, sizes,
-                           A, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, PER_TOKEN, DOTS, PACKED)),
+                           PACKED, SUM)),
+                (produce, (first, second, sums, numbers, rings, bars, cu_seqlens, sizes,
+                           A, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, PER_TOKEN, DOTS, PACKED, SUM)),
             ],
             [4, 1],
-            [240, 24],  # registers of a thread: the second consumer, the producer; the first has the rest
+            # Registers of a thread: the second consumer, the producer; the first has the rest.
+            [240, 24] if SUM < GIVEN_SUM else [232, 40],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (consume, (first, second, pointers, rings, bars, states.index(0), outs.index(0), given, sizes, strides,
+                (consume, (first, second, pointers, rings, bars, memory, given, sizes, strides,
                            0, A, V, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, PER_TOKEN, DOTS,
-                           PACKED)),
-                (produce, (first, second, sums, rings, bars, cu_seqlens, sizes,
-                           A, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, PER_TOKEN, DOTS, PACKED)),
+                           PACKED, SUM)),
+                (produce, (first, second, sums, numbers, rings, bars, cu_seqlens, sizes,
+                           A, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, PER_TOKEN, DOTS, PACKED, SUM)),
             ],
             [1],
-            [24],
+            [24 if SUM < GIVEN_SUM else 40],
         )  # fmt: skip

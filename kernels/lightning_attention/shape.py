@@ -87,8 +87,9 @@ def shape_of(
     parts = 1
     if segment is None:
         if CUT_FOR_HOPPER and not uncut.packed and suits_hopper(uncut, q.dtype, q.device):
-            pieces = rows * min(query_heads, 2 * uncut.shared)  # of o and dq, or of dk and dv side by side
-            segment, parts = hopper_cut(length, pieces * (v.shape[3] // 64), narrow, rows * heads, q.device)
+            together = 1 if normalize or dim != v.shape[3] else 2  # dk and dv, side by side
+            pieces = rows * min(query_heads, together * uncut.shared) * (min(dim, v.shape[3]) // 64)
+            segment, parts = hopper_cut(length, pieces, narrow, rows * heads, q.device)
         else:
             segment = segment_length(length, programs, narrow, 1 if cu_seqlens is None else sequences, q.device)
     cut = -(-length // segment)

@@ -3,9 +3,9 @@
     python tests/kernel/bench_hopper.py [SHAPE ...] > figures.json
 
 Forward and backward pass of the operators, recorded as CUDA graphs and replayed back to back, medians in ms; "pt" with
-a decay for every token and its gradient. The floor is the time to move q, k, v, o (forward) and also q, k, v, do, dq,
-dk, dv (backward) once at the measured speed of a copy. bf16, slopes of ALiBi. Without a GPU, with TRITON_INTERPRET=1
-and SWAPATTN_KERNELS=triton: tiny shapes, to try it out.
+a decay for every token and its gradient, "sum" with a normalised output whose sum has a gradient, too. The floor is the
+time to move q, k, v, o (forward) and also q, k, v, do, dq, dk, dv (backward) once at the measured speed of a copy.
+bf16, slopes of ALiBi. Without a GPU, with TRITON_INTERPRET=1 and SWAPATTN_KERNELS=triton: tiny shapes, to try it out.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ SHAPES = {  # B, T, Hq, Hkv, D, Dv
     "1x2K": (1, 2048, 32, 32, 128, 128),
     "8x8K, 32/8 heads": (8, 8192, 32, 8, 128, 128),
     "8x8K, Dv=64": (8, 8192, 32, 32, 128, 64),
+    "8x8K, D=256, Dv=128": (8, 8192, 32, 32, 256, 128),
+    "8x8K, D=256, Dv=128, 32/8 heads": (8, 8192, 32, 8, 256, 128),
+    "32x1K, 9/3 heads, D=128, Dv=64": (32, 1024, 9, 3, 128, 64),
 }
 CHOICES = {  # consumers, stages, registers, programs of a multiprocessor
     "2, 2 stages": Consumers(2, 2, 168, 1),
@@ -47,20 +50,30 @@ def measure(lab: Lab, sizes: tuple[int, ...]) -> dict[str, float]:
     shape = lab.shape(*sizes[:5])
     wide, narrow = (shape.rows, shape.length, shape.heads), (shape.rows, shape.length, shape.shared)
     values = shape.dim * sizes[5] // sizes[4]
-    q, k = lab.random(*wide, shape.dim), lab.random(*narrow, shape.dim)
+    q, k = lab.random(*wide, shape.dim).abs(), lab.random(*narrow, shape.dim).abs()
     v, do = lab.random(*narrow, values), lab.random(*wide, values)
     decay = lab.decay(shape.shared)
+    d_inverse = lab.random(*wide).float()
     found = {}
-    for name, given in (("", decay), ("pt ", decay.expand(narrow).contiguous())):
-        arguments = (q, k, v, given, shape.dim**-0.5, None, None, False, None, None, False, 0)
+    for name, given, normalize in (
+        ("", decay, False), ("pt ", decay.expand(narrow).contiguous(), False), ("sum ", decay, True)
+    ):  # fmt: skip
+        arguments = (q, k, v, given, 1.0 if normalize else shape.dim**-0.5, None, None, False, None, None, normalize, 0)
         found[f"{name}forward"] = lab.time_graph(lambda args=arguments: linear_op._forward(*args))
-        split = shape_of(q, k, v, given, None, False, False).split
-        entering = linear_op._forward(*arguments)[4] if split else None
+        o, inverse, *_, entering, entering_sum = linear_op._forward(*arguments)
+        split = shape_of(q, k, v, given, None, False, normalize).split
+        kept = (entering if split else None, entering_sum if split and normalize else None, None, None)
+        output = (o, inverse) if normalize else (None, None)
 
-        def back(given: Tensor = given, entering: Tensor | None = entering) -> None:
+        def back(
+            arguments: tuple[Any, ...] = arguments,
+            kept: tuple[Tensor | None, ...] = kept,
+            output: tuple[Tensor | None, Tensor | None] = output,
+        ) -> None:
+            given, scale, normalize = arguments[3], arguments[4], arguments[10]
             linear_op._backward(
-                q, k, v, do, given, shape.dim**-0.5, entering, None, None, None, None, None, None, None, 0, False,
-                given.dim() == 3, None, None,
+                q, k, v, do, given, scale, *kept, *output, None, None, 0, False, given.dim() == 3, None,
+                d_inverse if normalize else None,
             )  # fmt: skip
 
         found[f"{name}backward"] = lab.time_graph(back)
@@ -85,8 +98,13 @@ def main() -> None:
     for name in sys.argv[1:] or SHAPES:
         add(name, "chosen")
         for choice, consumers in CHOICES.items():
-            if consumers.number * hopper.CHUNK <= min(SHAPES[name][4:]):
-                with mock.patch.object(hopper, "consumers", return_value=consumers):
+            if consumers.number * hopper.CHUNK <= min(SHAPES[name][4:]) and SHAPES[name][4] < 256:
+
+                def chosen(*_: Any, dots: bool = False, consumers: Consumers = consumers) -> Consumers:
+                    """With a fifth tile there is room for two stages of two consumers."""
+                    return consumers._replace(stages=2) if dots and consumers.number == 2 else consumers
+
+                with mock.patch.object(hopper, "consumers", chosen):
                     add(name, choice)
         with mock.patch("lightning_attention.shape.CUT_FOR_HOPPER", False):
             add(name, "cut as for Triton")

@@ -41,7 +41,8 @@ from triton.runtime.jit import JITFunction
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DIMS = ("64", "96", "128", "192", "256", "128:64")
+DIMS = ("64", "96", "128", "192", "256", "128:64", "256:128")
+FOR_HOPPER = {"128", "256", "128:64", "256:128"}  # those of `hopper.TAKEN` in DIMS
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WITHOUT_PRODUCTS = tuple(f"{name}_kernel" for name in ("scan", "delta", "decay", "row", "sink", "step", "loss", "sums"))
 
@@ -113,7 +114,7 @@ def linear(dtype: torch.dtype, dim: int, value_dim: int, *, group: int = 1, back
 
 
 def hopper_sweeps(dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 70, group: int = 1, full: bool = False,
-                  packed: bool = False) -> None:  # fmt: skip
+                  packed: bool = False, normalize: bool = False) -> None:  # fmt: skip
     """Forward and backward pass as they are trained; `full`: in segments, with a decay for every token."""
     length, heads = 512, 2
     q, k, v = (
@@ -123,7 +124,9 @@ def hopper_sweeps(dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 7
     log_decay = torch.zeros((rows, length, heads) if full else (heads,), requires_grad=full)
     bounds = torch.arange(0, length + 1, 4, dtype=torch.int32) if packed else None
     with mock.patch.object(hopper, "SMALLEST", 0):
-        out, _ = lightning_attention_kernel(q, k, v, log_decay, segment=256 if full else length, cu_seqlens=bounds)
+        out, _ = lightning_attention_kernel(
+            q, k, v, log_decay, segment=256 if full else length, cu_seqlens=bounds, normalize=normalize
+        )
         out.sum().backward()
 
 
@@ -201,6 +204,11 @@ CALLS: dict[str, Callable[[torch.dtype, int, int], None]] = {
     "hopper_full": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, full=True),
     "hopper_grouped": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, rows=1, group=4),
     "hopper_packed": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, rows=1, packed=True),
+    "hopper_sum": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, normalize=True),
+    "hopper_sum_full": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, normalize=True, full=True),
+    "hopper_sum_grouped": lambda dtype, dim, value_dim: hopper_sweeps(
+        dtype, dim, value_dim, rows=1, group=4, normalize=True
+    ),
 }
 
 
@@ -245,7 +253,7 @@ def main() -> int:
                 for call in options.call:
                     if call == "losses" and size != options.dim[0]:
                         continue  # there is no D in them
-                    if call.startswith("hopper") and (arch, dtype, "128" in size) != (90, "bf16", True):
+                    if call.startswith("hopper") and (arch, dtype, size in FOR_HOPPER) != (90, "bf16", True):
                         continue
                     for line, shared, good in report(arch, dtype, size, call):
                         print(line, flush=True)

@@ -37,6 +37,7 @@ LINEAR: dict[str, dict[str, Any]] = {
     "normalised": {"normalize": True, "return_log_sum": True},
     "masked, with states": {"mask": True, "output_final_state": True, "normalize": True, "shared": 1},
     "packed": {"packed": True, "shared": 2},
+    "packed, normalised": {"packed": True, "shared": 2, "normalize": True, "return_log_sum": True},
     "segments": {"length": 2085, "output_final_state": True},
     "segments, decay per token": {"length": 2085, "gated": True, "shared": 1},
 }
@@ -98,13 +99,14 @@ def ring(dtype: torch.dtype, dim: int, shared: int) -> None:
 
 def main() -> None:
     count, hopper.SMALLEST = 0, 0  # small calls go to Hopper's sweep, too
-    types = itertools.product((torch.bfloat16, torch.float32), (64, 128))
+    types = [*itertools.product((torch.bfloat16, torch.float32), (64, 128)), (torch.bfloat16, 256)]
     chosen = {f"{str(dtype).removeprefix('torch.')}-{dim}": (dtype, dim) for dtype, dim in types}
     unknown = set(sys.argv[1:]) - chosen.keys()
     if unknown:
         sys.exit(f"{', '.join(sorted(unknown))}: expected {', '.join(chosen)}")
     for dtype, dim in (chosen[name] for name in sys.argv[1:] or chosen):
-        for (name, case), values in itertools.product(LINEAR.items(), sorted({64, dim})):
+        sizes = sorted({max(64, dim // 2), dim})  # of the values
+        for (name, case), values in itertools.product(LINEAR.items(), sizes):
             linear(dtype, dim, values, **case)
             print(f"linear, {name}: {dtype}, {dim} x {values}", flush=True)
         for shared, length, normalize in itertools.product((4, 1), (1, 3), (False, True)):
@@ -113,7 +115,7 @@ def main() -> None:
             window(dtype, dim, shared, kind)
         ring(dtype, dim, 2)
         print(f"step and window: {dtype}, {dim}", flush=True)
-        count += len(LINEAR) * len({64, dim}) + 8 + 6 + 1
+        count += len(LINEAR) * len(sizes) + 8 + 6 + 1
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print(f"{count} cases on {DEVICE}")

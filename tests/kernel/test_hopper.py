@@ -1,9 +1,13 @@
 """The sweep for Hopper GPUs: what it takes, its running sums, and on such a GPU its results."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
-from attention_case import Case
+from attention_case import Case, relative
 from lightning_attention import lightning_attention
+from lightning_attention.reference import chunked_attention
 
 hopper = pytest.importorskip("lightning_attention.hopper")
 CPU = torch.device("cpu")
@@ -35,10 +39,13 @@ def shape(rows=4, length=512, heads=32, shared=32, dim=128, value_dim=None, dtyp
         ({"rows": 1, "length": 65536, "packed": True}, True),
         ({"dim": 96}, False),
         ({"dim": 64}, False),
-        ({"dim": 256, "heads": 16, "shared": 16}, False),
+        ({"dim": 256, "heads": 16, "shared": 16}, True),
         ({"dtype": torch.float16}, False),
         ({"masked": True}, False),
-        ({"normalize": True}, False),
+        ({"normalize": True}, True),
+        ({"dim": 256, "value_dim": 128, "normalize": True}, True),
+        ({"dim": 128, "value_dim": 256}, False),
+        ({"dim": 256, "value_dim": 64}, False),
         ({"shared": 8, "states": 32}, False),
         ({"rows": 1, "length": 65536, "packed": True, "per_token": True}, False),
         ({"rows": 1, "length": 65536, "per_token": True, "segment": 16384}, True),
@@ -80,8 +87,17 @@ def test_the_triton_here_is_known_to_compile_it():
 
 def test_idle_multiprocessors_get_programs_of_half_the_columns(monkeypatch):
     monkeypatch.setattr(hopper, "processors", lambda device: 132)
-    assert hopper.consumers(128, 128, False, CPU).number == 2
-    assert hopper.consumers(128, 64, False, CPU).number == 1
+    assert hopper.consumers(128, 128, 128, CPU).number == 2
+    assert hopper.consumers(128, 128, 64, CPU).number == 1
+    assert hopper.consumers(256, 256, 16, CPU).number == 1
+    assert hopper.consumers(256, 128, 66, CPU).number == 2
+
+
+def test_what_shares_the_memory_of_a_program(monkeypatch):
+    """A fifth tile takes the place of a third stage, or beside 256 features that of a consumer."""
+    monkeypatch.setattr(hopper, "processors", lambda device: 132)
+    assert [hopper.consumers(128, 128, 100, CPU, dots=x).stages for x in (False, True)] == [3, 2]
+    assert [hopper.consumers(256, 256, 100, CPU, dots=x).number for x in (False, True)] == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -93,9 +109,8 @@ def test_idle_multiprocessors_get_programs_of_half_the_columns(monkeypatch):
         (1, 131072, 32, 32, (2, 65536, 8)),
         (1, 65536, 32, 8, (4, 16384, 11)),
         (1, 32768, 8, 8, (8, 4096, 4)),
-        (1, 2048, 32, 32, (2, 1024, 4)),
-        (1, 2047, 32, 32, (1, 2047, 1)),
-        (1, 2200, 32, 32, (2, 1152, 4)),
+        (1, 4096, 32, 32, (1, 4096, 1)),
+        (1, 4200, 32, 32, (2, 2176, 8)),
     ],
 )
 def test_cut(monkeypatch, rows, length, heads, shared, cut):
@@ -170,12 +185,13 @@ def check_on_cpu(on_cpu, length, *, sweeps, **options):
 @pytest.mark.parametrize("length", [1, 64, 65, 200])
 @pytest.mark.parametrize("number", [1, 2])
 def test_source_any_length(on_cpu, monkeypatch, length, number):
-    monkeypatch.setattr(hopper, "consumers", lambda *_: hopper.Consumers(number, 2, 168, 1))
+    monkeypatch.setattr(hopper, "consumers", lambda *_, **__: hopper.Consumers(number, 2, 168, 1))
     check_on_cpu(on_cpu, length, sweeps=3)
 
 
-@pytest.mark.parametrize(("dim", "value_dim", "sweeps"), [(64, 128, 4), (128, 64, 4)])
+@pytest.mark.parametrize(("dim", "value_dim", "sweeps"), [(64, 128, 4), (128, 64, 4), (256, 256, 3)])
 def test_source_dimensions(on_cpu, dim, value_dim, sweeps):
+    """Of 256 features there is one tile of a, with barriers of its own."""
     check_on_cpu(on_cpu, 130, dim=dim, value_dim=value_dim, per_token=True, decay=True, sweeps=sweeps)
 
 
@@ -183,6 +199,31 @@ def test_source_dimensions(on_cpu, dim, value_dim, sweeps):
 @pytest.mark.parametrize("segment", [None, 128])
 def test_source_groups_and_segments(on_cpu, per_token, segment):
     check_on_cpu(on_cpu, 300, heads=4, per_token=per_token, decay=True, segment=segment, sweeps=3, layout="within")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"value_dim": 64},
+        {"dim": 256, "per_token": True, "segment": 128, "decay": True},
+        {"heads": 4, "rows": 2, "segment": 128, "decay": True},
+        {"heads": 4, "bounds": [0, 0, 1, 65, 129, 129, 210]},
+    ],
+)
+def test_source_normalized(on_cpu, options):
+    """With gradients that reach the sum of the weights by themselves, too."""
+    check_on_cpu(on_cpu, 210, normalize=True, sweeps=4, **options)
+
+
+def test_source_normalized_long_walk_of_two_consumers(on_cpu, monkeypatch):
+    """More than the eight chunks whose 1/z and row sums leave together, in both halves of the columns."""
+    monkeypatch.setattr(hopper, "consumers", lambda *_, **__: hopper.Consumers(2, 2, 168, 1))
+    check_on_cpu(on_cpu, 600, normalize=True, decay=True, heads=1, shared=1, sweeps=4)
+
+
+def test_source_normalized_takes_up_states(on_cpu):
+    check_on_cpu(on_cpu, 100, normalize=True, started=True, sweeps=2)
+    check_on_cpu(on_cpu, 100, normalize=True, final=True, sweeps=5)
 
 
 def test_source_packed(on_cpu):
@@ -220,16 +261,17 @@ def test_fake_tensors_are_cut_as_real_ones(monkeypatch, cut_small):
     from lightning_attention import linear_op
 
     monkeypatch.setattr(hopper, "bulk_tensors", lambda tensors: False)
-    q, k, v = (torch.rand(1, 130, 2, dim).requires_grad_() for dim in (16, 16, 128))
+    q, k, v = (torch.rand(1, 130, 2, dim).requires_grad_() for dim in (128, 128, 128))
     arguments = (q, k, v, -torch.rand(2), 0.25, None, None, False, None, None, False, 0)
     torch.library.opcheck(linear_op._forward, arguments, test_utils="test_faketensor")
     assert cut_small[0].segments == 2  # the Triton kernels' programs would be enough
 
 
-def test_source_many_pieces_of_work(on_cpu, monkeypatch):
+@pytest.mark.parametrize(("options", "sweeps"), [({}, 3), ({"dim": 256, "normalize": True}, 4)])
+def test_source_many_pieces_of_work(on_cpu, monkeypatch, options, sweeps):
     """A program goes from one to the next with its ring and its phases as they are."""
     monkeypatch.setattr(hopper, "processors", lambda device: 3)
-    check_on_cpu(on_cpu, 70, rows=4, heads=4, shared=4, sweeps=3)
+    check_on_cpu(on_cpu, 70, rows=3, heads=3, shared=3, sweeps=sweeps, **options)
 
 
 @pytest.fixture
@@ -249,14 +291,29 @@ def taken(monkeypatch):
 
 
 def check(taken, length, *, sweeps, limits=(3e-3, 6e-3), **options):
+    """Errors against fp64 are within limits, or those of the Triton kernels, which have tests of their own.
+
+    The latter where 1/z is differentiated, too: what -(do . o) leaves of it hangs on the rounding of o.
+    """
+    from lightning_attention.linear_op import lightning_attention_kernel
+
     options = {"dim": 128, "value_dim": 128, "heads": 4, "shared": 4, **options}
-    Case(length, dtype=torch.bfloat16, device="cuda", **options).compare(*limits)
+    case = Case(length, dtype=torch.bfloat16, device="cuda", **options)
+    found = case.run(lightning_attention_kernel, segment=case.segment)
     assert len(taken) == sweeps
+    with mock.patch.dict(os.environ, {hopper.SWITCH: "0"}):
+        others = case.run(lightning_attention_kernel, segment=case.segment)
+    assert len(taken) == sweeps
+    wanted = case.run(chunked_attention, torch.float64)
+    outputs = len(found) - 3 - case.decay - len(case.states)
+    for i, (x, y, z) in enumerate(zip(found, others, wanted, strict=True)):
+        assert relative(x, z) <= max(limits[i >= outputs], 1.1 * relative(y, z)), i
+    taken.clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [64, 65, 127, 200, 512, 1000, 4097])
-@pytest.mark.parametrize("rows", [1, 40])  # one consumer a program, and two
+@pytest.mark.parametrize("rows", [1, 17])  # one consumer a program, and two
 def test_any_length(taken, length, rows):
     check(taken, length, rows=rows, sweeps=3)
 
@@ -267,6 +324,58 @@ def test_any_length(taken, length, rows):
 def test_dimensions(taken, dim, value_dim, sweeps, per_token):
     limits = (5e-3, 3e-2) if per_token else (3e-3, 6e-3)
     check(taken, 200, dim=dim, value_dim=value_dim, per_token=per_token, decay=per_token, limits=limits, sweeps=sweeps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 128), (128, 64), (128, 128), (256, 128), (256, 256)])
+@pytest.mark.parametrize("rows", [1, 17])
+def test_normalized(taken, dim, value_dim, rows):
+    check(taken, 330, rows=rows, dim=dim, value_dim=value_dim, normalize=True, sweeps=4, layout="within")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("options", [{"heads": 16}, {"segment": 128}, {"per_token": True, "segment": 128}])
+def test_normalized_groups_and_segments(taken, dim, options):
+    check(taken, 520, rows=17, dim=dim, normalize=True, sweeps=4, layout="within", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [128, 256])
+def test_normalized_with_the_gradient_of_the_decay(taken, dim):
+    options = {"dim": dim, "normalize": True, "decay": True, "limits": (5e-3, 3e-2)}
+    check(taken, 1500, rows=2, sweeps=4, **options)
+    check(taken, 520, rows=17, sweeps=4, **options)
+    check(taken, 520, rows=2, heads=8, per_token=True, sweeps=4, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("heads", [4, 8])
+def test_normalized_packed(taken, dim, heads):
+    bounds = [0, 0, 1, 65, 500, 500, *range(600, 4000, 97), 4096]
+    check(taken, 4096, bounds=bounds, heads=heads, dim=dim, normalize=True, sweeps=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [128, 256])
+def test_normalized_states_of_the_caller(taken, dim):
+    check(taken, 500, dim=dim, normalize=True, started=True, sweeps=2)
+    check(taken, 500, dim=dim, normalize=True, started=True, final=True, sweeps=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("value_dim", "heads", "sweeps"), [(128, 4, 4), (128, 16, 4), (256, 4, 3), (256, 16, 3)])
+@pytest.mark.parametrize("rows", [3, 17])  # one consumer a program, and two
+def test_many_features(taken, value_dim, heads, sweeps, rows):
+    check(taken, 500, rows=rows, heads=heads, dim=256, value_dim=value_dim, sweeps=sweeps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("value_dim", "sweeps"), [(128, 4), (256, 3)])
+def test_many_features_with_the_gradient_of_the_decay(taken, value_dim, sweeps):
+    options = {"dim": 256, "value_dim": value_dim, "decay": True, "limits": (5e-3, 3e-2)}
+    check(taken, 500, rows=3, per_token=True, sweeps=sweeps, **options)
 
 
 @pytest.mark.gpu
@@ -283,7 +392,7 @@ def test_groups_and_segments(taken, heads, segment, per_token):
 def test_gradient_of_the_decay(taken, per_token, segment):
     options = {"per_token": per_token, "decay": True, "segment": segment, "limits": (5e-3, 3e-2)}
     check(taken, 1500, rows=2, sweeps=3, **options)
-    check(taken, 520, heads=8, sweeps=6, **options)
+    check(taken, 520, heads=8, sweeps=3, **options)
 
 
 @pytest.mark.gpu
@@ -298,18 +407,20 @@ def test_packed(taken, heads):
 def test_states_of_the_caller(taken, length):
     """An initial state is taken up; where its gradient or a final state is wanted, those sweeps go elsewhere."""
     check(taken, length, started=True, sweeps=2)
-    check(taken, length, started=True, final=True, sweeps=3)
+    check(taken, length, started=True, final=True, sweeps=1)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shared", [32, 8])
-@pytest.mark.parametrize("length", [4096, 4000])
+@pytest.mark.parametrize("length", [8192, 8100])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_few_segments_of_many_parts(taken, length, shared, per_token):
     """Long enough that the states are computed by more programs than the sweeps have."""
     limits = (5e-3, 3e-2) if per_token else (3e-3, 6e-3)
     options = {"rows": 1, "heads": 32, "shared": shared, "per_token": per_token, "decay": per_token, "limits": limits}
     check(taken, length, sweeps=3, **options)
+    if not per_token:
+        check(taken, length, sweeps=4, normalize=True, **options)
 
 
 @pytest.mark.gpu
