@@ -103,6 +103,7 @@ class Lab:
         """The figure of every peer, or why there is none."""
         found: dict[str, float | str] = {}
         for name, peer in peers.items():
+            say(f"  {name}")  # one that tunes itself may take minutes
             try:
                 found[name] = measure(peer)
             except Exception as error:  # a peer that fails is a finding, not our failure
