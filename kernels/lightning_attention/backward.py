@@ -32,19 +32,20 @@ def delta_kernel(
     o, do, delta, inverse, d_inverse, length, heads, tokens, stride_row, stride, stride_head,
     V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """z times the gradient of the sum z of the weights, for every token and head, o contiguous.
+    """z times the gradient of the sum z of the weights, for every head and token, o contiguous.
 
     Through o = N / z that is -(do . o); with SUM the caller has a use of 1/z of its own.
     """
-    first = tl.program_id(0).to(tl.int64) * C
-    place = first + tl.arange(0, C)
+    pid = tl.program_id(0)
+    head = (pid % heads).to(tl.int64)
+    token = (pid // heads).to(tl.int64) * C + tl.arange(0, C)
     columns = tl.arange(0, BV)
-    ok = place < tokens
+    ok = token < tokens
     keep = ok[:, None] & (columns < V)[None, :]
-    head, token = place % heads, place // heads
     other = token // length * stride_row + token % length * stride + head * stride_head
-    x = tl.load(o + place[:, None] * V + columns[None, :], mask=keep, other=0.0).to(tl.float32)
+    x = tl.load(o + (token * heads + head)[:, None] * V + columns[None, :], mask=keep, other=0.0).to(tl.float32)
     y = tl.load(do + other[:, None] + columns[None, :], mask=keep, other=0.0).to(tl.float32)
+    place = head * tokens + token
     reached = -tl.sum(x * y, 1)
     if SUM:
         used = tl.load(inverse + place, mask=ok, other=0.0) * tl.load(d_inverse + place, mask=ok, other=0.0)
@@ -69,11 +70,14 @@ def start_state(
     return state, extra
 
 
-@triton.jit(do_not_specialize=["scale", "length", "segment", "segments", "sequences", "stride_dots_q", "stride_dots_k"])
+_SIZES = ["scale", "length", "segment", "segments", "sequences", "tokens", "stride_dots_q", "stride_dots_k"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
     q, k, v, do, steps_q, steps_do, dq, dk, dv, log_decay, mask, cu_seqlens, factor, delta, dots_q, dots_k,
     entering, entering_sum, behind, behind_sum, first_state, first_sum,
-    scale, length, segment, segments, sequences, query_heads, shared, heads,
+    scale, length, segment, segments, sequences, tokens, query_heads, shared, heads,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head,
     stride_v_row, stride_v, stride_v_head, stride_do_row, stride_do, stride_do_head, stride_dots_q, stride_dots_k,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TD: tl.constexpr, TV: tl.constexpr,
@@ -107,8 +111,8 @@ def backward_kernel(
     do += row * stride_do_row + own_head * stride_do_head
     log_decay += own if PER_TOKEN else head
     mask += row * length
-    factor += token
-    delta += token
+    factor += own_head * tokens + row * length
+    delta += own_head * tokens + row * length
     if DIRECT:
         column_q = block * TD
         dims_q, columns_q = tl.arange(0, BV), column_q + tl.arange(0, TD)
@@ -122,7 +126,7 @@ def backward_kernel(
             dq + token * D, steps_do, steps_q, log_decay, mask, factor, delta, factor, q,
             dots_q + block.to(tl.int64) * stride_dots_q + (row * query_heads + first) * length,
             state_q, extra_q, start, stop, column_q, scale,
-            stride_do, stride_v, stride_k, query_heads * D, heads, query_heads, stride_q, length, stop,
+            stride_do, stride_v, stride_k, query_heads * D, heads, tokens, stride_q, length, stop,
             stride_do_head, stride_q_head, D,
             GRAD_Q, V, D, BV, TD, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, DOTS, PRECISION, BULK, False,
         )  # fmt: skip
@@ -147,7 +151,7 @@ def backward_kernel(
             tl.where(is_k, dk, dv) + own * D, steps_in, steps_other,
             log_decay, mask, factor, delta, factor, k, dots_k + block.to(tl.int64) * stride_dots_k + states_k,
             state, 0.0, start, stop, column, scale,
-            stride_a, stride_b, stride_c, heads * D, heads, query_heads, stride_k, 0,
+            stride_a, stride_b, stride_c, heads * D, heads, tokens, stride_k, 0,
             tl.where(is_k, stop, start),
             tl.where(is_k, stride_do_head, stride_q_head), tl.where(is_k, stride_q_head, stride_do_head), 0,
             GRAD_V, D, D, BD, TD, C, GROUP, PER_TOKEN, MASKED, False, DOTS, PRECISION, BULK, False,
@@ -168,7 +172,7 @@ def backward_kernel(
             dk + own * D, steps_do, steps_q,
             log_decay, mask, factor, delta, factor, k, dots_k + block.to(tl.int64) * stride_dots_k + states_k,
             state_k, extra_k, start, stop, column_k, scale,
-            stride_v, stride_do, stride_q, heads * D, heads, query_heads, stride_k, 0, stop,
+            stride_v, stride_do, stride_q, heads * D, heads, tokens, stride_k, 0, stop,
             stride_do_head, stride_q_head, 0,
             GRAD_K, V, D, BV, TD, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, DOTS, PRECISION, BULK, False,
         )  # fmt: skip
@@ -185,7 +189,7 @@ def backward_kernel(
             rows_of(do, end, stride_do, steps_do, V, C, TV, GROUP, BULK),
             dv + own * V, steps_q, steps_do, log_decay, mask, factor, delta, factor, k, dots_k,
             state_v, extra_v, start, stop, column_v, scale,
-            stride_k, stride_q, stride_do, heads * V, heads, query_heads, 0, 0, start,
+            stride_k, stride_q, stride_do, heads * V, heads, tokens, 0, 0, start,
             stride_q_head, stride_do_head, 0,
             GRAD_V, D, V, BD, TV, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, False, PRECISION, BULK, False,
         )  # fmt: skip
@@ -221,7 +225,7 @@ def backward(
         entering: the states entering each segment, as `forward` returned them.
         behind: gradients of the final state and sum state, fp32, contiguous.
         output: o and 1/z if the output was normalised.
-        d_inverse: fp32 `[B, T, Hq]`, contiguous, what reaches 1/z other than through o.
+        d_inverse: fp32 `[Hq, B, T]`, contiguous, what reaches 1/z other than through o.
         first: compute the gradient of the initial state.
         decay: compute that of the decay.
         at_end: what reaches the sum of all log decays of a sequence besides, `[N, Hs]` contiguous.
@@ -234,8 +238,8 @@ def backward(
     if output is not None:
         o, factor = output
         delta = torch.empty_like(factor)
-        tokens, tile = delta.numel(), padded(shape.value_dim)
-        delta_kernel[(triton.cdiv(tokens, 32),)](
+        tokens, tile = shape.rows * shape.length, padded(shape.value_dim)
+        delta_kernel[(triton.cdiv(tokens, 32) * shape.query_heads,)](
             o, do, delta, factor, factor if d_inverse is None else d_inverse,
             shape.length, shape.query_heads, tokens, do.stride(0), do.stride(1), do.stride(2),
             V=shape.value_dim, BV=tile, C=32, SUM=d_inverse is not None,
@@ -297,7 +301,7 @@ def backward(
             log_decay, given(mask), given(cu_seqlens), given(factor), given(delta),
             given(dots_q), given(dots_k), given(entering[0]), given(entering[1]),
             given(reversed_entering[0]), given(reversed_entering[1]), given(state), given(sums),
-            scale, shape.length, shape.segment, shape.segments, shape.sequences,
+            scale, shape.length, shape.segment, shape.segments, shape.sequences, shape.rows * shape.length,
             shape.query_heads, shape.shared, heads,
             q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
             v.stride(0), v.stride(1), v.stride(2), do.stride(0), do.stride(1), do.stride(2),

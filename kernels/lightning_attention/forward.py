@@ -26,10 +26,10 @@ except ImportError as error:
 Pair = tuple[Tensor | None, Tensor | None]  # a state and its sum state
 
 
-@triton.jit(do_not_specialize=["scale", "length", "segment", "segments", "sequences"])
+@triton.jit(do_not_specialize=["scale", "length", "segment", "segments", "sequences", "tokens"])
 def forward_kernel(
     q, k, v, steps, o, log_decay, mask, cu_seqlens, sums, entering, entering_sum, final, final_sum,
-    scale, length, segment, segments, sequences, query_heads, shared, heads,
+    scale, length, segment, segments, sequences, tokens, query_heads, shared, heads,
     stride_q_row, stride_q, stride_q_head, stride_k_row, stride_k, stride_k_head, stride_v_row, stride_v, stride_v_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
     PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr, ENTERING: tl.constexpr,
@@ -55,16 +55,15 @@ def forward_kernel(
         state = tl.load(entering + here * D * V + dims[:, None] * V + columns[None, :], mask=keep, other=0.0)
         if NORMALIZE:
             extra += tl.load(entering_sum + here * D + dims, mask=dims < D, other=0.0)[:, None]
-    vectors = row * length * query_heads + first
     q = rows_of(q + row * stride_q_row + own_head * stride_q_head, end, stride_q, steps, D, C, BD, GROUP, BULK)
     k = rows_of(k + row * stride_k_row + pair_head * stride_k_head, end, stride_k, steps, D, C, BD, 1, BULK)
     v = rows_of(v + row * stride_v_row + pair_head * stride_v_head, end, stride_v, steps, V, C, BV, 1, BULK)
     state, extra = sweep(
         q, k, v, o + (row * length * query_heads + first) * V, steps, steps,
         log_decay + row * length * heads * PER_TOKEN + head, mask + row * length,
-        sums, sums, sums + vectors, q, sums,
+        sums, sums, sums + own_head * tokens + row * length, q, sums,
         state, extra, start, stop, column, scale,
-        stride_q, stride_k, stride_v, query_heads * V, heads, query_heads, 0, 0, start,
+        stride_q, stride_k, stride_v, query_heads * V, heads, tokens, 0, 0, start,
         stride_q_head, 0, V,
         FORWARD, D, V, BD, BV, C, GROUP, PER_TOKEN, MASKED, NORMALIZE, False, PRECISION, BULK, FINAL,
     )  # fmt: skip
@@ -95,11 +94,12 @@ def forward(
         mask: uint8 `[B, T]`, contiguous.
 
     Returns:
-        o `[B, T, Hq, Dv]`; 1/z fp32 `[B, T, Hq]` or None; final state and sum state; the pair that enters each
+        o `[B, T, Hq, Dv]`; 1/z fp32 `[Hq, B, T]` or None; final state and sum state; the pair that enters each
         segment, which the backward pass needs.
     """
     o = v.new_empty(shape.rows, shape.length, shape.query_heads, shape.value_dim)
-    sums = v.new_empty(o.shape[:3], dtype=torch.float32) if shape.normalize else None
+    vectors = (shape.query_heads, shape.rows, shape.length)
+    sums = v.new_empty(vectors, dtype=torch.float32) if shape.normalize else None
     leaving: Pair = (None, None)
     if final:
         state = v.new_empty(shape.sequences, shape.heads, shape.dim, shape.value_dim, dtype=torch.float32)
@@ -121,7 +121,7 @@ def forward(
     forward_kernel[(triton.cdiv(shape.value_dim, block) * (shape.query_heads // group) * shape.items,)](
         q, k, v, head_steps(q), o, log_decay, given(mask), given(cu_seqlens), given(sums),
         given(entering[0]), given(entering[1]), given(leaving[0]), given(leaving[1]),
-        scale, shape.length, shape.segment, shape.segments, shape.sequences,
+        scale, shape.length, shape.segment, shape.segments, shape.sequences, shape.rows * shape.length,
         shape.query_heads, shape.shared, shape.heads,
         q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
         v.stride(0), v.stride(1), v.stride(2),

@@ -132,8 +132,8 @@ def hopper_sweep(
         reverse: tokens from the last to the first.
         cu_seqlens: `[N + 1]` integers.
         sums: `chunk_sums`.
-        made: where 1/z goes, fp32 `[B, T, Hq]`, if the output is to be normalised.
-        given: 1/z and -(do . o) of a normalised output, fp32 `[B, T, Hq]`; a sweep into v reads the first only.
+        made: where 1/z goes, fp32 `[Hq, B, T]`, if the output is to be normalised.
+        given: 1/z and -(do . o) of a normalised output, fp32 `[Hq, B, T]`; a sweep into v reads the first only.
         other, dots: `[B, T, H, D]` as out; the products of both go into dots, fp32 `[blocks of 64 columns, B, H, T]`.
     """
     dim, columns, device = first[0].shape[3], first[3].shape[3], first[0].device
@@ -164,7 +164,7 @@ def hopper_sweep(
         *tiles, None if other is None else _tile(other, CHUNK), line, first[3], (second or first)[3],
         held(entering[0]), held(entering[1]), log_decay, held(made), held(given[0]), held(given[1]), held(dots),
         held(cu_seqlens), scale,
-        works, heads, shape.length, shape.segment, shape.segments,
+        works, heads, shape.length, shape.rows * shape.length, shape.segment, shape.segments,
         *((columns, 1) if into == "v" else (1, dim)),  # of a's features and of the columns, in the state
         0 if dots is None else dots.stride(0),
         A=dim, V=columns, GROUP=shape.group, STAGES=config.stages, CONSUMERS=config.number,

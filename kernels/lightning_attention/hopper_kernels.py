@@ -76,7 +76,7 @@ def fill(descs, rings, full, stage, row, token, head_a, head, column, CONSUMERS:
 @gluon.jit
 def locate(work, cu_seqlens, sizes, PAIR: gl.constexpr, BLOCKS: gl.constexpr, PACKED: gl.constexpr):
     """Which operands, item, row, head, first token, end and block of columns a piece of work has."""
-    _, heads, length, segment, segments = sizes
+    _, heads, length, _, segment, segments = sizes
     which = 0
     if PAIR:  # beside each other: they read two tensors in common
         which = work % 2
@@ -111,22 +111,22 @@ def chunk_start(n, start, stop, REVERSED: gl.constexpr, PER_TOKEN: gl.constexpr)
 
 @gluon.jit
 def read_line(
-    numbers, row, head, heads, length, start, stop, count, HEADS: gl.constexpr, REVERSED: gl.constexpr,
+    numbers, row, head, length, tokens, start, stop, count, HEADS: gl.constexpr, REVERSED: gl.constexpr,
     PER_TOKEN: gl.constexpr,
 ):  # fmt: skip
-    """Of `[B, T, heads * HEADS]` the numbers of the tokens and query head of a walk's step; 0 where there is no token.
+    """Of `[heads * HEADS, B, T]` the numbers of the tokens and query head of a walk's step; 0 where there is no token.
 
-    Few bytes, scattered, from any token on: a bulk copy could not fetch them.
+    From any token on: a bulk copy could not fetch them.
     """
     step = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
     token = chunk_start(count // HEADS, start, stop, REVERSED, PER_TOKEN) + step
-    place = ((row.to(gl.int64) * length + token) * heads + head) * HEADS + count % HEADS
+    place = (head.to(gl.int64) * HEADS + count % HEADS) * tokens + row.to(gl.int64) * length + token
     return gl.load(numbers + place, mask=(token >= start) & (token < stop), other=0.0)
 
 
 @gluon.jit
-def write_lines(pointer, lines, first: gl.constexpr, stride, n, token, start, stop, REVERSED: gl.constexpr):
-    """The numbers of the tokens of the last n % 8 + 1 chunks, one for each, to `pointer` + token * `stride`.
+def write_lines(pointer, lines, first: gl.constexpr, n, token, start, stop, REVERSED: gl.constexpr):
+    """The numbers of the tokens of the last n % 8 + 1 chunks, one for each, to `pointer` + token.
 
     A fence waits for all stores before it, so the fewer steps of a walk store anything the better.
     """
@@ -139,7 +139,7 @@ def write_lines(pointer, lines, first: gl.constexpr, stride, n, token, start, st
             there = token - back * 64 + step
         known = (there >= start) & (there < stop) & (back >= 0)
         found = lines.index(first + i).load(gl.BlockedLayout([1], [32], [4], [0]))
-        gl.store(pointer + there.to(gl.int64) * stride, found, mask=known)
+        gl.store(pointer + there, found, mask=known)
 
 
 @gluon.jit
@@ -157,7 +157,7 @@ def produce(
     ALONE: gl.constexpr = A == 256
     HEADS: gl.constexpr = GROUP if REVERSED else 1
     inverses, biases = numbers
-    _, heads, length, _, _ = sizes
+    _, _, length, tokens, _, _ = sizes
     columns: gl.constexpr = (1 if ALONE else 2) * A + CONSUMERS * (128 if DOTS else 64)  # of 64 tokens in bf16
     stage = 0
     phase = 1  # of a fresh barrier the phase before has passed: the first round does not wait
@@ -166,9 +166,9 @@ def produce(
         which, _, row, head, start, stop, block = locate(work, cu_seqlens, sizes, PAIR, BLOCKS, PACKED)
         column = block * 64 * CONSUMERS
         if SUM >= GIVEN_SUM:
-            inverse = read_line(inverses, row, head, heads, length, start, stop, 0, HEADS, REVERSED, PER_TOKEN)
+            inverse = read_line(inverses, row, head, length, tokens, start, stop, 0, HEADS, REVERSED, PER_TOKEN)
             if SUM == GIVEN_BOTH:
-                bias = read_line(biases, row, head, heads, length, start, stop, 0, HEADS, REVERSED, PER_TOKEN)
+                bias = read_line(biases, row, head, length, tokens, start, stop, 0, HEADS, REVERSED, PER_TOKEN)
         for n in range(gl.cdiv(stop - start, 64)):
             token = chunk_start(n, start, stop, REVERSED, PER_TOKEN)
             for g in gl.static_range(HEADS):
@@ -207,12 +207,12 @@ def produce(
                     rings[5].index(stage).store(inverse)
                     count = n * HEADS + g + 1
                     inverse = read_line(
-                        inverses, row, head, heads, length, start, stop, count, HEADS, REVERSED, PER_TOKEN
+                        inverses, row, head, length, tokens, start, stop, count, HEADS, REVERSED, PER_TOKEN
                     )
                     if SUM == GIVEN_BOTH:
                         rings[6].index(stage).store(bias)
                         bias = read_line(
-                            biases, row, head, heads, length, start, stop, count, HEADS, REVERSED, PER_TOKEN
+                            biases, row, head, length, tokens, start, stop, count, HEADS, REVERSED, PER_TOKEN
                         )
                     barrier()
                     mbarrier.arrive(full.index(stage), count=1)
@@ -311,7 +311,7 @@ def consume(
     extra_memory, source_memory = memory[2].index(HALF), memory[3].index(HALF)
     made_lines, dots_lines = memory[4], memory[5]
     entering, entering_sum, log_decay, made, dots, cu_seqlens, scale = given
-    works, heads, length, _, _ = sizes
+    works, heads, length, tokens, _, _ = sizes
     stride_a, stride_c, stride_dots = strides
     rows = gl.arange(0, 64, layout=by_rows)
     columns = gl.arange(0, 64, layout=by_columns)
@@ -494,21 +494,21 @@ def consume(
             if (n % 8 == 7) | (n == gl.cdiv(stop - start, 64) - 1):
                 if MADE and HALF == 0:
                     if block == 0:
-                        place = made + row.to(gl.int64) * length * heads + head
-                        write_lines(place, made_lines, 0, heads, n, token, start, stop, REVERSED)
+                        place = made + head.to(gl.int64) * tokens + row.to(gl.int64) * length
+                        write_lines(place, made_lines, 0, n, token, start, stop, REVERSED)
                 if DOTS:
                     if which == 0:
                         place = dots + (column // 64).to(gl.int64) * stride_dots
                         place += (row.to(gl.int64) * heads + head) * length
-                        write_lines(place, dots_lines, HALF * 8, 1, n, token, start, stop, REVERSED)
+                        write_lines(place, dots_lines, HALF * 8, n, token, start, stop, REVERSED)
     tma.store_wait(pendings=0)
 
 
-@gluon.jit(do_not_specialize=["scale", "works", "length", "segment", "segments", "stride_dots"])
+@gluon.jit(do_not_specialize=["scale", "works", "length", "tokens", "segment", "segments", "stride_dots"])
 def hopper_kernel(
     a, b, c, out, a_second, b_second, c_second, out_second, other, sums, out_pointer, second_pointer,
     entering, entering_sum, log_decay, made, inverse, bias, dots, cu_seqlens, scale,
-    works, heads, length, segment, segments, stride_a, stride_c, stride_dots,
+    works, heads, length, tokens, segment, segments, stride_a, stride_c, stride_dots,
     A: gl.constexpr, V: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     PAIR: gl.constexpr, REVERSED: gl.constexpr, ENTERING: gl.constexpr, PER_TOKEN: gl.constexpr, DOTS: gl.constexpr,
     PACKED: gl.constexpr, SUM: gl.constexpr,
@@ -516,7 +516,7 @@ def hopper_kernel(
     """One sweep, or (PAIR) two that read two tensors in common, over `works` pieces of work.
 
     The operands are descriptors, None where there are none. sums (PER_TOKEN): of the log2 decays within chunks,
-    `decay.running_sums`. made: where 1/z goes; inverse and bias: 1/z and -(do . o), of each query, `[B, T, Hq]`. DOTS:
+    `decay.running_sums`. made: where 1/z goes; inverse and bias: 1/z and -(do . o), of each query, `[Hq, B, T]`. DOTS:
     the products of out and `other` of each token, of the first sweep and 64 columns, are stored at `dots`
     `[V / 64, B, heads, T]`.
     """
@@ -567,7 +567,7 @@ def hopper_kernel(
     rings = (a_ring, b_ring, c_ring, other_ring, sums_ring, inverse_ring, bias_ring)
     memory, numbers = (states, outs, extras, sources, made_lines, dots_lines), (inverse, bias)
     given = (entering, entering_sum, log_decay, made, dots, cu_seqlens, scale)
-    sizes, strides = (works, heads, length, segment, segments), (stride_a, stride_c, stride_dots)
+    sizes, strides = (works, heads, length, tokens, segment, segments), (stride_a, stride_c, stride_dots)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [

@@ -32,7 +32,7 @@ def _forward(
     normalize: bool,
     segment: int,
 ) -> list[Tensor]:
-    """o, 1/z, final state, final sum state, entering states and sums; an empty tensor where there is none."""
+    """o, 1/z `[Hq, B, T]`, final state and sum state, entering states and sums; an empty tensor where there is none."""
     shape = shape_of(q, k, v, log_decay, cu_seqlens, mask is not None, normalize, segment or None)
     o, inverse, leaving, entering = forward(
         q, k, v, log_decay, shape,
@@ -61,7 +61,7 @@ def _(
     o = v.new_empty(shape.rows, shape.length, shape.query_heads, shape.value_dim)
     wide = (shape.heads, shape.dim, shape.value_dim)
     sizes: list[tuple[int, ...]] = [
-        o.shape[:3] if normalize else (0,),
+        (shape.query_heads, shape.rows, shape.length) if normalize else (0,),
         (shape.sequences, *wide) if final else (0,),
         (shape.sequences, *wide[:2]) if final and normalize else (0,),
         (shape.items, *wide) if shape.split else (0,),
@@ -221,4 +221,4 @@ def lightning_attention_kernel(
     final = None
     if output_final_state:
         final = (results[2], results[3]) if normalize else results[2]
-    return results[0].to(v.dtype), final, *([-results[1].log()] if return_log_sum else [])
+    return results[0].to(v.dtype), final, *([-results[1].log().permute(1, 2, 0)] if return_log_sum else [])

@@ -22,10 +22,10 @@ except ImportError as error:
     raise ImportError("the kernels of lightning_attention need triton") from error
 
 
-@triton.jit(do_not_specialize=["scale", "length", "segment", "segments", "parts", "share", "sequences"])
+@triton.jit(do_not_specialize=["scale", "length", "segment", "segments", "parts", "share", "sequences", "tokens"])
 def segment_kernel(
     x, y, steps_x, steps_y, log_decay, mask, cu_seqlens, factor, delta, states, extras, totals,
-    scale, length, segment, segments, parts, share, sequences, heads, shared, query_heads,
+    scale, length, segment, segments, parts, share, sequences, tokens, heads, shared,
     stride_x_row, stride_x, stride_x_head, stride_y_row, stride_y, stride_y_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
     REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -79,7 +79,7 @@ def segment_kernel(
             )
             given = weight
             if NORMALIZE and REVERSE:
-                vectors = (wide_row * length + begin + step) * query_heads + first + g
+                vectors = (wide_first + g) * tokens + wide_row * length + begin + step
                 given = given * tl.load(factor + vectors, mask=real, other=0.0)
             faded = tile_y.to(tl.float32) * given[:, None]
             rounded = faded.to(tile_x.dtype)
@@ -182,7 +182,7 @@ def entering_states(
         initial: state and sum state before the first segment, in the order of the walk.
         scale: factor of every token's share.
         exact: keep the states to fp32.
-        factor, delta: fp32 `[B, T, Hq]`, with `reverse` and a normalised output.
+        factor, delta: fp32 `[Hq, B, T]`, with `reverse` and a normalised output.
     """
     if not shape.split:
         return initial
@@ -202,7 +202,7 @@ def entering_states(
         x, y, head_steps(x), head_steps(y), log_decay, given(mask), given(cu_seqlens), given(factor), given(delta),
         states, given(extras), totals,
         scale, shape.length, shape.segment, shape.segments, shape.parts, share_of(shape.segment, shape.parts),
-        shape.sequences, heads, shape.shared, shape.query_heads,
+        shape.sequences, shape.rows * shape.length, heads, shape.shared,
         x.stride(0), x.stride(1), x.stride(2), y.stride(0), y.stride(1), y.stride(2),
         D=dim, V=value_dim, BD=padded(dim), BV=block, C=config.chunk, GROUP=group,
         REVERSE=reverse, PER_TOKEN=shape.per_token, MASKED=shape.masked, NORMALIZE=shape.normalize,

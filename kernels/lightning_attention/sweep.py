@@ -179,7 +179,7 @@ def sweep(
     steps_in, steps_other,  # as group_in and group_other, in rows and columns
     log_decay, mask, factor, delta, sums, other, dots,
     state, extra, start, stop, column, scale,
-    stride_a, stride_b, stride_c, stride_out, stride_decay, stride_head, stride_other, stride_dots, counted,
+    stride_a, stride_b, stride_c, stride_out, stride_decay, stride_vectors, stride_other, stride_dots, counted,
     group_in, group_other, group_out,  # from one query head to the next: operand(s), second operand, out
     KIND: tl.constexpr, A: tl.constexpr, V: tl.constexpr, BA: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GROUP: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -188,7 +188,8 @@ def sweep(
     """Walk the tokens start .. stop in chunks and return the state behind them.
 
     state `[BA, BV]` and extra (the sum state, `[BA, 16]` forward, `[BV]` for the gradients) are those before the
-    first chunk. factor and delta (NORMALIZE): 1/z and -(do . o) of each token and query head; sums: where 1/z goes.
+    first chunk. factor and delta (NORMALIZE): 1/z and -(do . o) of each token, of query heads `stride_vectors` apart;
+    sums: where 1/z goes.
     EXACT (forward): the state is kept to fp32, for whoever goes on from it: values times decay enter it in two parts.
     DOTS: the products of out and `other` of each token before `counted` are stored at `dots` (`[GROUP, T]`, heads
     `stride_dots` apart), for the gradient of the decay.
@@ -233,7 +234,7 @@ def sweep(
             reach = tl.exp2(inclusive) * scale
             source = tl.exp2(tl.minimum(total - inclusive, 0.0))
         fade = tl.exp2(total)
-        vectors = (begin.to(tl.int64) + step) * stride_head
+        vectors = begin.to(tl.int64) + step
 
         if KIND >= GRAD_K:  # one output, GROUP sources
             tile_a = load_tile(a, steps_in, 0, begin, stride_a, 0, step, dims, 0, real, A, BA, BULK)
@@ -243,6 +244,7 @@ def sweep(
                 extra = extra * fade
             state = state * fade
             for g in tl.static_range(GROUP):
+                own = vectors + tl.cast(g, tl.int64) * stride_vectors
                 tile_b = load_tile(b, steps_in, g, begin, stride_b, group_in, step, dims, 0, real, A, BA, BULK)
                 tile_c = load_tile(
                     c, steps_other, g, begin, stride_c, group_other, step, columns, column, real, V, BV, BULK
@@ -250,10 +252,10 @@ def sweep(
                 weights = tl.dot(tile_a, tl.trans(tile_b), input_precision=PRECISION)
                 given = source
                 if NORMALIZE:
-                    inverse = tl.load(factor + vectors + g, mask=real, other=0.0)
+                    inverse = tl.load(factor + own, mask=real, other=0.0)
                     given = given * inverse
                     if KIND == GRAD_K:
-                        bias = tl.load(delta + vectors + g, mask=real, other=0.0)
+                        bias = tl.load(delta + own, mask=real, other=0.0)
                         weights += bias[None, :]
                     weights = weights * inverse[None, :]
                 weights = weights * (pair_decay(inclusive, step, KIND >= GRAD_K) * scale)
@@ -273,13 +275,14 @@ def sweep(
             tile_b = load_tile(b, steps_in, 0, begin, stride_b, 0, step, dims, 0, real, A, BA, BULK)
             tile_c = load_tile(c, steps_other, 0, begin, stride_c, 0, step, columns, column, real, V, BV, BULK)
             for g in tl.static_range(GROUP):
+                own = vectors + tl.cast(g, tl.int64) * stride_vectors
                 tile_a = load_tile(a, steps_in, g, begin, stride_a, group_in, step, dims, 0, real, A, BA, BULK)
                 if DOTS:
                     place = other + tl.cast(g, tl.int64) * group_other
                     tile = load_rows(place, begin, stride_other, step, columns, real & (begin + step < counted), V, BV)
                 weights = tl.dot(tile_a, tl.trans(tile_b), input_precision=PRECISION)
                 if KIND == GRAD_Q and NORMALIZE:
-                    bias = tl.load(delta + vectors + g, mask=real, other=0.0)
+                    bias = tl.load(delta + own, mask=real, other=0.0)
                     weights += bias[:, None]
                 weights = weights * (pair_decay(inclusive, step, KIND >= GRAD_K) * scale)
                 acc = through_state(tile_a, state, PRECISION) * reach[:, None]
@@ -289,9 +292,9 @@ def sweep(
                     inverse = 1.0 / tl.where(z == 0, 1.0, z)
                     acc = acc * inverse[:, None]
                     if column == 0:
-                        tl.store(sums + vectors + g, inverse, mask=ok)
+                        tl.store(sums + own, inverse, mask=ok)
                 if KIND == GRAD_Q and NORMALIZE:
-                    inverse = tl.load(factor + vectors + g, mask=real, other=0.0)
+                    inverse = tl.load(factor + own, mask=real, other=0.0)
                     acc = (acc + (bias * reach)[:, None] * extra[None, :]) * inverse[:, None]
                 if DOTS:
                     place = dots + g * stride_dots + begin + step

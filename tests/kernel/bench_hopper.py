@@ -53,7 +53,7 @@ def measure(lab: Lab, sizes: tuple[int, ...]) -> dict[str, float]:
     q, k = lab.random(*wide, shape.dim).abs(), lab.random(*narrow, shape.dim).abs()
     v, do = lab.random(*narrow, values), lab.random(*wide, values)
     decay = lab.decay(shape.shared)
-    d_inverse = lab.random(*wide).float()
+    d_inverse = lab.random(shape.heads, shape.rows, shape.length).float()
     found = {}
     for name, given, normalize in (
         ("", decay, False), ("pt ", decay.expand(narrow).contiguous(), False), ("sum ", decay, True)
