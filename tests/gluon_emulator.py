@@ -188,9 +188,9 @@ class Machine:
             found[mask] = base[offset[mask]]
             return found
 
-        def store(pointer: Pointer, x: Tensor, mask: Tensor) -> None:
+        def store(pointer: Pointer, x: Tensor, mask: Tensor | None = None) -> None:
             base, offset = pointer.flat()
-            mask = mask.expand(offset.shape)
+            mask = torch.ones_like(offset, dtype=torch.bool) if mask is None else mask.expand(offset.shape)
             assert not mask.any() or 0 <= int(offset[mask].min()) <= int(offset[mask].max()) < len(base)
             base[offset[mask]] = x[mask].to(base.dtype)
 

@@ -1,6 +1,6 @@
 """Which calls take the sweep for Hopper GPUs, and its launcher.
 
-It takes bfloat16 without hidden tokens or final state. Every other call takes the Triton kernels, which are correct
+It takes bfloat16 without hidden tokens. Every other call takes the Triton kernels, which are correct
 everywhere and as fast where nothing is gained here (64 features and 64 values).
 """
 
@@ -114,7 +114,8 @@ def chunk_sums(log_decay: Tensor) -> Tensor | None:
 
 def hopper_sweep(
     first: Operands, second: Operands | None, log_decay: Tensor, scale: float, entering: Pair,
-    shape: Shape, *, into: str, reverse: bool = False, cu_seqlens: Tensor | None = None, sums: Tensor | None = None,
+    shape: Shape, *, into: str, reverse: bool = False, leaving: Pair = (None, None),
+    cu_seqlens: Tensor | None = None, sums: Tensor | None = None,
     made: Tensor | None = None, given: Pair = (None, None),
     other: Tensor | None = None, dots: Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -130,6 +131,7 @@ def hopper_sweep(
         shape: sizes of the call.
         into: "v" if out has the Dv columns of v (o, dv), "k" if it has the D columns of k (dq, dk).
         reverse: tokens from the last to the first.
+        leaving: where a sweep for o puts the state `[N, Hkv, D, Dv]` and sum state `[N, Hkv, D]` behind the last token.
         cu_seqlens: `[N + 1]` integers.
         sums: `chunk_sums`.
         made: where 1/z goes, fp32 `[Hq, B, T]`, if the output is to be normalised.
@@ -162,13 +164,13 @@ def hopper_sweep(
     programs = works if shape.packed else min(works, config.programs * processors(device))
     hopper_kernel[(programs,)](
         *tiles, None if other is None else _tile(other, CHUNK), line, first[3], (second or first)[3],
-        held(entering[0]), held(entering[1]), log_decay, held(made), held(given[0]), held(given[1]), held(dots),
+        *(held(x) for x in (*entering, *leaving)), log_decay, held(made), *(held(x) for x in given), held(dots),
         held(cu_seqlens), scale,
         works, heads, shape.length, shape.rows * shape.length, shape.segment, shape.segments,
         *((columns, 1) if into == "v" else (1, dim)),  # of a's features and of the columns, in the state
         0 if dots is None else dots.stride(0),
         A=dim, V=columns, GROUP=shape.group, STAGES=config.stages, CONSUMERS=config.number,
-        PAIR=second is not None, REVERSED=reverse, ENTERING=entering[0] is not None,
+        PAIR=second is not None, REVERSED=reverse, ENTERING=entering[0] is not None, LEAVING=leaving[0] is not None,
         PER_TOKEN=sums is not None, DOTS=dots is not None, PACKED=shape.packed, SUM=role.value,
         num_warps=4, maxnreg=config.registers,
     )  # fmt: skip

@@ -276,6 +276,31 @@ def fade_values(c, source, inverse, bias, transposed: gl.constexpr, REVERSED: gl
 
 
 @gluon.jit
+def rounded_off(c, source, transposed: gl.constexpr):
+    """What rounding takes from c^T as it enters the state; read anew, for there are no registers to keep it."""
+    faded = c.permute((1, 0)).load(transposed).to(gl.float32) * gl.expand_dims(source, 0)
+    return (faded - faded.to(gl.bfloat16).to(gl.float32)).to(gl.bfloat16)
+
+
+@gluon.jit
+def in_two_parts(line, zero_line, acc_line: gl.constexpr):
+    """`[n, 8]` bf16 whose rows have `line` as their sum over four: rounded, and what that takes from it."""
+    rounded = line.to(gl.bfloat16).to(gl.float32)
+    which = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(0, acc_line)), 0)
+    whole, rounded = gl.expand_dims(line, 1), gl.expand_dims(rounded, 1)
+    return (zero_line + gl.where(which < 4, rounded, whole - rounded)).to(gl.bfloat16)
+
+
+@gluon.jit
+def renew(source_memory, source, zero_line, acc_line: gl.constexpr):
+    """Let the weights of the tokens in the sum of b be other ones."""
+    line = gl.convert_layout(source, gl.SliceLayout(1, acc_line))
+    source_memory.permute((1, 0)).store(in_two_parts(line, zero_line, acc_line))
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
 def store_rows(pointer, out, row, token, head, column, heads, length, inside, V: gl.constexpr, acc: gl.constexpr):
     """Write those rows of a tile that are `inside`."""
     rows = gl.arange(0, 64, layout=gl.SliceLayout(1, acc))
@@ -290,7 +315,8 @@ def consume(
     first, second, pointers, rings, bars, memory, given, sizes, strides,
     HALF: gl.constexpr, A: gl.constexpr, V: gl.constexpr, BLOCKS: gl.constexpr, GROUP: gl.constexpr,
     STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PAIR: gl.constexpr, REVERSED: gl.constexpr,
-    ENTERING: gl.constexpr, PER_TOKEN: gl.constexpr, DOTS: gl.constexpr, PACKED: gl.constexpr, SUM: gl.constexpr,
+    ENTERING: gl.constexpr, LEAVING: gl.constexpr, PER_TOKEN: gl.constexpr, DOTS: gl.constexpr, PACKED: gl.constexpr,
+    SUM: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that multiplies: 64 columns of all work of the program."""
     acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -305,13 +331,14 @@ def consume(
     MADE: gl.constexpr = SUM == MAKE_SUM
     BOTH: gl.constexpr = SUM == GIVEN_BOTH
     HEADS: gl.constexpr = GROUP if REVERSED else 1
+    BEHIND: gl.constexpr = 2 if LEAVING else 1  # products after that of out
     a_ring, b_ring, c_ring, other_ring, sums_ring, inverse_ring, bias_ring = rings
     full, empty, full_a, empty_a = bars
     state_memory, out_memory = memory[0].index(HALF), memory[1].index(HALF)
     extra_memory, source_memory = memory[2].index(HALF), memory[3].index(HALF)
     made_lines, dots_lines = memory[4], memory[5]
-    entering, entering_sum, log_decay, made, dots, cu_seqlens, scale = given
-    works, heads, length, tokens, _, _ = sizes
+    entering, entering_sum, leaving, leaving_sum, log_decay, made, dots, cu_seqlens, scale = given
+    works, heads, length, tokens, _, segments = sizes
     stride_a, stride_c, stride_dots = strides
     rows = gl.arange(0, 64, layout=by_rows)
     columns = gl.arange(0, 64, layout=by_columns)
@@ -336,7 +363,7 @@ def consume(
             fade = gl.exp2(rate * 64)
         state = gl.zeros([64, A], gl.float32, acc_state)
         if MADE:
-            extra = gl.zeros([A, 8], gl.float32, acc_line)  # eight times the sum of b
+            extra = gl.zeros([A, 8], gl.float32, acc_line)  # of which the sum is four times that of b
         else:
             extra = gl.zeros([64], gl.float32, gl.SliceLayout(1, transposed))
         if ENTERING:
@@ -350,7 +377,7 @@ def consume(
             state += gl.load(base + gl.expand_dims(values * step_c, 1) + gl.expand_dims(dims * step_a, 0))
             if MADE:
                 numbers = gl.arange(0, A, layout=gl.SliceLayout(1, acc_line))
-                extra += gl.expand_dims(gl.load(entering_sum + place_state * A + numbers), 1)
+                extra += gl.expand_dims(gl.load(entering_sum + place_state * A + numbers) / 2, 1)
             if BOTH:
                 values = column + gl.arange(0, 64, layout=gl.SliceLayout(1, transposed))
                 extra += gl.load(entering_sum + place_state * V + values)
@@ -361,7 +388,7 @@ def consume(
             if not PER_TOKEN:
                 to_end = 63 - gl.arange(0, 64, layout=gl.SliceLayout(1, acc_line))
                 line = gl.exp2(log2_rate(log_decay + own) * to_end)
-                source_memory.permute((1, 0)).store((zero_line + gl.expand_dims(line, 1)).to(gl.bfloat16))
+                source_memory.permute((1, 0)).store(in_two_parts(line, zero_line, acc_line))
         fence_async_shared()
         barrier()
         for n in range(gl.cdiv(stop - start, 64)):
@@ -391,11 +418,16 @@ def consume(
                     fade = gl.exp2(total)
                     if not TIGHT:
                         table = pair_decay(by_row, by_column, scale, acc, REVERSED)
+                if LEAVING and not PER_TOKEN:  # the last chunk may be no whole one
+                    rate = log2_rate(log_decay + own)
+                    count = gl.minimum(stop - token, 64)
+                    fade = gl.exp2(rate * count)
+                    source = gl.where(step < count, gl.exp2(rate * (count - 1 - step)), 0.0)
+                    if MADE:
+                        if count < 64:
+                            renew(source_memory, source, zero_line, acc_line)
                 if MADE and PER_TOKEN:
-                    line = gl.convert_layout(source, gl.SliceLayout(1, acc_line))
-                    source_memory.permute((1, 0)).store((zero_line + gl.expand_dims(line, 1)).to(gl.bfloat16))
-                    fence_async_shared()
-                    barrier()
+                    renew(source_memory, source, zero_line, acc_line)
                 if g == 0:
                     out = warpgroup_mma(a, state_memory.permute((1, 0)), out, use_acc=False, is_async=True)
                     if MADE:
@@ -426,7 +458,7 @@ def consume(
                 if g == 0:
                     if MADE:
                         out, reached = warpgroup_mma_wait(num_outstanding=1, deps=(out, reached))
-                        total_weight += gl.convert_layout(gl.sum(reached, 1), by_rows) * (reach / 8)
+                        total_weight += gl.convert_layout(gl.sum(reached, 1), by_rows) * (reach / 4)
                     else:
                         out = warpgroup_mma_wait(num_outstanding=0, deps=(out,))
                     out = out * gl.expand_dims(reach, 1)
@@ -444,12 +476,14 @@ def consume(
                     mbarrier.arrive(empty_a, count=1)
                 out = warpgroup_mma(near, c, out, is_async=True)
                 state = warpgroup_mma(faded, b, state, is_async=True)
+                if LEAVING:  # in two parts, so that whoever goes on from it has it as good as in fp32
+                    state = warpgroup_mma(rounded_off(c, source, transposed), b, state, is_async=True)
                 if MADE:
                     inverted = 1.0 / gl.where(total_weight == 0, 1.0, total_weight)
-                    out, extra = warpgroup_mma_wait(num_outstanding=1, deps=(out, extra))
+                    out, extra = warpgroup_mma_wait(num_outstanding=BEHIND, deps=(out, extra))
                     out = out * gl.expand_dims(inverted, 1)
                 else:
-                    out = warpgroup_mma_wait(num_outstanding=1, deps=(out,))
+                    out = warpgroup_mma_wait(num_outstanding=BEHIND, deps=(out,))
                 state = warpgroup_mma_wait(num_outstanding=0, deps=(state,))
                 if BOTH:
                     extra += added
@@ -501,17 +535,31 @@ def consume(
                         place = dots + (column // 64).to(gl.int64) * stride_dots
                         place += (row.to(gl.int64) * heads + head) * length
                         write_lines(place, dots_lines, HALF * 8, n, token, start, stop, REVERSED)
+        if LEAVING:
+            sequence = item
+            if not PACKED:
+                sequence = item // segments
+            if (PACKED | (item % segments == segments - 1)) & (head % GROUP == 0):
+                place_state = sequence.to(gl.int64) * owners + own
+                values = column + gl.arange(0, 64, layout=gl.SliceLayout(1, acc_state))
+                dims = gl.arange(0, A, layout=gl.SliceLayout(0, acc_state))
+                base = leaving + place_state * (A * V)
+                gl.store(base + gl.expand_dims(values * stride_c, 1) + gl.expand_dims(dims * stride_a, 0), state)
+                if MADE and HALF == 0:
+                    if block == 0:
+                        numbers = gl.arange(0, A, layout=gl.SliceLayout(1, acc_line))
+                        gl.store(leaving_sum + place_state * A + numbers, gl.sum(extra, 1) / 4)
     tma.store_wait(pendings=0)
 
 
 @gluon.jit(do_not_specialize=["scale", "works", "length", "tokens", "segment", "segments", "stride_dots"])
 def hopper_kernel(
     a, b, c, out, a_second, b_second, c_second, out_second, other, sums, out_pointer, second_pointer,
-    entering, entering_sum, log_decay, made, inverse, bias, dots, cu_seqlens, scale,
+    entering, entering_sum, leaving, leaving_sum, log_decay, made, inverse, bias, dots, cu_seqlens, scale,
     works, heads, length, tokens, segment, segments, stride_a, stride_c, stride_dots,
     A: gl.constexpr, V: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    PAIR: gl.constexpr, REVERSED: gl.constexpr, ENTERING: gl.constexpr, PER_TOKEN: gl.constexpr, DOTS: gl.constexpr,
-    PACKED: gl.constexpr, SUM: gl.constexpr,
+    PAIR: gl.constexpr, REVERSED: gl.constexpr, ENTERING: gl.constexpr, LEAVING: gl.constexpr, PER_TOKEN: gl.constexpr,
+    DOTS: gl.constexpr, PACKED: gl.constexpr, SUM: gl.constexpr,
 ):  # fmt: skip
     """One sweep, or (PAIR) two that read two tensors in common, over `works` pieces of work.
 
@@ -566,17 +614,17 @@ def hopper_kernel(
     pointers, bars = (out_pointer, second_pointer), (full, empty, of_a.index(0), of_a.index(1))
     rings = (a_ring, b_ring, c_ring, other_ring, sums_ring, inverse_ring, bias_ring)
     memory, numbers = (states, outs, extras, sources, made_lines, dots_lines), (inverse, bias)
-    given = (entering, entering_sum, log_decay, made, dots, cu_seqlens, scale)
+    given = (entering, entering_sum, leaving, leaving_sum, log_decay, made, dots, cu_seqlens, scale)
     sizes, strides = (works, heads, length, tokens, segment, segments), (stride_a, stride_c, stride_dots)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (consume, (first, second, pointers, rings, bars, memory, given, sizes, strides,
-                           0, A, V, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, PER_TOKEN, DOTS,
-                           PACKED, SUM)),
+                           0, A, V, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, LEAVING, PER_TOKEN,
+                           DOTS, PACKED, SUM)),
                 (consume, (first, second, pointers, rings, bars, memory, given, sizes, strides,
-                           1, A, V, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, PER_TOKEN, DOTS,
-                           PACKED, SUM)),
+                           1, A, V, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, LEAVING, PER_TOKEN,
+                           DOTS, PACKED, SUM)),
                 (produce, (first, second, sums, numbers, rings, bars, cu_seqlens, sizes,
                            A, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, PER_TOKEN, DOTS, PACKED, SUM)),
             ],
@@ -588,8 +636,8 @@ def hopper_kernel(
         gl.warp_specialize(
             [
                 (consume, (first, second, pointers, rings, bars, memory, given, sizes, strides,
-                           0, A, V, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, PER_TOKEN, DOTS,
-                           PACKED, SUM)),
+                           0, A, V, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, LEAVING, PER_TOKEN,
+                           DOTS, PACKED, SUM)),
                 (produce, (first, second, sums, numbers, rings, bars, cu_seqlens, sizes,
                            A, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, PER_TOKEN, DOTS, PACKED, SUM)),
             ],

@@ -3,9 +3,10 @@
     python tests/kernel/bench_hopper.py [SHAPE ...] > figures.json
 
 Forward and backward pass of the operators, recorded as CUDA graphs and replayed back to back, medians in ms; "pt" with
-a decay for every token and its gradient, "sum" with a normalised output whose sum has a gradient, too. The floor is the
-time to move q, k, v, o (forward) and also q, k, v, do, dq, dk, dv (backward) once at the measured speed of a copy.
-bf16, slopes of ALiBi. Without a GPU, with TRITON_INTERPRET=1 and SWAPATTN_KERNELS=triton: tiny shapes, to try it out.
+a decay for every token and its gradient, "prompt" a forward pass that hands on a state, "sum" with a normalised output
+whose sum has a gradient, too. The floor is the time to move q, k, v, o (forward) and also q, k, v, do, dq, dk, dv
+(backward) once at the measured speed of a copy. bf16, slopes of ALiBi. Without a GPU, with TRITON_INTERPRET=1 and
+SWAPATTN_KERNELS=triton: tiny shapes, to try it out.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ def measure(lab: Lab, sizes: tuple[int, ...]) -> dict[str, float]:
     ):  # fmt: skip
         arguments = (q, k, v, given, 1.0 if normalize else shape.dim**-0.5, None, None, False, None, None, normalize, 0)
         found[f"{name}forward"] = lab.time_graph(lambda args=arguments: linear_op._forward(*args))
+        prompt = (*arguments[:7], True, *arguments[8:])
+        found[f"{name}prompt"] = lab.time_graph(lambda args=prompt: linear_op._forward(*args))
         o, inverse, *_, entering, entering_sum = linear_op._forward(*arguments)
         split = shape_of(q, k, v, given, None, False, normalize).split
         kept = (entering if split else None, entering_sum if split and normalize else None, None, None)

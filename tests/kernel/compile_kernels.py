@@ -130,6 +130,17 @@ def hopper_sweeps(dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 7
         out.sum().backward()
 
 
+def hopper_prompts(dtype: torch.dtype, dim: int, value_dim: int) -> None:
+    """Forward passes that hand on a state, with one warpgroup that multiplies and with two."""
+    for rows, normalize, packed in ((1, False, False), (1, True, True), (70, True, False)):
+        q, k, v = (torch.zeros(rows, 512, 4, d, dtype=dtype) for d in (dim, dim, value_dim))
+        bounds = torch.tensor([0, 200, 512], dtype=torch.int32) if packed else None
+        with mock.patch.object(hopper, "SMALLEST", 0), torch.no_grad():
+            lightning_attention_kernel(
+                q, k, v, torch.zeros(4), cu_seqlens=bounds, normalize=normalize, output_final_state=True, segment=512
+            )
+
+
 def step(dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 64, length: int = 1) -> None:
     """Decoding, with a state for each head and with one for four."""
     for heads, shared, normalize in ((4, 4, False), (8, 2, True)):
@@ -209,6 +220,7 @@ CALLS: dict[str, Callable[[torch.dtype, int, int], None]] = {
     "hopper_sum_grouped": lambda dtype, dim, value_dim: hopper_sweeps(
         dtype, dim, value_dim, rows=1, group=4, normalize=True
     ),
+    "hopper_prompts": hopper_prompts,
 }
 
 
