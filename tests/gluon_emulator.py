@@ -81,12 +81,13 @@ class Barrier:
 
     def __init__(self, count: int, changed: threading.Condition, raised: list[BaseException]) -> None:
         self.count, self.changed, self.raised = count, changed, raised
-        self.pending, self.bytes, self.phase = count, 0, 0
+        self.pending, self.bytes, self.phase, self.used = count, 0, 0, False
 
     def change(self, arrivals: int, more: int) -> None:
         with self.changed:
             self.pending -= arrivals
             self.bytes += more
+            self.used = True
             assert self.pending >= 0
             if self.pending == 0 and self.bytes == 0:
                 self.phase, self.pending = self.phase ^ 1, self.count
@@ -118,6 +119,7 @@ class Kernel:
                 for program in order:
                     self.machine.program, self.machine.barriers = program, {}
                     self.function(*given, **constants)
+                    self.machine.check_barriers()
                 results.append([x.clone() for x in written])
             for first, second in zip(*results, strict=True):
                 torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
@@ -130,7 +132,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.program = self.programs = 0
-        self.barriers: dict[int, Barrier] = {}
+        self.barriers: dict[int, tuple[Memory, Barrier]] = {}
         self.changed = threading.Condition()
         self.raised: list[BaseException] = []
 
@@ -138,10 +140,21 @@ class Machine:
         return Kernel(function, self) if function else lambda found: Kernel(found, self)
 
     def barrier(self, memory: Memory) -> Barrier:
-        return self.barriers[memory.x.data_ptr()]
+        return self.barriers[memory.x.data_ptr()][1]
 
     def init(self, memory: Memory, count: int) -> None:
-        self.barriers[memory.x.data_ptr()] = Barrier(count, self.changed, self.raised)
+        self.barriers[memory.x.data_ptr()] = memory, Barrier(count, self.changed, self.raised)
+
+    def check_barriers(self) -> None:
+        """None is made that no partition uses.
+
+        The compiler gives its memory to others, and the hardware writes it back when a program is preempted.
+        """
+        used: dict[int, bool] = {}
+        for memory, barrier in self.barriers.values():
+            place = memory.x.untyped_storage().data_ptr()
+            used[place] = used.get(place, False) or barrier.used
+        assert all(used.values()) or not any(used.values()), "barriers are made that nobody uses"
 
     def fetch(self, desc: Descriptor, coordinates: list[Any], bar: Memory, tile: Memory) -> None:
         inside, part = desc.overlap(coordinates)

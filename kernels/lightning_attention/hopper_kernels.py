@@ -599,9 +599,14 @@ def hopper_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1 if SUM < GIVEN_SUM else 2)
         mbarrier.init(empty.index(i), count=CONSUMERS)
-    of_a = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(of_a.index(0), count=1)
-    mbarrier.init(of_a.index(1), count=CONSUMERS)
+    full_a, empty_a = full.index(0), empty.index(0)  # not used
+    # No barrier is made that is not used to the end: the compiler gives its memory to other things, into which the
+    # hardware writes the barrier when the program is preempted, as where processes share a GPU.
+    if A == 256:
+        of_a = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        full_a, empty_a = of_a.index(0), of_a.index(1)
+        mbarrier.init(full_a, count=1)
+        mbarrier.init(empty_a, count=CONSUMERS)
     fence_async_shared()
     if not DOTS:  # what is not read is not given: the host takes long to make a descriptor
         other = a
@@ -611,7 +616,7 @@ def hopper_kernel(
     second = first
     if PAIR:
         second = (a_second, b_second, c_second, out_second, other)
-    pointers, bars = (out_pointer, second_pointer), (full, empty, of_a.index(0), of_a.index(1))
+    pointers, bars = (out_pointer, second_pointer), (full, empty, full_a, empty_a)
     rings = (a_ring, b_ring, c_ring, other_ring, sums_ring, inverse_ring, bias_ring)
     memory, numbers = (states, outs, extras, sources, made_lines, dots_lines), (inverse, bias)
     given = (entering, entering_sum, leaving, leaving_sum, log_decay, made, dots, cu_seqlens, scale)

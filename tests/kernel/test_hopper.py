@@ -1,6 +1,8 @@
 """The sweep for Hopper GPUs: what it takes, its running sums, and on such a GPU its results."""
 
 import os
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -478,3 +480,60 @@ def test_runs_are_equal_and_graphs_replay(taken):
     graph.replay()
     assert torch.equal(out, lightning_attention(q, k, v, log_decay)[0])
     assert len(taken) == 4
+
+
+BUSY = """
+import time, torch
+x = torch.randn(4096, 4096, device="cuda")
+for _ in range(3):
+    (x @ x).sum().item()
+print("ready", flush=True)
+end = time.time() + 60
+while time.time() < end:
+    (x @ x).sum().item()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [128, 256])
+def test_runs_are_equal_while_another_process_computes(taken, dim):
+    """Programs are preempted then, and what the hardware restores must be all there is to a program."""
+    from lightning_attention import linear_op
+
+    torch.manual_seed(0)
+    q, k = torch.rand(2, 8, 1024, 32, dim, device="cuda").bfloat16().unbind(0)
+    v, do = torch.randn(2, 8, 1024, 32, 128, device="cuda").bfloat16().unbind(0)
+    log_decay, of_sum = -torch.rand(32, device="cuda"), torch.randn(32, 8, 1024, device="cuda")
+
+    def run():
+        forward = linear_op._forward(q, k, v, log_decay, 1.0, None, None, False, None, None, True, 0)
+        none = [None] * 4
+        backward = linear_op._backward(
+            q, k, v, do, log_decay, 1.0, *none, *forward[:2], None, None, 0, False, False, None, of_sum
+        )
+        return [*forward[:2], *backward[:3]]
+
+    first = run()
+    different = torch.zeros(len(first), device="cuda", dtype=torch.int64)
+
+    def compare():
+        for i, (x, y) in enumerate(zip(run(), first, strict=True)):
+            different[i] += (x != y).any()
+
+    compare()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(5):
+            compare()
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"ready\n"
+            for _ in range(80):
+                graph.replay()
+            torch.cuda.synchronize()
+            assert other.poll() is None
+        finally:
+            other.kill()
+    assert different.tolist() == [0] * len(first)
+    assert taken.count("v") == taken.count("k") > 0
