@@ -178,7 +178,11 @@ def _row(case: Case, late: bool, seconds: float) -> dict[str, Any]:
     row |= {"figure_text": case.target.text(found.figure), "reached": case.target.reached(found.figure)}
     if isinstance(fla, float) and found.milliseconds:
         row["fla_speedup"] = fla / found.milliseconds
-    say(f"  {row['figure_text']}, target {row['target_text']}")  # an interrupted run has told what it found
+    others = "".join(f"; {name} {_milliseconds(ms)}" for name, ms in found.peers.items())
+    ours = "" if found.milliseconds is None else f"{_milliseconds(found.milliseconds)} ms, "
+    say(
+        f"  {ours}{row['figure_text']}, target {row['target_text']}{others}"
+    )  # an interrupted run has told what it found
     return row
 
 

@@ -38,6 +38,7 @@ class StepConfig(NamedTuple):
 
     columns: int
     warps: int
+    leaves: bool = False  # the cache first, so that what is written soonest makes room
 
 
 def step_config(states: int, dim: int, value_dim: int, group: int, normalize: bool, device: torch.device) -> StepConfig:
@@ -60,6 +61,7 @@ def step_kernel(
     stride_decay_row, stride_decay, stride_slot, stride_head,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr,
     SLOTS: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr, LOG_SUM: tl.constexpr, EARLY: tl.constexpr,
+    LEAVES: tl.constexpr,
 ):  # fmt: skip
     """o `[B, T, Hq, V]` and (LOG_SUM) ln z `[B, T, Hq]`, contiguous; the states of the named slots change in place."""
     if EARLY:  # let the next launch begin, and wait for the end of the one before
@@ -80,7 +82,8 @@ def step_kernel(
     known = dims < tl.where(used, D, 0)
     keep = known[:, None] & (columns < V)[None, :]
     place = state + slot * stride_slot + head * stride_head + dims[:, None] * V + columns[None, :]
-    tile = tl.load(place, mask=keep, other=0.0)
+    policy: tl.constexpr = "evict_first" if LEAVES else ""
+    tile = tl.load(place, mask=keep, other=0.0, eviction_policy=policy)
     if NORMALIZE:
         norms = sums + (slot * states + head) * D + dims
         norm = tl.load(norms, mask=known, other=0.0)
@@ -116,7 +119,7 @@ def step_kernel(
                 out = out * scale
             target = o + ((row * length + t) * heads + first + g) * V + columns
             tl.store(target, out.to(o.dtype.element_ty), mask=columns < V)
-    tl.store(place, tile, mask=keep)
+    tl.store(place, tile, mask=keep, eviction_policy=policy)
     if NORMALIZE:
         tl.store(norms, norm, mask=known)
 
@@ -141,7 +144,7 @@ def _step(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *per_token, state.stride(0), state.stride(1),
         D=dim, V=value_dim, BD=padded(dim), BV=config.columns, GROUP=group,
         SLOTS=slots is not None, MASKED=mask is not None, NORMALIZE=sums is not None, LOG_SUM=wants_log_sum,
-        num_warps=config.warps, **early,
+        LEAVES=config.leaves, num_warps=config.warps, **early,
     )  # fmt: skip
     return o, log_sum
 
