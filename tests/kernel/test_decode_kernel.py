@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_attention import lightning_attention_step
+from lightning_attention import decode, lightning_attention_step
 from lightning_attention.reference import recurrent_attention
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -157,3 +157,19 @@ def test_on_gpu_no_launch_reads_what_the_one_before_has_not_written(rows, shared
     graph.replay()
     wanted = steps(plain, start.double(), *(x.double() for x in (q, k, v)))
     assert (out - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("states", "group", "config"),
+    [
+        (32, 1, (16, 4, False)),
+        (512, 1, (64, 4, True)),
+        (2048, 1, (64, 4, False)),
+        (128, 4, (16, 1, False)),
+        (512, 4, (32, 1, True)),
+        (2048, 4, (64, 2, False)),
+    ],
+)
+def test_how_states_are_cut(states, group, config):
+    """Where all of them stay in the cache, their lines leave it first."""
+    assert decode.step_config(states, 128, 128, group, False, torch.device("cpu")) == config

@@ -137,6 +137,16 @@ def test_cut(monkeypatch, rows, length, heads, shared, cut):
     assert shape(**sizes)[0].parts == 1
 
 
+def test_short_sequences_are_not_cut_for_the_backward_pass_alone(monkeypatch):
+    """Whose programs, one for a key/value head, leave a quarter of the device idle: as in SmolLM2-135M."""
+    monkeypatch.setenv(hopper.SWITCH, "1")
+    monkeypatch.setattr(hopper, "available", lambda device: True)
+    sizes = {"heads": 9, "shared": 3, "value_dim": 64, "normalize": True}
+    assert shape(rows=32, length=1024, **sizes)[0].segments == 1
+    assert shape(rows=8, length=1024, **sizes)[0].segments == 4
+    assert shape(rows=32, length=8192, **sizes)[0].segments == 2
+
+
 def test_cut_of_calls_for_the_triton_kernels(monkeypatch):
     monkeypatch.setenv(hopper.SWITCH, "1")
     monkeypatch.setattr(hopper, "available", lambda device: True)
@@ -312,8 +322,8 @@ def taken(monkeypatch):
     return count
 
 
-def check(taken, length, *, sweeps, limits=(3e-3, 6e-3), **options):
-    """Errors against fp64 are within limits, or those of the Triton kernels, which have tests of their own.
+def check(taken, length, *, sweeps, limits=(3e-3, 6e-3), beside=1.1, **options):
+    """Errors against fp64 are within limits, or `beside` times those of the Triton kernels, which have their own tests.
 
     The latter where 1/z is differentiated, too: what -(do . o) leaves of it hangs on the rounding of o.
     """
@@ -332,7 +342,7 @@ def check(taken, length, *, sweeps, limits=(3e-3, 6e-3), **options):
     for i, (x, y, z) in enumerate(zip(found, others, wanted, strict=True)):
         x, y, z = (t.flatten(2)[:, None] if i in states else t for t in (x, y, z))
         limit = 1e-3 if i in states else limits[i >= outputs]
-        assert relative(x, z) <= max(limit, 1.1 * relative(y, z)), i
+        assert relative(x, z) <= max(limit, beside * relative(y, z)), i
     taken.clear()
 
 
@@ -368,7 +378,8 @@ def test_normalized_groups_and_segments(taken, dim, options):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [128, 256])
 def test_normalized_with_the_gradient_of_the_decay(taken, dim):
-    options = {"dim": dim, "normalize": True, "decay": True, "limits": (5e-3, 3e-2)}
+    # That of a fixed decay is a small difference of sums over all tokens: .065 by the Triton kernels in one of these.
+    options = {"dim": dim, "normalize": True, "decay": True, "limits": (5e-3, 3e-2), "beside": 1.5}
     check(taken, 1500, rows=2, sweeps=4, **options)
     check(taken, 520, rows=17, sweeps=4, **options)
     check(taken, 520, rows=2, heads=8, per_token=True, sweeps=4, **options)
