@@ -251,20 +251,23 @@ class Machine:
         return found
 
 
-def emulated(file: Path) -> types.ModuleType:
-    """The module in `file`, its kernels emulated."""
+def emulated(*files: Path) -> types.ModuleType:
+    """The module in the last of the files, which may import from those before it, their kernels emulated."""
     machine = Machine()
     import triton.experimental
 
     modules = machine.modules()
+    package = types.ModuleType("emulated")
+    package.__path__ = []
     with (
-        mock.patch.dict(sys.modules, modules),
+        mock.patch.dict(sys.modules, modules | {"emulated": package}),
         mock.patch.object(triton.experimental, "gluon", modules["triton.experimental.gluon"], create=True),
     ):
-        spec = importlib.util.spec_from_file_location(f"emulated_{file.stem}", file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        vars(module)["range"] = lambda *bounds: (torch.tensor(i) for i in range(*bounds))  # a number of the device
-        spec.loader.exec_module(module)
+        for file in files:
+            spec = importlib.util.spec_from_file_location(f"emulated.{file.stem}", file)
+            assert spec is not None
+            assert spec.loader is not None
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            vars(module)["range"] = lambda *bounds: (torch.tensor(i) for i in range(*bounds))  # a number of the device
+            spec.loader.exec_module(module)
     return module

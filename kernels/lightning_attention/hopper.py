@@ -26,10 +26,10 @@ try:
         MAKE_SUM,
         NO_SUM,
         TILE,
-        VERSION,
         TensorDescriptor,
         hopper_kernel,
     )
+    from .hopper_parts import VERSION
 except (ImportError, AttributeError):  # a Triton without Gluon, or with one that is not known to compile it
     hopper_kernel, VERSION = None, (0, 0)
 

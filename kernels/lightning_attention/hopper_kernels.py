@@ -20,10 +20,22 @@ Source: Lightning Attention-2, arXiv 2401.04658; the division of labour is that 
 
 from __future__ import annotations
 
-import re
+from .hopper_parts import (
+    barrier,
+    bulk_load,
+    chunk_start,
+    fetch,
+    locate,
+    log2_rate,
+    pair_decay,
+    read_line,
+    send,
+    state_decays,
+    store_rows,
+    write_lines,
+)
 
 try:  # in a try block: transformers demands what the files of a checkpoint import outside one
-    import triton
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
@@ -37,30 +49,9 @@ try:  # in a try block: transformers demands what the files of a checkpoint impo
 except ImportError as error:
     raise ImportError("the kernels for Hopper need triton with Gluon") from error
 
-VERSION = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
-if not (3, 6) <= VERSION <= (3, 9):  # Gluon changes its names from one version to the next
-    raise ImportError(f"the kernels for Hopper were compiled by triton 3.6 to 3.9, found {triton.__version__}")
-barrier = gl.thread_barrier if VERSION == (3, 6) else gl.barrier
-if VERSION < (3, 8):
-    bulk_load, bulk_store = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
-else:
-    bulk_load, bulk_store = tma.async_load, tma.async_store
-
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)  # of [1, 64, 1, columns]
 LINE = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)  # of [1, 1, 64]
 NO_SUM, MAKE_SUM, GIVEN_SUM, GIVEN_BOTH = (gl.constexpr(i) for i in range(4))
-
-
-@gluon.jit
-def fetch(desc, row, token, head, column, full, tile):
-    """Send for a tile; what lies behind the last token reads 0."""
-    bulk_load(desc, [row, token, head, column], full, tile.reshape(desc.block_shape))
-
-
-@gluon.jit
-def send(desc, row, token, head, column, tile):
-    """Write a whole tile."""
-    bulk_store(desc, [row, token, head, column], tile.reshape(desc.block_shape))
 
 
 @gluon.jit
@@ -71,75 +62,6 @@ def fill(descs, rings, full, stage, row, token, head_a, head, column, CONSUMERS:
         fetch(descs[2], row, token, head, column + i * 64, full, rings[2].index(stage * CONSUMERS + i))
         if DOTS:
             fetch(descs[4], row, token, head_a, column + i * 64, full, rings[3].index(stage * CONSUMERS + i))
-
-
-@gluon.jit
-def locate(work, cu_seqlens, sizes, PAIR: gl.constexpr, BLOCKS: gl.constexpr, PACKED: gl.constexpr):
-    """Which operands, item, row, head, first token, end and block of columns a piece of work has."""
-    _, heads, length, _, segment, segments = sizes
-    which = 0
-    if PAIR:  # beside each other: they read two tensors in common
-        which = work % 2
-        work = work // 2
-    column = work % BLOCKS
-    head = work // BLOCKS % heads
-    item = work // (BLOCKS * heads)
-    if PACKED:
-        row = item * 0
-        start, stop = gl.load(cu_seqlens + item).to(gl.int32), gl.load(cu_seqlens + item + 1).to(gl.int32)
-    else:
-        row = item // segments
-        start = item % segments * segment
-        stop = gl.minimum(start + segment, length)
-    return which, item, row, head, start, stop, column
-
-
-@gluon.jit
-def chunk_start(n, start, stop, REVERSED: gl.constexpr, PER_TOKEN: gl.constexpr):
-    """First token of the n-th chunk of a walk. What is no whole chunk comes last: its state matters to none.
-
-    In reversed time it may begin before `start`. Running sums begin at multiples of 64.
-    """
-    token = start + n * 64
-    if REVERSED:
-        if PER_TOKEN:
-            token = start + (gl.cdiv(stop - start, 64) - 1 - n) * 64
-        else:
-            token = stop - (n + 1) * 64
-    return token
-
-
-@gluon.jit
-def read_line(
-    numbers, row, head, length, tokens, start, stop, count, HEADS: gl.constexpr, REVERSED: gl.constexpr,
-    PER_TOKEN: gl.constexpr,
-):  # fmt: skip
-    """Of `[heads * HEADS, B, T]` the numbers of the tokens and query head of a walk's step; 0 where there is no token.
-
-    From any token on: a bulk copy could not fetch them.
-    """
-    step = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
-    token = chunk_start(count // HEADS, start, stop, REVERSED, PER_TOKEN) + step
-    place = (head.to(gl.int64) * HEADS + count % HEADS) * tokens + row.to(gl.int64) * length + token
-    return gl.load(numbers + place, mask=(token >= start) & (token < stop), other=0.0)
-
-
-@gluon.jit
-def write_lines(pointer, lines, first: gl.constexpr, n, token, start, stop, REVERSED: gl.constexpr):
-    """The numbers of the tokens of the last n % 8 + 1 chunks, one for each, to `pointer` + token.
-
-    A fence waits for all stores before it, so the fewer steps of a walk store anything the better.
-    """
-    step = gl.arange(0, 64, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    for i in gl.static_range(8):
-        back = n % 8 - i
-        if REVERSED:
-            there = token + back * 64 + step
-        else:
-            there = token - back * 64 + step
-        known = (there >= start) & (there < stop) & (back >= 0)
-        found = lines.index(first + i).load(gl.BlockedLayout([1], [32], [4], [0]))
-        gl.store(pointer + there, found, mask=known)
 
 
 @gluon.jit
@@ -223,41 +145,6 @@ def produce(
 
 
 @gluon.jit
-def log2_rate(log_decay):
-    """As `sweep.log2_decay`, of a head with one decay."""
-    return gl.maximum(gl.load(log_decay) * 1.4426950408889634, -160.0)
-
-
-@gluon.jit
-def pair_decay(by_row, by_column, scale, acc: gl.constexpr, REVERSED: gl.constexpr):
-    """Decay between the tokens of a chunk, given running sums of log2 decays, times the scale; 0 where none reaches."""
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, acc))
-    columns = gl.arange(0, 64, layout=gl.SliceLayout(0, acc))
-    apart = gl.expand_dims(rows, 1) - gl.expand_dims(columns, 0)
-    distance = gl.expand_dims(by_row, 1) - gl.expand_dims(by_column, 0)
-    if REVERSED:
-        table = gl.exp2(gl.where(apart <= 0, -distance, -10000.0)) * scale
-    else:
-        table = gl.exp2(gl.where(apart >= 0, distance, -10000.0)) * scale
-    return table
-
-
-@gluon.jit
-def state_decays(by_row, by_step, total, scale, REVERSED: gl.constexpr):
-    """Decay from the state to the tokens of a chunk, and from them into the state.
-
-    The scale is in that of the reader, as in `sweep.sweep`: a state that comes from behind has it.
-    """
-    if REVERSED:
-        reach = gl.exp2(gl.minimum(total - by_row, 0.0))
-        source = gl.exp2(by_step) * scale
-    else:
-        reach = gl.exp2(by_row) * scale
-        source = gl.exp2(gl.minimum(total - by_step, 0.0))
-    return reach, source
-
-
-@gluon.jit
 def fade_values(c, source, inverse, bias, transposed: gl.constexpr, REVERSED: gl.constexpr, SUM: gl.constexpr):
     """c^T as it enters the state, and (GIVEN_BOTH) the sum over the tokens that enters the vector beside the state: of
     c^T, for dk of c^T times the bias of each.
@@ -298,16 +185,6 @@ def renew(source_memory, source, zero_line, acc_line: gl.constexpr):
     source_memory.permute((1, 0)).store(in_two_parts(line, zero_line, acc_line))
     fence_async_shared()
     barrier()
-
-
-@gluon.jit
-def store_rows(pointer, out, row, token, head, column, heads, length, inside, V: gl.constexpr, acc: gl.constexpr):
-    """Write those rows of a tile that are `inside`."""
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, acc))
-    columns = gl.arange(0, 64, layout=gl.SliceLayout(0, acc))
-    place = ((row.to(gl.int64) * length + token + rows) * heads + head) * V + column
-    place = gl.expand_dims(place, 1) + gl.expand_dims(columns, 0)
-    gl.store(pointer + place, out.to(gl.bfloat16), mask=gl.expand_dims(inside, 1))
 
 
 @gluon.jit

@@ -178,7 +178,8 @@ def on_cpu(monkeypatch):
     from gluon_emulator import emulated
     from lightning_attention import backward, forward
 
-    module, count, sweep = emulated(Path(hopper.__file__).with_name("hopper_kernels.py")), [], hopper.hopper_sweep
+    files = (Path(hopper.__file__).with_name(name) for name in ("hopper_parts.py", "hopper_kernels.py"))
+    module, count, sweep = emulated(*files), [], hopper.hopper_sweep
     monkeypatch.setenv("SWAPATTN_KERNELS", "triton")
     monkeypatch.setattr(hopper, "hopper_kernel", module.hopper_kernel)
     monkeypatch.setattr(hopper, "TensorDescriptor", module.TensorDescriptor)
@@ -276,6 +277,7 @@ def cut_small(monkeypatch):
     found, shape_of = [], linear_op.shape_of
     monkeypatch.setattr(hopper, "suits_hopper", lambda *_: True)
     monkeypatch.setattr(launch, "processors", lambda device: 8)
+    monkeypatch.setattr(launch, "LONGEST_UNCUT", 0)
     monkeypatch.setattr(launch, "SMALLEST_SEGMENT", 64)
     monkeypatch.setattr(launch, "LARGEST_TILE", 64)
     monkeypatch.setattr(linear_op, "shape_of", lambda *a: found.append(shape_of(*a)) or found[-1])
