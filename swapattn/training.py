@@ -244,6 +244,58 @@ def of_worker(error: SwapattnError) -> SwapattnError:
     return kind(told.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
 
 
+def _arguments(
+    stage: TrainStage, key: str, folder: Path, *, device: str, seed: int, reporting: Reporting
+) -> TrainingArguments:
+    """The Trainer's settings for a stage: what it would do beside training is left to `StageProgress`."""
+    micro, accumulated = shares(stage, key, processes.count())
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulated,
+        max_steps=stage.steps,
+        max_grad_norm=stage.max_grad_norm,
+        # align's loss is computed inside the layers, which the Trainer must not run a second time
+        gradient_checkpointing=stage.gradient_checkpointing and not isinstance(stage, AlignStage),
+        save_strategy="no",
+        save_total_limit=1,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,  # it would wait for the device in every micro-batch
+        report_to=list(reporting.tools),
+        run_name=reporting.name(folder.name),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        seed=seed,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu",
+        accelerator_config={"dispatch_batches": False},  # every process reads its own share, none waits for another's
+        dataloader_num_workers=int(device != "cpu"),  # one process tokenises while this one feeds the GPU
+        ddp_find_unused_parameters=True,  # a swap may leave some of a family's own unused, such as sinks
+    )
+    _ = arguments.device  # sets the next line's count to all visible GPUs, which would multiply the batch
+    arguments._n_gpu = 1
+    return arguments
+
+
+def _figures(title: str, stage: TrainStage, progress: StageProgress, ready: float | None) -> dict[str, Any]:
+    """What `run_stage` returns of a stage that has run; `ready`: when its recording was, None without one."""
+    history = processes.from_first(progress.history())
+    losses = [record["loss"] for record in history]
+    tenth = max(1, len(losses) // 10)
+    tokens, seconds = stage.steps * stage.batch * stage.length, history[-1]["seconds"]
+    ready = progress.started if ready is None else ready
+    return {
+        "stage": title,
+        "tokens": tokens,
+        "steps": stage.steps,
+        "seconds": seconds,
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "step_seconds": (progress.ended - ready) / max(1, stage.steps - progress.first),
+        "first_loss": sum(losses[:tenth]) / tenth,
+        "last_loss": sum(losses[-tenth:]) / tenth,
+    }
+
+
 def run_stage(
     model: Any,
     stage: TrainStage,
@@ -294,32 +346,7 @@ def run_stage(
     if not new and not own:
         raise TrainingError(f"{title}: nothing is trainable")
     reporting = reporting or Reporting()
-    micro, accumulated = shares(stage, key, processes.count())
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=accumulated,
-        max_steps=stage.steps,
-        max_grad_norm=stage.max_grad_norm,
-        # align's loss is computed inside the layers, which the Trainer must not run a second time
-        gradient_checkpointing=stage.gradient_checkpointing and not isinstance(stage, AlignStage),
-        save_strategy="no",
-        save_total_limit=1,
-        logging_strategy="no",
-        logging_nan_inf_filter=False,  # it would wait for the device in every micro-batch
-        report_to=list(reporting.tools),
-        run_name=reporting.name(folder.name),
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        seed=seed,
-        use_cpu=device == "cpu",
-        dataloader_pin_memory=device != "cpu",
-        accelerator_config={"dispatch_batches": False},  # every process reads its own share, none waits for another's
-        dataloader_num_workers=int(device != "cpu"),  # one process tokenises while this one feeds the GPU
-        ddp_find_unused_parameters=True,  # a swap may leave some of a family's own unused, such as sinks
-    )
-    _ = arguments.device  # sets the next line's count to all visible GPUs, which would multiply the batch
-    arguments._n_gpu = 1
+    arguments = _arguments(stage, key, folder, device=device, seed=seed, reporting=reporting)
     progress = StageProgress(title, stage, log, run=folder.name, key=key, flops=flops, save_steps=save_steps)
     # before the optimiser is chosen, which is fused on a GPU
     if processes.sharded():
@@ -358,20 +385,5 @@ def run_stage(
             progress.close()  # an error starts a line of its own
             if trainer.replay is not None:
                 trainer.replay.release()
-    history = processes.from_first(progress.history())
-    losses = [record["loss"] for record in history]
-    tenth = max(1, len(losses) // 10)
-    tokens, seconds = stage.steps * stage.batch * stage.length, history[-1]["seconds"]
     ready = trainer.replay.ready if trainer.replay is not None else None
-    ready = progress.started if ready is None else ready
-    return {
-        "stage": title,
-        "tokens": tokens,
-        "steps": stage.steps,
-        "seconds": seconds,
-        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-        "step_seconds": (progress.ended - ready) / max(1, stage.steps - progress.first),
-        "first_loss": sum(losses[:tenth]) / tenth,
-        "last_loss": sum(losses[-tenth:]) / tenth,
-        "trained": [*new, *own],
-    }
+    return {**_figures(title, stage, progress, ready), "trained": [*new, *own]}
