@@ -46,7 +46,7 @@ def check_keys(keys: Iterable[str], metrics: Mapping[str, Iterable[str]]) -> Non
     Raises:
         UsageError: there is no such task or metric (the message names those that there are), or less of it is better.
     """
-    from lm_eval.api.registry import HIGHER_IS_BETTER_REGISTRY
+    from lm_eval.api.registry import HIGHER_IS_BETTER_REGISTRY  # of lm-eval's own metrics; tasks may define others
 
     for key in keys:
         if key == "kept":
@@ -56,7 +56,7 @@ def check_keys(keys: Iterable[str], metrics: Mapping[str, Iterable[str]]) -> Non
             raise UsageError(f"--fail-under {key}: no such task is scored here, only {', '.join(metrics)}")
         if metric != "kept" and metric.partition(",")[0] not in metrics[task]:
             raise UsageError(f"--fail-under {key}: {task} has {', '.join(sorted(metrics[task]))} and kept")
-        if HIGHER_IS_BETTER_REGISTRY.get(metric.partition(",")[0]) is False:
+        if HIGHER_IS_BETTER_REGISTRY.get(metric.partition(",")[0], None) is False:
             raise UsageError(f"--fail-under {key}: less {metric} is better, and only a least figure can be asked for")
 
 

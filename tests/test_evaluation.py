@@ -608,6 +608,9 @@ class TestThresholds:
         with pytest.raises(UsageError, match="less word_perplexity is better"):
             thresholds.check_keys(["wikitext.word_perplexity"], {"wikitext": ["word_perplexity"]})
 
+    def test_a_share_and_a_metric_of_the_tasks_own_can_be_asked_for(self) -> None:
+        thresholds.check_keys(["kept", "piqa.kept", "own.score"], {"piqa": ["acc"], "own": ["score"]})
+
 
 def test_exit_code_of_a_missed_figure(found: Any, mirror: Path) -> None:
     from click.testing import CliRunner
