@@ -122,6 +122,37 @@ def find(directory: str | Path = ".", model: str | Path | None = None, *, kind: 
     return max(found, key=lambda checkpoint: checkpoint.time)
 
 
+def check_target(target: Path, *, overwrite: bool = False) -> None:
+    """Make sure that `atomic_folder` will take a folder, before the work on what goes into it.
+
+    Raises:
+        UsageError: it exists and `overwrite` is not set, it is no folder of ours or the current directory, or its
+            place cannot be written.
+    """
+    place = target.resolve()
+    if place == Path.cwd():
+        raise UsageError(f"{target} is the current directory, which cannot be replaced: choose another with -o")
+    if place.exists() and not _is_ours(place):
+        raise UsageError(f"{target} exists and was not written by swapattn: choose another with -o")
+    if place.exists() and not overwrite:
+        raise UsageError(f"{target} exists: use --overwrite, or another folder with -o")
+    check_folder(place.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure that files can be written in a folder, which is there or will be made.
+
+    Raises:
+        UsageError: a file is in its place, or the rights are missing.
+    """
+    place = folder.resolve()
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"{there} is no folder: choose another place to write to")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{there} cannot be written: choose another place to write to")
+
+
 @contextlib.contextmanager
 def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into that takes its name only when everything was written.
@@ -131,18 +162,13 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         overwrite: replace it if it exists; the old one stays until the new one is whole.
 
     Raises:
-        UsageError: it exists and `overwrite` is not set, or it is no folder of ours or the current directory.
+        UsageError: as `check_target`.
     """
     given, target = target, target.resolve()  # what a link leads to is replaced, not the link
     old = target.parent / f".{target.name}.old"
     if old.exists() and not target.exists():
         old.rename(target)  # a process was killed between the two renames below
-    if target.exists() and not overwrite:
-        raise UsageError(f"{given} exists: use --overwrite, or another folder with -o")
-    if target.exists() and not _is_ours(target):
-        raise UsageError(f"{given} was not written by swapattn and is not overwritten: choose another with -o")
-    if target == Path.cwd():
-        raise UsageError(f"{given} is the current directory, which cannot be replaced: choose another with -o")
+    check_target(given, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.parent / f".{target.name}.writing"
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed

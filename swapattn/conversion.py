@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import publishing, sources, unpickling
-from .checkpoint import atomic_folder, new_record, place_of
+from .checkpoint import atomic_folder, check_target, new_record, place_of
 from .environment import default_device, say
 from .errors import CheckpointError, SourceError, TrainingError, UsageError
 from .recipe import Recipe, load_recipe
@@ -110,9 +110,8 @@ def convert(
     if push_to_hub is not None:
         publishing.check_push(push_to_hub)
     target = Path(output) if output is not None else Path(f"{source.name}-swapattn")
-    if target.exists() and not overwrite and not dry_run:
-        with atomic_folder(target):  # says that it exists, before anything is fetched
-            pass
+    if not overwrite and not dry_run:
+        check_target(target)  # before anything is fetched
     if dry_run:
         return _planned(target, source, resolved, trust_remote_code)
     teacher = sources.materialize(source, code=trust_remote_code)

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from . import processes
 from .attention import only_branch
 from .calibration import calibrate_stage
-from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, find, new_record, place_of, write_json
+from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, check_target, find, new_record, place_of, write_json
 from .compilation import align_function
 from .curves import CURVES, draw_curves
 from .data import PackedTokens
 from .environment import default_device, hardware, is_first_process, say
-from .errors import CheckpointError, RecipeError, TrainingError, UsageError
+from .errors import CheckpointError, RecipeError, TrainingError
 from .estimate import table
 from .integrity import samples
 from .loading import load, load_teacher
@@ -133,8 +133,7 @@ def distill(
     if checkpoint is None:
         say(f"checkpoint: {start.path} (the newest undistilled conversion here)")
     target = Path(output) if output is not None else Path(directory) / f"{start.name}-swapattn-{resolved.name}"
-    if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists: use --overwrite, or another folder with -o")
+    check_target(target, overwrite=overwrite)
     reporting = Reporting(tuple(report_to), target.parent / "runs" / target.name)
     reporting.check()
     device = device or default_device()

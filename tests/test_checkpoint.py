@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swapattn.checkpoint import RECORD, RECORD_VERSION, atomic_folder, find, new_record, read, write_json
+from swapattn.checkpoint import RECORD, RECORD_VERSION, atomic_folder, check_target, find, new_record, read, write_json
 from swapattn.errors import CheckpointError, UsageError
 from swapattn.recipe import load_recipe
 
@@ -113,6 +113,13 @@ def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="current directory"), atomic_folder(Path(), overwrite=True):
         pass
+
+
+def test_a_place_without_the_rights_to_write_is_named_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UsageError, match=f"^{tmp_path} cannot be written: choose another place"):
+        check_target(tmp_path / "deep" / "out")
+    assert names(tmp_path) == []
 
 
 def test_what_killed_processes_left_is_cleaned(tmp_path):

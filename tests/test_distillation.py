@@ -140,6 +140,25 @@ def test_an_existing_output_is_refused_and_kept(converted, work):
     assert read(work / "tiny-llama-swapattn-tiny").time > before
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("photos", "photos exists and was not written by swapattn"),
+        ("a.jpg", "a.jpg exists and was not written by swapattn"),
+        (".", "is the current directory"),
+        ("a.jpg/out", "a.jpg is no folder"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_trained(converted, work, output, message):
+    (work / "photos").mkdir()
+    for photo in (work / "a.jpg", work / "photos" / "a.jpg"):
+        photo.write_text("mine")
+    before = names(work)
+    with pytest.raises(UsageError, match=message):
+        distill(converted, recipe=recipe(CALIBRATE), output=output, device="cpu", overwrite=True)
+    assert names(work) == before
+
+
 def test_another_convert_section_converts_anew(converted, work, capsys):
     other = recipe(CALIBRATE, name="other", feature_map="elu1", normalizer="rms")
     result = distill(recipe=other, device="cpu")
