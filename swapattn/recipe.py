@@ -17,7 +17,7 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, mo
 
 from .errors import RecipeError
 from .section import Section
-from .stages import CalibrateStage, DistillStage, Stage
+from .stages import CalibrateStage, DistillStage, Stage, written_logits
 from .text import TAGS, Text, TextSpec
 
 SCHEMA_VERSION = 1
@@ -201,6 +201,14 @@ class DistillSpec(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     save_steps: int | None = Field(None, gt=0)
     stages: tuple[Stage, ...] = ()
+
+    @model_validator(mode="after")
+    def _logits_of_their_own(self) -> Self:
+        folders = [Path(written.logits) for stage in self.stages if (written := written_logits(stage)) is not None]
+        for folder in folders:
+            if folders.count(folder) > 1:
+                raise ValueError(f"two stages have teacher.logits {folder}, but see other windows: name a folder each")
+        return self
 
     @property
     def calibration(self) -> CalibrateStage:

@@ -15,6 +15,7 @@ from swapattn.stages import AlignStage, DistillStage, LossSpec
 from swapattn.text import TextMixture, TextSpec
 
 ALIGN = {"stage": "align", "tokens": 4096, "length": 64, "batch": 4, "learning_rate": 1e-3}
+LOGITS = {"stage": "distill", "tokens": 256, "length": 32, "batch": 2, "learning_rate": 1e-2}
 
 
 def recipe(**sections):
@@ -95,6 +96,10 @@ def test_an_unknown_key_is_named_with_its_path(sections, path):
         ({"distill": {"text": {}}}, "exactly one"),
         ({"distill": {"stages": [{"stage": "wander"}]}}, "distill.stages.0"),
         ({"distill": {"stages": [{"stage": "align"}]}}, "distill.stages.0.tokens"),
+        (
+            {"distill": {"stages": [{**LOGITS, "teacher": {"logits": name}} for name in ("kept", "./kept/")]}},
+            "two stages",
+        ),
         ({"eval": {"limit": 0}}, "eval.limit"),
         ({"distill": {"seed": -1}}, "distill.seed"),
         ({"distill": {"text": [{"files": ["a.txt"], "weight": float("inf")}]}}, "distill.text.0.weight"),
