@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -122,8 +122,13 @@ def find(directory: str | Path = ".", model: str | Path | None = None, *, kind: 
     return max(found, key=lambda checkpoint: checkpoint.time)
 
 
-def check_target(target: Path, *, overwrite: bool = False) -> None:
-    """Make sure that `atomic_folder` will take a folder, before the work on what goes into it.
+def check_target(target: Path, *, overwrite: bool = False, marks: Collection[str] = (RECORD, QUICKSTART)) -> None:
+    """Make sure that a folder can be written or replaced, before the work on what goes into it.
+
+    Args:
+        target: the folder.
+        overwrite: it may exist.
+        marks: files that tell a folder of ours.
 
     Raises:
         UsageError: it exists and `overwrite` is not set, it is no folder of ours or the current directory, or its
@@ -131,9 +136,9 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
     """
     place = target.resolve()
     if place == Path.cwd():
-        raise UsageError(f"{target} is the current directory, which cannot be replaced: choose another with -o")
-    if place.exists() and not _is_ours(place):
-        raise UsageError(f"{target} exists and was not written by swapattn: choose another with -o")
+        raise UsageError(f"{target} is the current directory, which cannot be replaced: choose another folder")
+    if place.exists() and not _is_ours(place, marks):
+        raise UsageError(f"{target} exists and was not written by this command: choose another folder")
     if place.exists() and not overwrite:
         raise UsageError(f"{target} exists: use --overwrite, or another folder with -o")
     check_folder(place.parent)
@@ -187,11 +192,11 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder is empty, a checkpoint, or quickstart's."""
+def _is_ours(folder: Path, marks: Collection[str]) -> bool:
+    """Whether a folder is empty or holds one of the files that tell ours."""
     if not folder.is_dir():
         return False
-    return not any(folder.iterdir()) or any((folder / name).is_file() for name in (RECORD, QUICKSTART))
+    return not any(folder.iterdir()) or any((folder / name).is_file() for name in marks)
 
 
 def write_json(path: Path, value: Any) -> None:

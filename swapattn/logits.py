@@ -22,9 +22,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, write_json
+from .checkpoint import Checkpoint, check_target, write_json
 from .data import PackedTokens, sizes
-from .environment import say, versions
+from .environment import check_device, say, versions
 from .errors import CheckpointError, UsageError
 from .loading import load_teacher
 from .losses import TopK, chunk_tokens
@@ -106,7 +106,7 @@ def check_logits(wanted: Wanted, tokenizer: Any, vocabulary: int) -> dict[str, A
     """The manifest of the logits that a stage reads, once it is known to fit.
 
     Raises:
-        UsageError, CheckpointError: there are none, or they are of other windows or another vocabulary.
+        UsageError, CheckpointError: there are none, they are of other windows or another vocabulary, or damaged.
     """
     manifest = read_manifest(wanted.folder)
     mine = wanted.known_by(tokenizer, vocabulary)
@@ -122,7 +122,27 @@ def check_logits(wanted: Wanted, tokenizer: Any, vocabulary: int) -> dict[str, A
             f"{wanted.title}: {wanted.folder} holds {manifest['windows']:,} windows, the stage takes "
             f"{wanted.windows:,}: write them anew with `swapattn logits --overwrite`, or lower its tokens"
         )
+    _parts(wanted.folder, manifest)
     return manifest
+
+
+def _parts(folder: Path, manifest: dict[str, Any]) -> list[Any]:
+    """The datasets that a folder consists of, mapped into memory."""
+    from datasets import Dataset
+
+    parts = []
+    for file in sorted(folder.glob("part-*.arrow")):
+        try:
+            parts.append(Dataset.from_file(str(file)))
+        except (OSError, ValueError) as error:  # pyarrow's are one or the other
+            why = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{file} is damaged ({why}): write it anew with `swapattn logits --overwrite`"
+            ) from error
+    windows = sum(len(part) for part in parts)
+    if windows != manifest["windows"]:
+        raise CheckpointError(f"{folder} holds {windows:,} windows, its manifest says {manifest['windows']:,}")
+    return parts
 
 
 def check_wanted_logits(recipe: Recipe, checkpoint: Path) -> None:
@@ -142,16 +162,11 @@ class LogitWindows(IterableDataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(self, folder: Path) -> None:
-        from datasets import Dataset, concatenate_datasets
+        from datasets import concatenate_datasets
 
         manifest = read_manifest(folder)
         self.shape = (manifest["length"], manifest["top"])
-        files = sorted(folder.glob("part-*.arrow"))
-        parts = [Dataset.from_file(str(file)) for file in files]
-        windows = sum(len(part) for part in parts)
-        if windows != manifest["windows"]:
-            raise CheckpointError(f"{folder} holds {windows:,} windows, its manifest says {manifest['windows']:,}")
-        self.rows = concatenate_datasets(parts).with_format("arrow")
+        self.rows = concatenate_datasets(_parts(folder, manifest)).with_format("arrow")
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()
@@ -195,15 +210,17 @@ def write_logits(
         recipe: its stages with `teacher: {logits: FOLDER}` name the folders.
         top: k, the most probable tokens that are kept of each position.
         teacher: folder of another teacher than the recorded one.
-        device: "cpu" or "cuda".
-        overwrite: replace folders, and drop unfinished ones, that are of something else.
+        device: "cpu", "cuda" or "cuda:1".
+        overwrite: replace folders, and drop unfinished ones, that hold logits of something else.
         dry_run: only say what would be written.
 
     Returns:
         For each folder: folder, stage, windows, tokens, top, bytes (of all parts; estimated where nothing is written).
 
     Raises:
-        UsageError: no stage wants any, a folder holds something else, or the teacher has another vocabulary.
+        UsageError: no stage wants any, a folder holds something else or cannot be written, there is no such device,
+            or the teacher has another vocabulary.
+        CheckpointError: there is no teacher, or a folder is damaged.
     """
     everything = wanted_logits(recipe)
     if not everything:
@@ -214,7 +231,12 @@ def write_logits(
     path = teacher or start.teacher_path
     if not (path / "config.json").is_file():
         raise CheckpointError(f"no teacher at {path}: it was moved or never there; name it with --teacher")
+    check_device(device)
     check_same_vocabulary(path, start.path)
+    for wanted in everything:
+        check_target(wanted.folder, overwrite=True, marks=(MANIFEST,))
+        if (wanted.folder / MANIFEST).is_file():
+            read_manifest(wanted.folder)  # nothing else than logits is ever replaced
     model, tokenizer = (None, None) if dry_run else _loaded(path, device)
     found = []
     for wanted in everything:
@@ -267,7 +289,7 @@ class _Writer:
 
     def write(self, overwrite: bool) -> None:
         folder = self.wanted.folder
-        if folder.exists() and not overwrite:
+        if (folder / MANIFEST).is_file() and not overwrite:
             manifest = read_manifest(folder)
             if any(manifest.get(key, value) != value for key, value in self.manifest.items()):
                 raise UsageError(f"{folder} holds other logits: use --overwrite, or name another folder")
@@ -277,7 +299,6 @@ class _Writer:
         self._parts(done)
         write_json(self.scratch / MANIFEST, {**self.manifest, "versions": versions()})
         if folder.exists():
-            read_manifest(folder)  # nothing else than logits is ever removed
             shutil.rmtree(folder)
         self.scratch.rename(folder)
 
@@ -300,7 +321,7 @@ class _Writer:
     def _parts(self, done: int) -> None:
         wanted = self.wanted
         size = max(1, PART_TOKENS // wanted.length)
-        batch = max(1, BATCH_TOKENS[self.device] // wanted.length)
+        batch = max(1, BATCH_TOKENS["cpu" if self.device == "cpu" else "cuda"] // wanted.length)
         masked = wanted.document_mask
         if masked:
             check_document_mask(self.model)

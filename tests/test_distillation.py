@@ -143,8 +143,8 @@ def test_an_existing_output_is_refused_and_kept(converted, work):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("photos", "photos exists and was not written by swapattn"),
-        ("a.jpg", "a.jpg exists and was not written by swapattn"),
+        ("photos", "photos exists and was not written by this command"),
+        ("a.jpg", "a.jpg exists and was not written by this command"),
         (".", "is the current directory"),
         ("a.jpg/out", "a.jpg is no folder"),
     ],

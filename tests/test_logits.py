@@ -20,7 +20,7 @@ from swapattn.cli import main
 from swapattn.conversion import convert
 from swapattn.data import PackedTokens
 from swapattn.distillation import distill
-from swapattn.errors import CheckpointError, RecipeError, UsageError
+from swapattn.errors import CheckpointError, RecipeError, SwapattnError, UsageError
 from swapattn.loading import load_teacher
 from swapattn.logits import MANIFEST, LogitWindows, write_logits
 from swapattn.losses import Mixture, OutputEmbedding, TopK, divergence, divergence_of_top, linear_loss
@@ -192,6 +192,59 @@ def test_an_interrupted_call_goes_on_and_a_finished_one_is_left_alone(converted,
         write_logits(find(model=converted), what, top=6)
     write_logits(find(model=converted), what, top=6, overwrite=True)
     assert json.loads((tmp_path / "kept" / MANIFEST).read_text())["top"] == 6
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("photos", "photos exists and was not written by this command"),
+        ("a.jpg", "a.jpg exists and was not written by this command"),
+        ("a.jpg/kept", "a.jpg is no folder"),
+        (".", "is the current directory"),
+        ("extension", "extension has version 1.0 of the format"),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_only_logits_are_replaced_and_all_else_refused_at_once(
+    converted, tmp_path, monkeypatch, folder, message, overwrite
+):
+    for file, content in (("photos/a.jpg", "mine"), ("a.jpg", "mine"), (f"extension/{MANIFEST}", '{"version": "1.0"}')):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(content)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(swapattn.logits, "load_teacher", lambda *_, **__: pytest.fail("loaded"))
+    what = recipe({**WRITTEN, "teacher": {"logits": folder}})
+    with pytest.raises(SwapattnError, match=message):
+        write_logits(find(model=converted), what, top=5, overwrite=overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_is_filled(converted, tmp_path):
+    (tmp_path / "kept").mkdir()
+    write_logits(find(model=converted), recipe(WRITTEN), top=5)
+    assert (tmp_path / "kept" / MANIFEST).is_file()
+    assert not (tmp_path / ".kept.writing").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu"])
+def test_a_device_that_is_not_there_is_named(converted, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=f"device '?{device}"):
+        write_logits(find(model=converted), recipe(WRITTEN), device=device)
+
+
+def test_a_damaged_part_is_named_before_anything_is_trained(converted, tmp_path):
+    what = recipe({"stage": "calibrate"}, WRITTEN)
+    write_logits(find(model=converted), what, top=5)
+    (part,) = (tmp_path / "kept").glob("part-*")
+    whole = part.read_bytes()
+    for damaged in (whole[:-100], b""):
+        part.write_bytes(damaged)
+        with pytest.raises(
+            CheckpointError, match=r"part-00000\.arrow is damaged \(.*with `swapattn logits --overwrite`"
+        ):
+            distill(converted, recipe=what, output=tmp_path / "out", device="cpu")
+    assert not (tmp_path / ".out.run").exists()
 
 
 @pytest.mark.parametrize("changed", ["text", "teacher"])
