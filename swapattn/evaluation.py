@@ -216,8 +216,12 @@ def _extras(perplexity: bool | str | Path, probes: bool | int, documents: int | 
     text = Path(perplexity)
     if text.is_dir():
         raise UsageError(f"--perplexity takes a text file and {text} is a folder; name a checkpoint before the options")
-    if not text.is_file():
-        raise UsageError(f"--perplexity {text}: no such file")
+    from .positions import read_text
+
+    try:
+        read_text(text)  # before anything is scored
+    except SwapattnError as error:
+        raise type(error)(f"--perplexity {error}") from error
     return replace(extras, text=text)
 
 

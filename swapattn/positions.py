@@ -36,15 +36,27 @@ def perplexity_of_file(
         UsageError: no such file, or less than two tokens in it.
         SourceError: a damaged file, or one that is not UTF-8.
     """
-    path = Path(path)
+    text = read_text(Path(path))
+    return {**perplexity_of_text(model, tokenizer, text, windows=windows, longest=longest), "text": str(path)}
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, plain or .zst, as it is to the last token.
+
+    Raises:
+        UsageError: no such file, or nothing in it.
+        SourceError: a damaged file, or one that is not UTF-8.
+    """
     try:
         with ExitStack() as stack:
-            text = open_text(path, stack, newline="").read()  # as it is, to the last token
+            text = open_text(path, stack, newline="").read()
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read as UTF-8 text: {' '.join(str(error).split())}") from error
-    return {**perplexity_of_text(model, tokenizer, text, windows=windows, longest=longest), "text": str(path)}
+    if not text:
+        raise UsageError(f"{path} is empty")
+    return text
 
 
 def perplexity_of_text(

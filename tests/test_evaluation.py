@@ -479,6 +479,13 @@ def test_text_for_perplexity_is_looked_for_first(found: Any, text: str, message:
         evaluate(tasks=["piqa"], perplexity=text)
 
 
+@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b"\xff\xfe\xfd", "cannot be read as UTF-8 text")])
+def test_text_for_perplexity_is_read_first(found: Any, tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(SwapattnError, match=rf"^--perplexity a\.txt {message}"):
+        evaluate(checkpoint="absent", tasks=["piqa"], perplexity="a.txt")
+
+
 def test_places_for_the_report(found: Any, tmp_path: Path) -> None:
     assert evaluation._target(found.checkpoint, None).name == "eval.json"
     assert evaluation._target(found.checkpoint, tmp_path / "a" / "b.json") == tmp_path / "a" / "b.json"
