@@ -216,7 +216,8 @@ def _read_embedded(part: str) -> str:
 def _expand(patterns: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in patterns:
-        matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        place = Path(pattern).expanduser()
+        matches = [str(place)] if place.is_file() else sorted(glob.glob(str(place), recursive=True))
         paths = [path for path in map(Path, matches) if path.is_file()]
         if not paths:
             raise UsageError(f"no file matches {pattern}")

@@ -208,6 +208,12 @@ class TestWhatIsAskedFor:
         with pytest.raises(UsageError, match=re.escape(f"no file matches {tmp_path}/*.txt")):
             documents(spec(tmp_path / "*.txt"))
 
+    def test_a_file_is_itself_whatever_its_name_would_match(self, tmp_path):
+        (tmp_path / "part [1]").mkdir()
+        file = write(tmp_path / "part [1]" / "a*.txt", "mine")
+        write(tmp_path / "part [1]" / "ab.txt", "another")
+        assert list(documents(spec(file))) == ["mine"]
+
     @pytest.mark.parametrize("name", ["a.csv", "a.zst", "a"])
     def test_an_unknown_kind_of_file(self, tmp_path, name):
         write(tmp_path / name, "x")
