@@ -118,6 +118,7 @@ def evaluate(
     beside = baselines.subjects(found, branches=branches, teacher=teacher, against=against, **options)
     names, units, description = _units(tasks, data, extras)
     thresholds.check_keys(bounds, {unit.name: unit.metrics for unit in units})
+    _check_shots(units, settings.num_fewshot)
     _say_limit(units, settings.limit)
     measured: dict[str, Measured] = {}
     for subject in [*subjects, *beside]:
@@ -281,6 +282,14 @@ _TOKENIZER_PARTS: dict[str, Callable[[Any], Any]] = {
     "set of special tokens": lambda tokenizer: [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
     "chat template": lambda tokenizer: tokenizer.chat_template,
 }
+
+
+def _check_shots(units: Sequence[Unit], shots: int | None) -> None:
+    for name, task in (leaf for unit in units for leaf in unit.leaves.items()):
+        if not shots or task.get_config("num_fewshot") == 0:  # a task's own 0 stays
+            continue
+        if (there := sum(1 for _ in task.fewshot_docs() or ())) < shots:
+            raise UsageError(f"--num-fewshot {shots}: {name} has only {there:,} documents to take examples from")
 
 
 def _say_limit(units: Sequence[Unit], limit: int | None) -> None:

@@ -265,14 +265,17 @@ def recipe_text(name: str) -> str:
     """Source text of a named recipe or of a recipe file.
 
     Raises:
-        RecipeError: nothing of that name; the message offers near matches.
+        RecipeError: nothing of that name (the message offers near matches), or a file that cannot be read.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else recipe_folder() / f"{name}.yaml"
     if not path.is_file():
         near = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(recipe_names())}"
         raise RecipeError(f"no recipe {name!r}: {hint}")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {name} cannot be read as UTF-8 text: {error}") from error
 
 
 def load_recipe(recipe: str | Recipe, overrides: Iterable[str] = ()) -> Recipe:

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from . import sources
-from .checkpoint import RECORD, find, write_json
+from .checkpoint import RECORD, check_folder, find, write_json
 from .data import PackedTokens, documents, no_words
 from .environment import check_device, default_device, hardware, say, versions
 from .errors import CheckpointError, UsageError
@@ -212,6 +212,7 @@ def _target(output: str | Path | None, name: str, overwrite: bool) -> Path:
     for path in (target, target.with_suffix(".json")):
         if path.exists() and not overwrite:
             raise UsageError(f"{path} exists: use --overwrite, or another file with -o")
+    check_folder(target.parent)
     return target
 
 

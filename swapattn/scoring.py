@@ -39,12 +39,14 @@ class Settings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Raise UsageError where a count makes no sense."""
+        """Raise UsageError where a number makes no sense."""
         batch = 1 if self.batch_size == "auto" else self.batch_size
         limit = 1 if self.limit is None else self.limit
         if not isinstance(batch, int) or batch < 1 or limit < 1 or (self.num_fewshot or 0) < 0:
             given = f"limit {self.limit}, num_fewshot {self.num_fewshot}, batch_size {self.batch_size}"
             raise UsageError(f"{given}: must be positive; batch_size may be auto")
+        if self.seed is not None and not 0 <= self.seed < 2**32:  # what NumPy takes
+            raise UsageError(f"--seed {self.seed}: choose one from 0 to {2**32 - 1}")
 
 
 @dataclass(frozen=True)

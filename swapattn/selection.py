@@ -24,7 +24,7 @@ from tqdm import tqdm
 from . import sources
 from .attention import observing, swaps
 from .calibration import calibrate_stage
-from .checkpoint import RECORD, read
+from .checkpoint import RECORD, check_folder, read
 from .data import PackedTokens, heldout_windows
 from .environment import default_device, say
 from .errors import CheckpointError, UsageError
@@ -126,14 +126,15 @@ def select(
         overwrite: drop the measurements of an earlier run with other settings.
 
     Raises:
-        UsageError: the folder holds measurements of another run, the number of layers does not fit, or the tokenizer
-            or length allows no document for recall.
+        UsageError: the folder holds measurements of another run or cannot be written, the number of layers does not
+            fit, or the tokenizer or length allows no document for recall.
         SwapattnError: as `convert` and `load` do.
     """
     resolved = load_recipe(recipe, overrides)
     if not on or isinstance(on, str) or not set(on) <= _KINDS.keys():
         raise UsageError(f"on {on!r}: expected one or more of {', '.join(_KINDS)}")
     keep = KeepSpec(count=count, share=share if share is not None or count is not None else 0.25)
+    check_folder(Path(output or "."))
     subject = _subject(str(model), resolved)
     total = len(subject.positions) + len(subject.kept)
     chosen = len(keep.positions(total)) - len(subject.kept)

@@ -479,6 +479,21 @@ def test_text_for_perplexity_is_looked_for_first(found: Any, text: str, message:
         evaluate(tasks=["piqa"], perplexity=text)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_fewshot": 7}, "--num-fewshot 7: piqa has only 6 documents"),
+        ({"seed": -1}, "--seed -1: choose one from 0 to 4294967295"),
+    ],
+)
+def test_numbers_that_lm_eval_cannot_take_are_refused_before_a_model_is_loaded(
+    found: Any, mirror: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], message: str
+) -> None:
+    monkeypatch.setattr(found.loader, "load_teacher", never)
+    with pytest.raises(UsageError, match=message):
+        evaluate(tasks=["piqa"], data=str(mirror), **options)
+
+
 @pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b"\xff\xfe\xfd", "cannot be read as UTF-8 text")])
 def test_text_for_perplexity_is_read_first(found: Any, tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.txt").write_bytes(content)

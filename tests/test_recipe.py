@@ -273,10 +273,18 @@ def test_a_recipe_that_does_not_exist_offers_near_matches():
         load_recipe("qqqqqqqq")
 
 
-@pytest.mark.parametrize(("content", "words"), [("a: [1", "not valid YAML"), ("- 1", "keys and values"), ("", "keys")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [1", "not valid YAML"),
+        (b"- 1", "keys and values"),
+        (b"", "keys"),
+        (b"\xff", r"broken\.yaml cannot be read as UTF-8"),
+    ],
+)
 def test_a_file_that_is_no_recipe_is_refused_in_one_line(content, words, tmp_path):
     file = tmp_path / "broken.yaml"
-    file.write_text(content, encoding="utf-8")
+    file.write_bytes(content)
     with pytest.raises(RecipeError, match=words) as caught:
         load_recipe(str(file))
     assert "\n" not in str(caught.value)

@@ -587,6 +587,11 @@ class TestErrors:
             build([run], tmp_path / "r.html", overwrite=True)
         assert other.read_text() == "my own"
 
+    def test_a_page_below_a_file_is_refused(self, run, tmp_path):
+        (tmp_path / "notes").write_text("my own")
+        with pytest.raises(UsageError, match=re.escape(f"{tmp_path / 'notes'} is no folder")):
+            build([run], tmp_path / "notes" / "r.html")
+
 
 class TestParts:
     def test_colours_can_be_told_from_light_and_dark(self):

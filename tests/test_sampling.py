@@ -264,6 +264,7 @@ def test_a_dry_run_refuses_what_the_run_would(tiny_teacher, work, change, words)
         ({"prompts": "embedded", "start": "bos"}, "both say what a text starts from"),
         ({"output": "s.txt"}, "s.txt: JSON lines are read from .jsonl files, name it s.jsonl"),
         ({"output": "notes.jsonl"}, "notes.json exists: use --overwrite"),
+        ({"output": "notes.json/s.jsonl"}, "notes.json is no folder"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused_and_do_not_stand_in_the_way(tiny_teacher, work, whole, change, words):

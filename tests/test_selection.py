@@ -139,6 +139,13 @@ def test_an_unknown_kind_of_text_is_refused_before_a_model_is_loaded(on):
         select("no such model", on=on)
 
 
+def test_a_file_in_the_place_of_the_folder_is_named_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "s").write_text("mine")
+    for output in (tmp_path / "s", tmp_path / "s" / "deeper"):
+        with pytest.raises(UsageError, match=f"^{tmp_path / 's'} is no folder"):
+            select("no such model", output)
+
+
 def test_a_refused_question_drops_no_measurements(teacher, tmp_path):
     select(teacher, tmp_path / "s", count=1, **SMALL)
     before = (tmp_path / "s" / SCORES).read_text()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import find
+from ..checkpoint import check_folder, find
 from ..environment import say
 from ..errors import UsageError
 from . import plots
@@ -116,6 +116,7 @@ def build(
 
 def _check_targets(files: Sequence[Path], folder: Path, overwrite: bool) -> None:
     """Nothing is in the way but, with `overwrite`, an earlier report."""
+    check_folder(folder.parent)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is in the way of the plots: choose another name with -o")
     for path in [*files, *sorted(folder.glob("*"))]:
