@@ -7,6 +7,7 @@ Unknown keys, wrong types and contradictory values are `RecipeError`s that name 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -301,9 +302,18 @@ def load_recipe(recipe: str | Recipe, overrides: Iterable[str] = ()) -> Recipe:
     return parse_recipe(data, label=label)
 
 
+class _Loader(yaml.SafeLoader):
+    """Also reads 1e6 as a number, as YAML 1.2 does; in YAML 1.1 it is text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def _read(name: str) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(recipe_text(name))
+        data = yaml.load(recipe_text(name), Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {name}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
@@ -361,7 +371,7 @@ def _value(label: str, text: str) -> Any:
     if text.startswith("*"):
         return text  # a glob pattern; in YAML it would be a reference
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         hint = "; write a pattern that begins with * in quotes" if "alias" in str(error) else ""
         raise RecipeError(f"{label}: not valid YAML: {' '.join(str(error).split())}{hint}") from error

@@ -189,6 +189,18 @@ def test_overrides_reach_every_level():
     assert changed.convert.decay.schedule == "retnet"
 
 
+@pytest.mark.parametrize("written", ["1e6", "1E+06", "1.0e6", "10e5", "1_000_000"])
+def test_a_whole_number_may_have_an_exponent(written, tmp_path):
+    assert override(f"distill.stages.align.tokens={written}").distill.stages[1].tokens == 10**6
+    stage = f"{{stage: align, tokens: {written}, learning_rate: 1e-3}}"
+    (tmp_path / "a.yaml").write_text(f"distill: {{text: 1e6.txt, stages: [{stage}]}}")
+    found = load_recipe(str(tmp_path / "a.yaml")).distill
+    assert (found.stages[0].tokens, found.stages[0].learning_rate) == (10**6, 1e-3)
+    assert found.text == TextSpec(files=("1e6.txt",))
+    with pytest.raises(RecipeError, match="fractional part"):
+        override("distill.stages.align.tokens=1.5e-1")
+
+
 def test_a_text_may_be_several_with_weights():
     changed = override(
         "distill.text=[embedded, {hub: some/set, weight: 3}]",
