@@ -70,6 +70,10 @@ class TestHelp:
     def test_version(self):
         assert run("--version").stdout == f"swapattn, version {__version__}\n"
 
+    def test_it_runs_as_a_module(self):
+        answer = subprocess.run([sys.executable, "-m", "swapattn", "--version"], capture_output=True, text=True)
+        assert answer.stdout == f"swapattn, version {__version__}\n"
+
     def test_an_unknown_command_is_a_usage_error(self):
         result = run("convrt")
         assert result.exit_code == 2

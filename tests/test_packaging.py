@@ -19,7 +19,7 @@ KERNELS = ROOT / "kernels" / "lightning_attention"
 
 # The layers, from the outside in: a module imports from its own layer or a later one, never from an earlier one.
 LAYERS = (
-    {"cli"},
+    {"__main__", "cli"},
     {"quickstart"},
     {"distillation", "evaluation", "generation", "sampling", "conversion", "bench", "report", "throughput"}
     | {"curves", "estimate", "preparation"}
