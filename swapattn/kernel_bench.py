@@ -180,9 +180,8 @@ def _row(case: Case, late: bool, seconds: float) -> dict[str, Any]:
         row["fla_speedup"] = fla / found.milliseconds
     others = "".join(f"; {name} {_milliseconds(ms)}" for name, ms in found.peers.items())
     ours = "" if found.milliseconds is None else f"{_milliseconds(found.milliseconds)} ms, "
-    say(
-        f"  {ours}{row['figure_text']}, target {row['target_text']}{others}"
-    )  # an interrupted run has told what it found
+    # an interrupted run has told what it found
+    say(f"  {ours}{row['figure_text']}, target {row['target_text']}{others}")
     return row
 
 

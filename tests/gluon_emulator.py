@@ -3,7 +3,7 @@
 What a warp group does to a tile becomes one operation of torch, a partition of a warp-specialised kernel a thread.
 Memory barriers (mbarrier) count arrivals and bytes as the hardware does, so phases, stages and ranges are tested, and a
 kernel that waits for what never comes fails; layouts, fences and the order of asynchronous operations are not. Half
-precision is kept in float32, so that results are exact but for the order of sums.
+precision is kept in float32 unless said, so that results are exact but for the order of sums.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ class Kernel:
 class Machine:
     """The modules that a kernel imports."""
 
-    def __init__(self) -> None:
+    def __init__(self, half: torch.dtype) -> None:
+        self.half = half
         self.program = self.programs = 0
         self.barriers: dict[int, tuple[Memory, Barrier]] = {}
         self.changed = threading.Condition()
@@ -211,7 +212,7 @@ class Machine:
             return lambda x, y: function(torch.as_tensor(x), torch.as_tensor(y))
 
         vars(gl).update(
-            constexpr=lambda x: x, bfloat16=torch.float32, float32=torch.float32, int32=torch.int32, int64=torch.int64,
+            constexpr=lambda x: x, bfloat16=self.half, float32=torch.float32, int32=torch.int32, int64=torch.int64,
             static_range=range, exp2=torch.exp2, where=torch.where, load=load, store=store,
             minimum=pair(torch.minimum), maximum=pair(torch.maximum),
             arange=lambda low, high, layout: torch.arange(low, high),
@@ -235,7 +236,7 @@ class Machine:
 
         def product(x: Any, y: Memory, acc: Tensor, *, use_acc: bool = True, is_async: bool) -> Tensor:
             left = x.x if isinstance(x, Memory) else x
-            return left @ y.x + (acc if use_acc else 0)
+            return left.float() @ y.x.float() + (acc if use_acc else 0)
 
         vars(hopper).update(
             fence_async_shared=lambda: None, mbarrier=mbarrier, tma=tma, warpgroup_mma=product,
@@ -251,9 +252,9 @@ class Machine:
         return found
 
 
-def emulated(*files: Path) -> types.ModuleType:
+def emulated(*files: Path, half: torch.dtype = torch.float32) -> types.ModuleType:
     """The module in the last of the files, which may import from those before it, their kernels emulated."""
-    machine = Machine()
+    machine = Machine(half)
     import triton.experimental
 
     modules = machine.modules()

@@ -1,7 +1,7 @@
 """Which calls take the sweep for Hopper GPUs, and its launcher.
 
-It takes bfloat16 without hidden tokens. Every other call takes the Triton kernels, which are correct
-everywhere and as fast where nothing is gained here (64 features and 64 values).
+It takes bfloat16 without hidden tokens, and packed sequences unless their states are wanted. Every other call takes the
+Triton kernels, which are correct everywhere and as fast where nothing is gained here (64 features and 64 values).
 """
 
 from __future__ import annotations

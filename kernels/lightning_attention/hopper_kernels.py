@@ -413,11 +413,8 @@ def consume(
                         place += (row.to(gl.int64) * heads + head) * length
                         write_lines(place, dots_lines, HALF * 8, n, token, start, stop, REVERSED)
         if LEAVING:
-            sequence = item
-            if not PACKED:
-                sequence = item // segments
-            if (PACKED | (item % segments == segments - 1)) & (head % GROUP == 0):
-                place_state = sequence.to(gl.int64) * owners + own
+            if (item % segments == segments - 1) & (head % GROUP == 0):
+                place_state = row.to(gl.int64) * owners + own
                 values = column + gl.arange(0, 64, layout=gl.SliceLayout(1, acc_state))
                 dims = gl.arange(0, A, layout=gl.SliceLayout(0, acc_state))
                 base = leaving + place_state * (A * V)
@@ -441,9 +438,9 @@ def hopper_kernel(
     """One sweep, or (PAIR) two that read two tensors in common, over `works` pieces of work.
 
     The operands are descriptors, None where there are none. sums (PER_TOKEN): of the log2 decays within chunks,
-    `decay.running_sums`. made: where 1/z goes; inverse and bias: 1/z and -(do . o), of each query, `[Hq, B, T]`. DOTS:
-    the products of out and `other` of each token, of the first sweep and 64 columns, are stored at `dots`
-    `[V / 64, B, heads, T]`.
+    `decay.running_sums`. leaving, leaving_sum (LEAVING, not PACKED): where the states behind the last tokens go. made:
+    where 1/z goes; inverse and bias: 1/z and -(do . o), of each query, `[Hq, B, T]`. DOTS: the products of out and
+    `other` of each token, of the first sweep and 64 columns, are stored at `dots` `[V / 64, B, heads, T]`.
     """
     tile: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     blocks: gl.constexpr = V // (64 * CONSUMERS)

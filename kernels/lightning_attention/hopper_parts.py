@@ -60,7 +60,8 @@ def locate(work, cu_seqlens, sizes, PAIR: gl.constexpr, BLOCKS: gl.constexpr, PA
 
 @gluon.jit
 def chunk_start(n, start, stop, REVERSED: gl.constexpr, PER_TOKEN: gl.constexpr):
-    """First token of the n-th chunk of a walk. What is no whole chunk comes last: its state matters to none.
+    """First token of the n-th chunk of a walk. What is no whole chunk comes last, and its state matters to the caller
+    alone.
 
     In reversed time it may begin before `start`. Running sums begin at multiples of 64.
     """

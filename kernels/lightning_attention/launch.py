@@ -133,7 +133,9 @@ def segment_length(length: int, programs: int, narrow: int, sequences: int, devi
     return length if segment >= length else segment
 
 
-def hopper_cut(length: int, programs: int, ahead: int, states: int, device: torch.device) -> tuple[int, int]:
+def hopper_cut(
+    length: int, programs: int, forward: int, narrow: int, states: int, device: torch.device
+) -> tuple[int, int]:
     """Tokens of a segment for Hopper's sweep, and into how many parts the pass for the states cuts it.
 
     One program fills a multiprocessor there (of 64 columns in all: two), so segments are fewer and longer than those of
@@ -148,17 +150,19 @@ def hopper_cut(length: int, programs: int, ahead: int, states: int, device: torc
         1 x 65536, 32 / 8       4 x 16384            11
         1 x 32768, 8            8 x 4096             4
 
-    A short sequence is not cut for the backward pass alone: 32 x 1,024 tokens of 9/3 heads (128 features, 64 values,
-    normalised) took 0.137 and 0.342 ms in two segments, 0.115 and 0.296 ms in one.
+    A short sequence is not cut for a backward pass alone that has work for most of the device: 32 x 1,024 tokens of 9/3
+    heads (128 features, 64 values, normalised) took 0.137 and 0.342 ms in two segments, 0.115 and 0.296 ms in one.
 
     Args:
         length: tokens of a row.
         programs: the fewest programs of a sweep of whole sequences, each with 64 columns.
-        ahead: programs of the forward pass, in the narrow form of the Triton kernels where there is one.
+        forward: those of the forward pass.
+        narrow: the same in the narrow form of the Triton kernels, 0 where there is none.
         states: sequences times heads of the state.
         device: where it runs.
     """
     wanted = processors(device)
+    ahead = max(narrow, forward if 2 * programs >= wanted else 0)
     if 4 * programs >= 3 * wanted or (4 * ahead >= 3 * wanted and length <= LONGEST_UNCUT):
         return length, 1
     segment = max(SMALLEST_SEGMENT, share_of(length, max(2, wanted // programs)))

@@ -132,18 +132,17 @@ def hopper_sweeps(dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 7
 
 def hopper_prompts(dtype: torch.dtype, dim: int, value_dim: int) -> None:
     """Forward passes that hand on a state, with one warpgroup that multiplies and with two."""
-    for rows, normalize, packed in ((1, False, False), (1, True, True), (70, True, False)):
+    for rows, normalize in ((1, False), (1, True), (70, True)):
         q, k, v = (torch.zeros(rows, 512, 4, d, dtype=dtype) for d in (dim, dim, value_dim))
-        bounds = torch.tensor([0, 200, 512], dtype=torch.int32) if packed else None
         with mock.patch.object(hopper, "SMALLEST", 0), torch.no_grad():
             lightning_attention_kernel(
-                q, k, v, torch.zeros(4), cu_seqlens=bounds, normalize=normalize, output_final_state=True, segment=512
+                q, k, v, torch.zeros(4), normalize=normalize, output_final_state=True, segment=512
             )
 
 
 def step(dtype: torch.dtype, dim: int, value_dim: int, *, rows: int = 64, length: int = 1) -> None:
     """Decoding, with a state for each head and with one for four."""
-    for heads, shared, normalize in ((4, 4, False), (8, 2, True)):
+    for heads, shared, normalize in ((4, 4, False), (8, 2, True), (8, 2, False)):
         q, k, v = (torch.zeros(rows, length, h, d, dtype=dtype)
                    for h, d in ((heads, dim), (shared, dim), (shared, value_dim)))  # fmt: skip
         pools = torch.zeros(rows, shared, dim, value_dim), torch.zeros(rows, shared, dim)

@@ -39,6 +39,7 @@ LINEAR: dict[str, dict[str, Any]] = {
     "packed": {"packed": True, "shared": 2},
     "packed, normalised": {"packed": True, "shared": 2, "normalize": True, "return_log_sum": True},
     "segments": {"length": 2085, "output_final_state": True},
+    "prompt, normalised": {"output_final_state": True, "normalize": True, "shared": 2},
     "segments, decay per token": {"length": 2085, "gated": True, "shared": 1},
 }
 

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-KERNELS_OF_A_DIM = 49
+KERNELS_OF_A_DIM = 50
 OF_GROUPS = 7  # of 8 heads
 WITH_BULK = 6  # of the window in half precision, with bulk copies and without
 KERNELS_OF_LOSSES = 2
@@ -90,7 +90,8 @@ sizes = (1, 1), (3, 2), (3, 15), (1, 16), (2, 63), (3, 64), (2, 1000)
 new = [{"rows": rows, "length": length} for rows, length in sizes]
 kernels(linear, [{"length": 40}, {"length": 512}], new)
 kernels(linear, [{"length": 40}, {"length": 512}], new, group=2, full=True)
-kernels(step, [{"rows": 1}, {"rows": 64}], [{"rows": 3, "length": 2}, {"rows": 100, "length": 16}])
+known = [{"rows": rows} for rows in (1, 64, 120, 200, 2100)]  # of a step the number of states counts
+kernels(step, known, [{"rows": 3, "length": 2}, {"rows": 100, "length": 16}, {"rows": 300}, {"rows": 3000}])
 kernels(window, [{"length": 100}], new)
 kernels(window, [{"length": 100}], new, return_lse=True)
 kernels(merged, [{"length": 100}], new)
@@ -102,7 +103,7 @@ def test_no_new_length_or_batch_compiles_anew():
     assert python("-W", "ignore", "-c", LENGTHS) == [
         "linear 7",
         "linear 11",
-        "step 3",
+        "step 8",
         "window 11",
         "window 11",
         "merged 12",

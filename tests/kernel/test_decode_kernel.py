@@ -173,3 +173,4 @@ def test_on_gpu_no_launch_reads_what_the_one_before_has_not_written(rows, shared
 def test_how_states_are_cut(states, group, config):
     """Where all of them stay in the cache, their lines leave it first."""
     assert decode.step_config(states, 128, 128, group, False, torch.device("cpu")) == config
+    assert group == 1 or decode.step_config(states, 256, 128, group, False, torch.device("cpu")) == (32, 2, False)

@@ -143,6 +143,8 @@ def test_short_sequences_are_not_cut_for_the_backward_pass_alone(monkeypatch):
     monkeypatch.setattr(hopper, "available", lambda device: True)
     sizes = {"heads": 9, "shared": 3, "value_dim": 64, "normalize": True}
     assert shape(rows=32, length=1024, **sizes)[0].segments == 1
+    assert shape(rows=1, length=4096, heads=64, shared=8, normalize=True)[0].segments == 8
+    assert shape(rows=2, length=4096, heads=28, shared=4, dim=256, value_dim=128, normalize=True)[0].segments == 8
     assert shape(rows=8, length=1024, **sizes)[0].segments == 4
     assert shape(rows=32, length=8192, **sizes)[0].segments == 2
 
@@ -170,16 +172,15 @@ def test_running_sums(length):
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-5)
 
 
-@pytest.fixture
-def on_cpu(monkeypatch):
-    """The kernel's source in `gluon_emulator`, for float32; how many sweeps there have been."""
+def emulate(monkeypatch, half=torch.float32):
+    """The kernel's source in `gluon_emulator`, bf16 as `half`; how many sweeps there have been."""
     from pathlib import Path
 
     from gluon_emulator import emulated
     from lightning_attention import backward, forward
 
     files = (Path(hopper.__file__).with_name(name) for name in ("hopper_parts.py", "hopper_kernels.py"))
-    module, count, sweep = emulated(*files), [], hopper.hopper_sweep
+    module, count, sweep = emulated(*files, half=half), [], hopper.hopper_sweep
     monkeypatch.setenv("SWAPATTN_KERNELS", "triton")
     monkeypatch.setattr(hopper, "hopper_kernel", module.hopper_kernel)
     monkeypatch.setattr(hopper, "TensorDescriptor", module.TensorDescriptor)
@@ -187,6 +188,12 @@ def on_cpu(monkeypatch):
         monkeypatch.setattr(at, "fits_hopper", lambda *_: True)
         monkeypatch.setattr(at, "hopper_sweep", lambda *a, **more: (count.append(more["into"]), sweep(*a, **more)))
     return count
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Exact, of float32."""
+    return emulate(monkeypatch)
 
 
 def check_on_cpu(on_cpu, length, *, sweeps, **options):
@@ -254,12 +261,14 @@ def test_source_takes_up_states(on_cpu):
     [
         {"rows": 2, "heads": 4, "shared": 2, "segment": 128, "slopes": (7.9, 0.1)},
         {"dim": 256, "normalize": True, "started": True, "slopes": (7.9, 0.1)},
-        {"bounds": [0, 0, 1, 65, 129, 129, 210], "normalize": True, "heads": 4, "started": True},
+        {"heads": 4, "normalize": True, "started": True, "rows": 2},
         {"per_token": True, "normalize": True, "segment": 128},
     ],
 )
-def test_source_final_state(on_cpu, options):
-    """Behind the last token, not behind the chunk that it lies in; of an empty sequence it is the initial one."""
+@pytest.mark.parametrize("number", [1, 2])
+def test_source_final_state(on_cpu, monkeypatch, options, number):
+    """Behind the last token, not behind the chunk that it lies in."""
+    monkeypatch.setattr(hopper, "consumers", lambda *_, **__: hopper.Consumers(number, 2, 168, 1))
     check_on_cpu(
         on_cpu,
         210,
@@ -267,6 +276,28 @@ def test_source_final_state(on_cpu, options):
         sweeps=3 + options.get("normalize", False) - 2 * options.get("started", False),
         **options,
     )
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_source_final_state_in_two_parts(monkeypatch, per_token):
+    """As good as in fp32, with bf16 as a GPU rounds it: in one part its error would be a thousandth."""
+    emulate(monkeypatch, torch.bfloat16)
+    sizes = {"rows": 1, "dim": 128, "value_dim": 128, "slopes": (0.0039, 0.1)}
+    case = Case(200, normalize=True, final=True, per_token=per_token, **sizes)
+    case.inputs = [x.bfloat16().float() for x in case.inputs]
+    found, wanted = case.run(lightning_attention), case.run(chunked_attention, torch.float64)
+    for x, y in zip(found[1:3], wanted[1:3], strict=True):
+        assert relative(x.flatten(2)[:, None], y.flatten(2)[:, None]) < 1e-5
+
+
+def test_packed_sequences_that_hand_on_states_go_elsewhere(on_cpu):
+    """So that a NaN stays in the sequence that it comes from."""
+    case = Case(130, dim=128, value_dim=128, bounds=[0, 70, 130], normalize=True, final=True)
+    for x in case.inputs:
+        x[:, 70:] = torch.nan
+    states = case.run(lightning_attention)[1:3]
+    assert on_cpu.count("v") == 1
+    assert all(x[0].isfinite().all() and x[1].isnan().all() for x in states)
 
 
 @pytest.fixture
@@ -343,7 +374,7 @@ def check(taken, length, *, sweeps, limits=(3e-3, 6e-3), beside=1.1, **options):
     states = range(1, outputs - case.options["return_log_sum"])  # of the end, as good as in fp32
     for i, (x, y, z) in enumerate(zip(found, others, wanted, strict=True)):
         x, y, z = (t.flatten(2)[:, None] if i in states else t for t in (x, y, z))
-        limit = 1e-3 if i in states else limits[i >= outputs]
+        limit = 1e-4 if i in states else limits[i >= outputs]
         assert relative(x, z) <= max(limit, beside * relative(y, z)), i
     taken.clear()
 
@@ -463,8 +494,8 @@ def test_final_state(taken, dim, value_dim, normalize, options):
 @pytest.mark.parametrize("dim", [128, 256])
 def test_final_states_of_packed_sequences(taken, dim):
     bounds = [0, 0, 1, 65, 500, 500, *range(600, 4000, 97), 4096]
-    check(taken, 4096, bounds=bounds, dim=dim, normalize=True, final=True, sweeps=4)
-    check(taken, 4096, bounds=bounds, dim=dim, normalize=True, started=True, final=True, sweeps=2)
+    check(taken, 4096, bounds=bounds, dim=dim, normalize=True, final=True, sweeps=3)
+    check(taken, 4096, bounds=bounds, dim=dim, normalize=True, started=True, final=True, sweeps=1)
 
 
 @pytest.mark.gpu
