@@ -147,7 +147,31 @@ def generating(kind: type) -> type:
     return type(kind.__name__, (GeneratesMixin, kind), {"stock": kind, "__module__": kind.__module__})
 
 
-class SwapMixin(GeneratesMixin):
+class _Known:
+    """A class that the Auto classes know from `swap_classes`, whichever way it was loaded."""
+
+    @classmethod
+    def register_for_auto_class(cls, *_: Any) -> None:
+        """Nothing, where transformers notes down that a class came with `trust_remote_code`.
+
+        By that note every later saving in the process would copy the file of the class in the place of our entry.
+        """
+
+
+class ConfigMixin(_Known):
+    """What the config classes of swapattn add to their base class."""
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and beside it the files that plain transformers needs to load the folder.
+
+        A model saves its config by this, once in all processes, and within what `push_to_hub` uploads.
+        """
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.auto_map = write_runtime(Path(save_directory), self.swapattn["base_model_type"])  # type: ignore[attr-defined]
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+class SwapMixin(_Known, GeneratesMixin):
     """What the model classes of swapattn add to their base class."""
 
     # Slopes, scales and mixes lose too much in 16 bits; a few thousand numbers cost nothing.
@@ -172,13 +196,6 @@ class SwapMixin(GeneratesMixin):
         prefix = "" if adaptable(self) else PREFIX  # type: ignore[arg-type]
         super().set_attn_implementation(prefix + base, *args, **kwargs)  # type: ignore[misc]
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, and beside it the files that plain transformers needs to load the folder."""
-        config = self.config  # type: ignore[attr-defined]
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        config.auto_map = write_runtime(Path(save_directory), config.swapattn["base_model_type"])
-        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-
 
 @functools.cache
 def swap_classes(base_model_type: str) -> tuple[type, type]:
@@ -193,7 +210,7 @@ def swap_classes(base_model_type: str) -> tuple[type, type]:
     base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
     model_type = MODEL_TYPE_PREFIX + base_model_type
     config_name, model_name = class_names(base_model_type)
-    config = type(config_name, (base_config,), {"model_type": model_type, "__module__": __name__})
+    config = type(config_name, (ConfigMixin, base_config), {"model_type": model_type, "__module__": __name__})
     model = type(model_name, (SwapMixin, base_model), {"config_class": config, "__module__": __name__})
     AutoConfig.register(model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model, exist_ok=True)

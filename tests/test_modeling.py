@@ -227,6 +227,10 @@ tokens = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=No
 torch.save({{"logits": logits, "tokens": tokens, "module": type(model).__module__}}, {out!r})
 assert ("swapattn" in sys.modules) is {importable}
 """
+_SAVE = """
+model.save_pretrained("again")
+model.config.save_pretrained("config")
+"""
 _REFUSED = """
 try:
     AutoModelForCausalLM.from_pretrained(folder)
@@ -252,15 +256,20 @@ def run_python(code, tmp_path):
 
 
 @pytest.mark.parametrize("importable", [False, True], ids=["without-swapattn", "with-swapattn"])
-def test_plain_transformers_gives_the_same_logits_and_text(checkpoint, tmp_path, importable):
+def test_plain_transformers_gives_the_same_logits_and_text_and_saves_such_a_folder(checkpoint, tmp_path, importable):
     blocked = () if importable else ("swapattn", "lightning_attention")
     out = tmp_path / "out.pt"
     code = _BLOCKER.format(blocked=blocked, folder=str(checkpoint))
     code += "" if importable else _REFUSED  # first: a type that was trusted once stays known in the process
     code += _LOAD.format(prompt=PROMPT, out=str(out), importable=importable)
-    run_python(code, tmp_path)
+    run_python(code + _SAVE, tmp_path)
     found = torch.load(out, weights_only=True)
     model, _ = load(checkpoint)
+    assert torch.equal(logits_of(load(tmp_path / "again")[0]), found["logits"])
+    named = json.loads((checkpoint / "config.json").read_text())["auto_map"]
+    for folder in (tmp_path / "again", tmp_path / "config"):
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == named
+        assert {path.name for path in folder.glob("*.py")} == {path.name for path in checkpoint.glob("*.py")}
     ids = torch.tensor(PROMPT)
     assert torch.equal(found["logits"], logits_of(model))
     assert torch.equal(found["tokens"], model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None))
