@@ -21,9 +21,10 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention import compute
+from .made import Made
 
 
-class _Adapted(nn.Module):
+class _Adapted(Made, nn.Module):
     """What the adapted attention classes share; each comes before its stock class."""
 
     swap: Any
@@ -210,7 +211,8 @@ def adaptable(model: nn.Module) -> list[nn.Module]:
 def _adapted(stock: Any) -> type:
     adapter = _adapter(stock)
     assert adapter is not None
-    return type("Adapted" + stock.__name__, (adapter, stock), {"stock": stock, "__module__": stock.__module__})
+    own = {"stock": stock, "made_by": (_adapted, stock), "__module__": stock.__module__}
+    return type("Adapted" + stock.__name__, (adapter, stock), own)
 
 
 def adapt_(module: nn.Module) -> None:

@@ -27,6 +27,7 @@ from .attention import BASES, PADDING_ONLY, PREFIX, find_cache, register, swaps
 from .cache import CACHE, LightningCacheLayer, adopt
 from .errors import CheckpointError
 from .inputs import NoRotary, drop_rotary, rotation_of
+from .made import Made
 from .swap import KERNEL_FOLDER, LightningSwap
 
 MODEL_TYPE_PREFIX = "swapattn_"
@@ -46,6 +47,7 @@ RUNTIME = (
     "inputs.py",
     "masks.py",
     "outside.py",
+    "made.py",
     "errors.py",
 )
 KERNEL_RUNTIME = (
@@ -108,7 +110,7 @@ def attach(
             config._attn_implementation_internal = PREFIX + (base if base in BASES else BASES[0])
 
 
-class GeneratesMixin:
+class GeneratesMixin(Made):
     """What `generate` has to be told about a swapped model."""
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> bool:
@@ -144,7 +146,8 @@ class GeneratesMixin:
 @functools.cache
 def generating(kind: type) -> type:
     """The same model class with that added, for a model that is swapped after it was loaded."""
-    return type(kind.__name__, (GeneratesMixin, kind), {"stock": kind, "__module__": kind.__module__})
+    own = {"stock": kind, "made_by": (generating, kind), "__module__": kind.__module__}
+    return type(kind.__name__, (GeneratesMixin, kind), own)
 
 
 class _Known:
@@ -158,7 +161,7 @@ class _Known:
         """
 
 
-class ConfigMixin(_Known):
+class ConfigMixin(_Known, Made):
     """What the config classes of swapattn add to their base class."""
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -210,8 +213,10 @@ def swap_classes(base_model_type: str) -> tuple[type, type]:
     base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
     model_type = MODEL_TYPE_PREFIX + base_model_type
     config_name, model_name = class_names(base_model_type)
-    config = type(config_name, (ConfigMixin, base_config), {"model_type": model_type, "__module__": __name__})
-    model = type(model_name, (SwapMixin, base_model), {"config_class": config, "__module__": __name__})
+    own: dict[str, Any] = {"model_type": model_type, "made_by": (_config_class, base_model_type)}
+    config = type(config_name, (ConfigMixin, base_config), {**own, "__module__": __name__})
+    own = {"config_class": config, "made_by": (_model_class, base_model_type)}
+    model = type(model_name, (SwapMixin, base_model), {**own, "__module__": __name__})
     AutoConfig.register(model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model, exist_ok=True)
     # Mappings such as that of fused experts are keyed by model type, others by class; without them tensors that are
@@ -221,6 +226,14 @@ def swap_classes(base_model_type: str) -> tuple[type, type]:
         if mapping is not None and get_checkpoint_conversion_mapping(new) is None:
             register_checkpoint_conversion_mapping(new, mapping)
     return config, model
+
+
+def _config_class(base_model_type: str) -> type:
+    return swap_classes(base_model_type)[0]
+
+
+def _model_class(base_model_type: str) -> type:
+    return swap_classes(base_model_type)[1]
 
 
 def register_base(model_type: str, model_class: Any) -> None:

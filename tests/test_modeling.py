@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -18,9 +20,12 @@ from swapattn.attention import only_branch, swaps
 from swapattn.checkpoint import find
 from swapattn.conversion import convert
 from swapattn.errors import CheckpointError
+from swapattn.families import tiny_config
 from swapattn.loading import load, load_teacher
 from swapattn.modeling import KERNEL_RUNTIME, RUNTIME, SCHEMA_VERSION
+from swapattn.recipe import ConvertSpec
 from swapattn.shards import INDEX, NEW_SHARD
+from swapattn.surgery import apply_, plan
 
 SPEC = ["convert.local={window: 5, sinks: 2}"]
 PROMPT = [[17, 40, 33, 250, 81, 9, 77, 120, 64]]
@@ -230,6 +235,15 @@ assert ("swapattn" in sys.modules) is {importable}
 _SAVE = """
 model.save_pretrained("again")
 model.config.save_pretrained("config")
+import pickle
+assert torch.equal(pickle.loads(pickle.dumps(model))(input_ids=ids).logits, logits)
+"""
+_UNPICKLE = """
+import torch
+for model, ids, logits in torch.load({file!r}, weights_only=False):
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, logits), type(model)
+    assert model.generate(ids, max_new_tokens=2, eos_token_id=None).shape[1] == ids.shape[1] + 2
 """
 _REFUSED = """
 try:
@@ -275,6 +289,21 @@ def test_plain_transformers_gives_the_same_logits_and_text_and_saves_such_a_fold
     assert torch.equal(found["tokens"], model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None))
     assert len(set(found["tokens"][0, 9:].tolist())) > 3
     assert found["module"].startswith("swapattn." if importable else "transformers_modules.")
+
+
+def test_a_pickled_model_runs_in_a_process_that_has_made_none(checkpoint, tiny_family, tmp_path):
+    """One of a checkpoint, one swapped in memory, and one whose attention modules have a class of their own."""
+    model, _ = load(checkpoint)
+    memory, adapted = tiny_family("llama"), AutoModelForCausalLM.from_config(tiny_config("falcon")).eval()
+    for other in (memory, adapted):
+        apply_(other, plan(other.config, ConvertSpec.model_validate({"local": {"window": 5, "sinks": 2}})))
+    for kind in (copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))):
+        for thing in (model, model.config, memory, adapted):
+            assert type(kind(thing)) is type(thing)
+        assert kind(model.config).to_dict() == model.config.to_dict()
+    file, ids = str(tmp_path / "models.pt"), torch.tensor(PROMPT)
+    torch.save([(each, ids, logits_of(each)) for each in (model, memory, adapted)], file)
+    run_python(_UNPICKLE.format(file=file), tmp_path)
 
 
 def test_plain_transformers_loads_a_checkpoint_with_every_option(tiny_teacher, tmp_path):

@@ -34,6 +34,7 @@ LAYERS = (
         "call",
         "adapters",
         "modeling",
+        "made",
         "loading",
         "cache",
         "data",
