@@ -50,7 +50,7 @@ CARRIED = (
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a teacher's folder.
+    """The transformers config of a teacher's folder, or the part of it that its causal LM is made from.
 
     Args:
         folder: with a config.json.
@@ -69,7 +69,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise UnsupportedModelError(f"{folder} is already converted (model type {model_type})")
     use_own_code(folder, trust=trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(folder)
+        return surgery.causal_config(AutoConfig.from_pretrained(folder))
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(f"{folder}: transformers does not know the model type {model_type!r}") from error
 
@@ -139,7 +139,9 @@ def write_checkpoint(
     size = sum((folder / name).stat().st_size for name in set(merged.values()))
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": merged})
     copy_companions(teacher, folder)
-    data = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
+    data, config = json.loads((teacher / "config.json").read_text(encoding="utf-8")), read_config(teacher)
+    if data["model_type"] != config.model_type:  # the text model of a teacher that has other parts too
+        data = {"dtype": data.get("dtype", data.get("torch_dtype")), **json.loads(config.to_json_string())}
     auto_map = write_runtime(folder, plan.base_model_type)
     data.update(
         model_type=MODEL_TYPE_PREFIX + plan.base_model_type,

@@ -126,6 +126,17 @@ class SwapPlan:
         }
 
 
+def causal_config(config: Any) -> Any:
+    """The config that the causal LM is made from, as the Auto classes do it.
+
+    Of some types that also see (qwen3_5) it is that of their text model; of others (gemma3) the one with all parts.
+    """
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    text = config.sub_configs.get("text_config")
+    taken = text is not None and getattr(model, "config_class", None) is text
+    return config.get_text_config() if taken else config
+
+
 def attention_sites(config: Any) -> list[AttentionSite]:
     """Every module that calls the attention interface, found on the meta device from a config alone.
 
@@ -133,6 +144,7 @@ def attention_sites(config: Any) -> list[AttentionSite]:
         UnsupportedModelError: the type is no causal LM, has no softmax attention, computes it out of reach of the
             interface, or uses it in a way that one swap per layer cannot stand for.
     """
+    config = causal_config(config)
     _check_config(config)
     kind = config.model_type
     calls: list[tuple[nn.Module, AttentionSite]] = []
@@ -299,6 +311,7 @@ def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
         UnsupportedModelError: see `attention_sites`.
         RecipeError: a kept layer does not exist, or none is left to swap.
     """
+    config = causal_config(config)
     sites = sorted(attention_sites(config), key=lambda site: site.layer_idx)
     count = len(sites)
     if isinstance(spec.keep_softmax, KeepSpec):

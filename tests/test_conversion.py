@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, Qwen3_5ForConditionalGeneration
 
 import swapattn.shards
+from swapattn.attention import swaps
 from swapattn.checkpoint import read
 from swapattn.conversion import convert
 from swapattn.errors import CheckpointError, RecipeError, SwapattnError, UnsupportedModelError, UsageError
+from swapattn.families import tiny_config
 from swapattn.loading import load, load_teacher
 from swapattn.modeling import swap_classes
 from swapattn.recipe import load_recipe
 from swapattn.shards import INDEX, SINGLE
+from swapattn.surgery import plan
 from swapattn.unpickling import as_safetensors
 
 SPEC = ["convert.local={window: 5, sinks: 2, mix: joint}"]
@@ -258,6 +261,33 @@ def test_fused_experts_are_taken_over(tmp_path):
     model, _ = load(convert(tmp_path / "t", tmp_path / "c", recipe="smoke").path)
     own = teacher.state_dict()
     assert all(torch.equal(tensor, own[key]) for key, tensor in model.state_dict().items() if ".swap." not in key)
+
+
+def test_the_text_model_of_a_teacher_that_also_sees_is_converted(tmp_path):
+    """As it is published: weights of all parts, a config with sections, and no dtype in that of the text model."""
+    config = tiny_config("qwen3_5")
+    Qwen3_5ForConditionalGeneration(config).bfloat16().save_pretrained(tmp_path / "t")
+    assert "dtype" not in json.loads((tmp_path / "t" / "config.json").read_text())["text_config"]
+    found = convert(tmp_path / "t", tmp_path / "c", recipe="smoke", overrides=[*SPEC, "convert.keep_softmax=[1]"])
+    assert found.plan.base_model_type == plan(config, found.plan.spec).base_model_type == "qwen3_5_text"
+    model, _ = load(found.path)
+    assert list(swaps(model)) == ["model.layers.1.self_attn"]
+    own = load_teacher(tmp_path / "t")[0].state_dict()
+    mine = {key: tensor for key, tensor in model.state_dict().items() if ".swap." not in key}
+    assert mine.keys() == own.keys()
+    assert all(torch.equal(tensor, own[key]) and tensor.dtype == own[key].dtype for key, tensor in mine.items())
+    model.save_pretrained(tmp_path / "again")
+    ids = torch.arange(3, 24)[None]
+    for folder in (found.path, tmp_path / "again"):
+        again = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert model.generate(ids, max_new_tokens=3, eos_token_id=None).shape == (1, 24)
+
+
+def test_a_text_model_that_is_refused_is_refused_with_the_parts_around_it(tmp_path):
+    (tmp_path / "config.json").write_text(tiny_config("llama4").to_json_string())
+    with pytest.raises(UnsupportedModelError, match="within chunks"):
+        convert(tmp_path, tmp_path / "c", recipe="smoke", dry_run=True)
 
 
 def test_classes_are_made_once():
