@@ -239,13 +239,14 @@ def _check_config(config: Any) -> None:
         raise _refusal(kind, "is an encoder-decoder; swapattn converts decoder-only models")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _refusal(kind, "is no causal language model of this transformers")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise _refusal(kind, "shares keys and values between layers, which no swap can cache")
-    layer_types = getattr(config, "layer_types", None) or ()
-    if "chunked_attention" in layer_types:
-        raise _refusal(kind, "attends within chunks, whose borders cannot be told from those of packed sequences")
-    if "indexed_attention" in layer_types or any(getattr(config, name, None) for name in INDEXER_FIELDS):
-        raise _refusal(kind, _INDEXED)
+    for part in (config, config.get_text_config(decoder=True)):  # the same but for composites
+        if getattr(part, "num_kv_shared_layers", 0):
+            raise _refusal(kind, "shares keys and values between layers, which no swap can cache")
+        layer_types = getattr(part, "layer_types", None) or ()
+        if "chunked_attention" in layer_types:
+            raise _refusal(kind, "attends within chunks, whose borders cannot be told from those of packed sequences")
+        if "indexed_attention" in layer_types or any(getattr(part, name, None) for name in INDEXER_FIELDS):
+            raise _refusal(kind, _INDEXED)
 
 
 def _site(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kw: dict[str, Any]) -> AttentionSite:

@@ -135,6 +135,9 @@ def test_what_cannot_be_swapped_is_refused_with_its_reason(kind, reason):
 def test_other_refusals_depend_on_the_config():
     assert "encoder-decoder" in reason_for("bart", is_encoder_decoder=True)
     assert "shares keys and values" in reason_for("gemma4_text", num_kv_shared_layers=1)
+    text = families.tiny_config("gemma4_unified_text", num_kv_shared_layers=1)
+    assert "shares keys and values" in reason_for("gemma4_unified", text_config=text.to_dict())
+    assert families.support("gemma4_unified").supported
     assert "both directions" in reason_for("bert", is_decoder=False)
     assert families.support("bart").supported
 
