@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .attention import compute
+from .attention import PADDING_ONLY, compute
 from .made import Made
 
 
@@ -131,7 +131,9 @@ class _Falcon(_Whole):
                 mask = mask > torch.finfo(mask.dtype).min / 2
 
         def teacher(_: Any) -> Any:
-            full = _full_mask(attention_mask, q)
+            # Stock takes a mask of ours for eager's, and adds the bias to the scores as well.
+            ours = self.config._attn_implementation.startswith(PADDING_ONLY)
+            full = _full_mask(mask, q) if ours else attention_mask
             return super(_Falcon, self).forward(hidden_states, alibi=alibi, attention_mask=full, **kwargs)
 
         result = self.run((q, k, v), mask, kwargs, options, self.dense, teacher)
@@ -257,11 +259,11 @@ def _measured_slopes(file: str, heads: int) -> tuple[float, ...]:
 
 
 def _full_mask(mask: Any, q: torch.Tensor) -> torch.Tensor:
-    """An additive causal mask `[B, 1, T, T]` from a padding mask `[B, T]` or None; a 4D one is handed back."""
-    if mask is not None and mask.dim() == 4:
+    """An additive causal mask `[B, 1, T, T]` from a padding mask `[B, T]`, None, or a 4D one."""
+    if mask is not None and mask.dim() == 4 and mask.dtype != torch.bool:
         return mask  # type: ignore[no-any-return]
     length = q.shape[2]
     allowed = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None, None]
     if mask is not None:
-        allowed = allowed & (mask > 0)[:, None, None, -length:]
+        allowed = allowed & (mask if mask.dim() == 4 else (mask > 0)[:, None, None, -length:])
     return torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, torch.finfo(q.dtype).min)

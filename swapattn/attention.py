@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from .cache import adopt
@@ -79,14 +79,19 @@ def _mask_function(base: str) -> Callable[..., Any]:
     return mask
 
 
-def _padding_only(
-    *_: Any, batch_size: int, kv_length: int, device: torch.device, attention_mask: Any = None, **__: Any
-) -> torch.Tensor:
-    """Real tokens, bool `[B, S]`: swapped layers need no more, and nothing quadratic is made."""
-    if attention_mask is not None:
-        known = attention_mask[:, -kv_length:].bool()
+def _padding_only(base: str) -> Callable[..., Any]:
+    def mask(*args: Any, batch_size: int, kv_length: int, mask_function: Any, device: Any, **kwargs: Any) -> Any:
+        """Real tokens, bool `[B, S]`: swapped layers need no more, and nothing quadratic is made."""
+        if mask_function is not causal_mask_function:  # sequences are packed: their borders are in the whole mask
+            given = {"batch_size": batch_size, "kv_length": kv_length, "mask_function": mask_function, "device": device}
+            return _mask_function(base)(*args, **given, **kwargs)
+        known = kwargs.get("attention_mask")
+        if known is None:
+            return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+        known = known[:, -kv_length:].bool()
         return F.pad(known, (0, kv_length - known.shape[1]))  # a static cache has room for tokens to come
-    return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+
+    return mask
 
 
 def register() -> None:
@@ -94,7 +99,7 @@ def register() -> None:
     for base in BASES:
         AttentionInterface.register(PREFIX + base, _dispatcher(base))
         AttentionMaskInterface.register(PREFIX + base, _mask_function(base))
-        AttentionMaskInterface.register(PADDING_ONLY + base, _padding_only)
+        AttentionMaskInterface.register(PADDING_ONLY + base, _padding_only(base))
 
 
 def find_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

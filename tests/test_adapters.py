@@ -114,6 +114,35 @@ def _positions(model):
     return {"position_ids": (MASK.cumsum(1) - 1).clamp(min=0)} if known else {}
 
 
+@pytest.mark.parametrize("keep", [(), (1,)], ids=["all-swapped", "keep-1"])
+def test_packed_sequences_are_kept_apart(teacher, keep):
+    packed = {"position_ids": torch.cat((torch.arange(9), torch.arange(12)))[None]}
+
+    def apart(model):
+        alone = torch.cat((logits(model, IDS[:1, :9]), logits(model, IDS[:1, 9:])), 1)
+        assert not near(logits(model, IDS[:1]), alone, 1e-3)
+        return near(logits(model, IDS[:1], **packed), alone)
+
+    if teacher.config.model_type in ("bloom", "mpt") or not apart(teacher):
+        pytest.skip("is not told positions, or (falcon up to transformers 5.23) makes no mask from them")
+    model = swap_(teacher, keep=keep)
+    assert apart(model)
+    with observing(model, lambda *_: None):
+        assert apart(model)
+
+
+@torch.no_grad()
+def test_packed_sequences_in_a_compiled_model_are_an_error():
+    torch._dynamo.reset()
+    model = swap_(AutoModelForCausalLM.from_config(families.tiny_config("gpt_neo")).eval())
+    run = torch.compile(model.forward, backend="eager", fullgraph=True)
+    packed = torch.cat((torch.arange(9), torch.arange(12)))[None]
+    assert near(run(input_ids=IDS, position_ids=torch.arange(21)[None], use_cache=False).logits, logits(model))
+    with pytest.raises(RuntimeError, match="packed sequences in a compiled model"):
+        run(input_ids=IDS, position_ids=packed, use_cache=False)
+    torch._dynamo.reset()
+
+
 def test_an_observed_or_reverted_model_is_the_teacher(teacher):
     teacher = teacher.float()
     expected = logits(teacher), logits(teacher, attention_mask=MASK)
