@@ -26,6 +26,7 @@ class AttentionCall:
         tokens: bool `[B, T]`, False for padding, or None when every token is real.
         cu_seqlens: int64 `[N + 1]` when sequences are packed in the batch (then the batch is one row), else None.
         hidden: `[B, T, M]`, the input of the attention module, for layers with gates; else None.
+        lift: fp32 `[B, T, Hq]`, what ALiBi adds to all scores of a query beyond slope · (key − query); else None.
         softcap, sliding_window: of the teacher's softmax; a swapped layer has neither.
     """
 
@@ -52,6 +53,7 @@ class AttentionCall:
         self.hidden = hidden
         first = not isinstance(seen, torch.Tensor) and seen == 0
         given = cu_seqlens if first else None
+        self.lift: torch.Tensor | None = None
         self.tokens, starts = read_mask(mask, q.shape[-2], seen, may_be_packed=first and given is None)
         if alibi is not None:
             self._add_alibi(*alibi)
@@ -67,10 +69,11 @@ class AttentionCall:
     sliding_window: int | None = None
 
     def _add_alibi(self, slopes: torch.Tensor | Sequence[float], count: torch.Tensor | None) -> None:
-        """Give q and k two channels whose product is slope · position of the key: the bias, up to a constant a query.
+        """Give q and k two channels whose product is slope · position of the key: the bias, but for `lift`.
 
-        Softmax does not see that constant. Multiples of 256 have a channel of their own, so that bf16 holds positions
-        up to 65,535 exactly. The linear branch does without: its decay stands for the bias.
+        Softmax does not see that constant of a query, only the logarithm of its denominator does. Multiples of 256 have
+        a channel of their own, so that bf16 holds positions up to 65,535 exactly. The linear branch does without: its
+        decay stands for the bias.
         """
         batch, length, heads, _ = self.q.shape
         if self.tokens is None:
@@ -80,11 +83,12 @@ class AttentionCall:
         position = position if count is None else position + count[:, None]
         low = position % 256
         parts = torch.stack((position - low, low), -1)[:, :, None].expand(-1, -1, self.k.shape[2], -1)
-        bias = torch.as_tensor(slopes, device=self.q.device, dtype=torch.float64) / self.scaling
+        bias = (torch.as_tensor(slopes, device=self.q.device, dtype=torch.float64) / self.scaling).to(self.q)
+        self.lift = position[..., None] * (bias.to(torch.promote_types(bias.dtype, torch.float32)) * self.scaling)
         bias = bias[:, None].expand(batch, length, heads, 2)
-        self.q, self.k = torch.cat((self.q, bias.to(self.q)), -1), torch.cat((self.k, parts.to(self.k)), -1)
+        self.q, self.k = torch.cat((self.q, bias), -1), torch.cat((self.k, parts.to(self.k)), -1)
 
-    TENSORS = ("q", "k", "v", "linear_q", "linear_k", "tokens", "hidden")
+    TENSORS = ("q", "k", "v", "linear_q", "linear_k", "tokens", "hidden", "lift")
 
     @property
     def length(self) -> int:
@@ -118,6 +122,7 @@ class AttentionCall:
         self.linear_q, self.linear_k = (x.flatten(0, 1)[None] for x in (self.linear_q, self.linear_k))
         self.tokens = self.tokens.flatten()[None] if self.tokens is not None else None
         self.hidden = self.hidden.flatten(0, 1)[None] if self.hidden is not None else None
+        self.lift = self.lift.flatten(0, 1)[None] if self.lift is not None else None
 
     def last_states(self, final: Any) -> Any:
         """Of the final states of all packed sequences those of each row's last one."""

@@ -314,7 +314,7 @@ class LightningSwap(nn.Module):
             call.k,
             call.v,
             linear,
-            self.log_weight(call.q, log_sum, seen.some),
+            self.log_weight(call, log_sum, seen.some),
             self.out_scale,
             window=self.window,
             sinks=self.sinks,
@@ -339,10 +339,10 @@ class LightningSwap(nn.Module):
         seen = self.outside(call, cache, positions)
         linear, log_sum = self.linear(call, cache, seen)
         local, lse = self.local(call, cache, positions)
-        return Parts(linear, local, torch.sigmoid(lse - self.log_weight(call.q, log_sum, seen.some))[..., None])
+        return Parts(linear, local, torch.sigmoid(lse - self.log_weight(call, log_sum, seen.some))[..., None])
 
-    def log_weight(self, q: torch.Tensor, log_sum: torch.Tensor | None, some: torch.Tensor) -> torch.Tensor:
-        """ln of the linear branch's weight in the denominator of a joint layer, fp32 `[B, T, Hq]`.
+    def log_weight(self, call: AttentionCall, log_sum: torch.Tensor | None, some: torch.Tensor) -> torch.Tensor:
+        """ln of the linear branch's weight in the denominator of a joint layer, beside the window's, fp32 `[B, T, Hq]`.
 
         -inf where nothing is outside the window.
         """
@@ -351,5 +351,7 @@ class LightningSwap(nn.Module):
         assert self.mix_sum is not None
         assert log_sum is not None
         # An ALiBi bias in further channels of q stays out.
-        of_query = torch.einsum("bthd,hd->bth", q[..., : self.mix_query.shape[1]], self.mix_query.to(q.dtype))
-        return torch.where(some[..., None], self.mix + self.mix_sum * log_sum + of_query, -torch.inf)
+        q = call.q[..., : self.mix_query.shape[1]]
+        of_query = torch.einsum("bthd,hd->bth", q, self.mix_query.to(q.dtype))
+        weight = self.mix + self.mix_sum * log_sum + of_query
+        return torch.where(some[..., None], weight if call.lift is None else weight + call.lift, -torch.inf)

@@ -196,6 +196,20 @@ def test_the_linear_layer_is_its_formula(per):
     assert torch.allclose(swap(call), expected, rtol=0, atol=1e-7)
 
 
+def test_the_share_of_a_joint_layer_does_not_depend_on_where_alibi_counts_from():
+    """Its window's denominator does: the bias grows with the position of the key, not with its distance."""
+    q, k, v, _ = call_of(length=30)
+    swap = layer(local={"window": 5, "sinks": 2, "mix": "joint"}, feature_map="elu1", normalizer="sum")
+    outputs, shares = [], []
+    for count in (None, torch.tensor([1000, 3])):
+        call = AttentionCall(q, k, v, 0.3, None, 0, alibi=([0.5, 0.25, 0.1, 0.01], count))
+        outputs.append(swap(call))
+        shares.append(swap.parts(call).share)
+    assert shares[0][:, 10:].min() < 0.9
+    assert torch.allclose(*shares, rtol=0, atol=1e-9)
+    assert torch.allclose(*outputs, rtol=0, atol=1e-9)
+
+
 def test_the_mixed_layer_is_its_formula():
     q, k, v, call = call_of()
     swap = layer(feature_map="elu1", normalizer="sum", local={"window": 4, "sinks": 2, "share": 0.3})
