@@ -86,6 +86,7 @@ def assert_dead_or_whole(folder, whole):
     load(folder)
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_nothing_that_loads_and_can_be_run_again(tiny_teacher, tmp_path):
     whole = files(convert(tiny_teacher, tmp_path / "whole", recipe="smoke").path)
     left_over = 0
