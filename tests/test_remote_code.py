@@ -124,6 +124,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_for_somebody_else_asks_anew(stranger, tmp_path, monkeypatch):
     """Another user's cache, another process: the checkpoint names its code, and `verify` is where it is allowed."""
     folder = tmp_path / "c"
