@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .bulk import bulk_copies, head_steps
-from .hopper import chunk_sums, fits_hopper, hopper_sweep
+from .hopper import Pair, chunk_sums, fits_hopper, hopper_sweep
 from .launch import sweep_config
 from .shape import Shape, outputs_per_program, padded, precision
 from .states import entering_states
@@ -21,9 +21,6 @@ try:  # in a try block: transformers demands what the files of a checkpoint impo
     import triton.language as tl
 except ImportError as error:
     raise ImportError("the kernels of lightning_attention need triton") from error
-
-
-Pair = tuple[Tensor | None, Tensor | None]  # a state and its sum state
 
 
 @triton.jit(do_not_specialize=["scale", "length", "segment", "segments", "sequences", "tokens"])

@@ -19,17 +19,8 @@ from .launch import processors
 from .shape import Shape
 
 try:
-    from .hopper_kernels import (
-        GIVEN_BOTH,
-        GIVEN_SUM,
-        LINE,
-        MAKE_SUM,
-        NO_SUM,
-        TILE,
-        TensorDescriptor,
-        hopper_kernel,
-    )
-    from .hopper_parts import VERSION
+    from .hopper_kernels import hopper_kernel
+    from .hopper_parts import GIVEN_BOTH, GIVEN_SUM, LINE, MAKE_SUM, NO_SUM, TILE, VERSION, TensorDescriptor
 except (ImportError, AttributeError):  # a Triton without Gluon, or with one that is not known to compile it
     hopper_kernel, VERSION = None, (0, 0)
 

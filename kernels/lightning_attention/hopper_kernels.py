@@ -21,14 +21,21 @@ Source: Lightning Attention-2, arXiv 2401.04658; the division of labour is that 
 from __future__ import annotations
 
 from .hopper_parts import (
+    GIVEN_BOTH,
+    GIVEN_SUM,
+    MAKE_SUM,
     barrier,
     bulk_load,
     chunk_start,
+    fade_values,
     fetch,
+    in_two_parts,
     locate,
     log2_rate,
     pair_decay,
     read_line,
+    renew,
+    rounded_off,
     send,
     state_decays,
     store_rows,
@@ -45,13 +52,8 @@ try:  # in a try block: transformers demands what the files of a checkpoint impo
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as TensorDescriptor
 except ImportError as error:
     raise ImportError("the kernels for Hopper need triton with Gluon") from error
-
-TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)  # of [1, 64, 1, columns]
-LINE = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)  # of [1, 1, 64]
-NO_SUM, MAKE_SUM, GIVEN_SUM, GIVEN_BOTH = (gl.constexpr(i) for i in range(4))
 
 
 @gluon.jit
@@ -142,49 +144,6 @@ def produce(
                 if stage == STAGES:
                     stage = 0
                     phase ^= 1
-
-
-@gluon.jit
-def fade_values(c, source, inverse, bias, transposed: gl.constexpr, REVERSED: gl.constexpr, SUM: gl.constexpr):
-    """c^T as it enters the state, and (GIVEN_BOTH) the sum over the tokens that enters the vector beside the state: of
-    c^T, for dk of c^T times the bias of each.
-    """
-    by_steps: gl.constexpr = gl.SliceLayout(0, transposed)
-    if SUM >= GIVEN_SUM and REVERSED:
-        source = source * inverse.load(by_steps)
-    faded = c.permute((1, 0)).load(transposed).to(gl.float32) * gl.expand_dims(source, 0)
-    added = source
-    if SUM == GIVEN_BOTH:
-        if REVERSED:
-            added = gl.sum(faded * gl.expand_dims(bias.load(by_steps), 0), 1)
-        else:
-            added = gl.sum(faded, 1)
-    return faded.to(gl.bfloat16), added
-
-
-@gluon.jit
-def rounded_off(c, source, transposed: gl.constexpr):
-    """What rounding takes from c^T as it enters the state; read anew, for there are no registers to keep it."""
-    faded = c.permute((1, 0)).load(transposed).to(gl.float32) * gl.expand_dims(source, 0)
-    return (faded - faded.to(gl.bfloat16).to(gl.float32)).to(gl.bfloat16)
-
-
-@gluon.jit
-def in_two_parts(line, zero_line, acc_line: gl.constexpr):
-    """`[n, 8]` bf16 whose rows have `line` as their sum over four: rounded, and what that takes from it."""
-    rounded = line.to(gl.bfloat16).to(gl.float32)
-    which = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(0, acc_line)), 0)
-    whole, rounded = gl.expand_dims(line, 1), gl.expand_dims(rounded, 1)
-    return (zero_line + gl.where(which < 4, rounded, whole - rounded)).to(gl.bfloat16)
-
-
-@gluon.jit
-def renew(source_memory, source, zero_line, acc_line: gl.constexpr):
-    """Let the weights of the tokens in the sum of b be other ones."""
-    line = gl.convert_layout(source, gl.SliceLayout(1, acc_line))
-    source_memory.permute((1, 0)).store(in_two_parts(line, zero_line, acc_line))
-    fence_async_shared()
-    barrier()
 
 
 @gluon.jit

@@ -11,7 +11,8 @@ try:  # in a try block: transformers demands what the files of a checkpoint impo
     import triton
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import tma
+    from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as TensorDescriptor
 except ImportError as error:
     raise ImportError("the kernels for Hopper need triton with Gluon") from error
 
@@ -23,6 +24,10 @@ if VERSION < (3, 8):
     bulk_load, bulk_store = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
 else:
     bulk_load, bulk_store = tma.async_load, tma.async_store
+
+TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)  # of [1, 64, 1, columns]
+LINE = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)  # of [1, 1, 64]
+NO_SUM, MAKE_SUM, GIVEN_SUM, GIVEN_BOTH = (gl.constexpr(i) for i in range(4))
 
 
 @gluon.jit
@@ -150,3 +155,46 @@ def state_decays(by_row, by_step, total, scale, REVERSED: gl.constexpr):
         reach = gl.exp2(by_row) * scale
         source = gl.exp2(gl.minimum(total - by_step, 0.0))
     return reach, source
+
+
+@gluon.jit
+def fade_values(c, source, inverse, bias, transposed: gl.constexpr, REVERSED: gl.constexpr, SUM: gl.constexpr):
+    """c^T as it enters the state, and (GIVEN_BOTH) the sum over the tokens that enters the vector beside the state: of
+    c^T, for dk of c^T times the bias of each.
+    """
+    by_steps: gl.constexpr = gl.SliceLayout(0, transposed)
+    if SUM >= GIVEN_SUM and REVERSED:
+        source = source * inverse.load(by_steps)
+    faded = c.permute((1, 0)).load(transposed).to(gl.float32) * gl.expand_dims(source, 0)
+    added = source
+    if SUM == GIVEN_BOTH:
+        if REVERSED:
+            added = gl.sum(faded * gl.expand_dims(bias.load(by_steps), 0), 1)
+        else:
+            added = gl.sum(faded, 1)
+    return faded.to(gl.bfloat16), added
+
+
+@gluon.jit
+def rounded_off(c, source, transposed: gl.constexpr):
+    """What rounding takes from c^T as it enters the state; read anew, for there are no registers to keep it."""
+    faded = c.permute((1, 0)).load(transposed).to(gl.float32) * gl.expand_dims(source, 0)
+    return (faded - faded.to(gl.bfloat16).to(gl.float32)).to(gl.bfloat16)
+
+
+@gluon.jit
+def in_two_parts(line, zero_line, acc_line: gl.constexpr):
+    """`[n, 8]` bf16 whose rows have `line` as their sum over four: rounded, and what that takes from it."""
+    rounded = line.to(gl.bfloat16).to(gl.float32)
+    which = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(0, acc_line)), 0)
+    whole, rounded = gl.expand_dims(line, 1), gl.expand_dims(rounded, 1)
+    return (zero_line + gl.where(which < 4, rounded, whole - rounded)).to(gl.bfloat16)
+
+
+@gluon.jit
+def renew(source_memory, source, zero_line, acc_line: gl.constexpr):
+    """Let the weights of the tokens in the sum of b be other ones."""
+    line = gl.convert_layout(source, gl.SliceLayout(1, acc_line))
+    source_memory.permute((1, 0)).store(in_two_parts(line, zero_line, acc_line))
+    fence_async_shared()
+    barrier()

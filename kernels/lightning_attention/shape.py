@@ -89,8 +89,8 @@ def shape_of(
         if CUT_FOR_HOPPER and not uncut.packed and suits_hopper(uncut, q.dtype, q.device):
             together = 1 if normalize or dim != v.shape[3] else 2  # dk and dv, side by side
             pieces = rows * min(query_heads, together * uncut.shared) * (min(dim, v.shape[3]) // 64)
-            ahead = rows * query_heads * (v.shape[3] // 64)
-            segment, parts = hopper_cut(length, pieces, ahead, narrow, rows * heads, q.device)
+            forward = rows * query_heads * (v.shape[3] // 64)
+            segment, parts = hopper_cut(length, pieces, forward, narrow, rows * heads, q.device)
         else:
             segment = segment_length(length, programs, narrow, 1 if cu_seqlens is None else sequences, q.device)
     cut = -(-length // segment)

@@ -176,14 +176,14 @@ def emulate(monkeypatch, half=torch.float32):
     """The kernel's source in `gluon_emulator`, bf16 as `half`; how many sweeps there have been."""
     from pathlib import Path
 
-    from gluon_emulator import emulated
+    from gluon_emulator import Descriptor, emulated
     from lightning_attention import backward, forward
 
     files = (Path(hopper.__file__).with_name(name) for name in ("hopper_parts.py", "hopper_kernels.py"))
     module, count, sweep = emulated(*files, half=half), [], hopper.hopper_sweep
     monkeypatch.setenv("SWAPATTN_KERNELS", "triton")
     monkeypatch.setattr(hopper, "hopper_kernel", module.hopper_kernel)
-    monkeypatch.setattr(hopper, "TensorDescriptor", module.TensorDescriptor)
+    monkeypatch.setattr(hopper, "TensorDescriptor", Descriptor)
     for at in (forward, backward):
         monkeypatch.setattr(at, "fits_hopper", lambda *_: True)
         monkeypatch.setattr(at, "hopper_sweep", lambda *a, **more: (count.append(more["into"]), sweep(*a, **more)))
