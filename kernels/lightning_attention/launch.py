@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-SMALLEST_SEGMENT = 256
+SMALLEST_SEGMENT = 256  # tokens
+SMALLEST_LONG_PART = 1024  # tokens; below, writing and reading a state takes as long as its k and v
 LONGEST_UNCUT = 4096  # up to here three launches cost more than idle multiprocessors
 LARGEST_TILE = 128  # tokens
 
@@ -140,14 +141,14 @@ def hopper_cut(
 
     One program fills a multiprocessor there (of 64 columns in all: two), so segments are fewer and longer than those of
     `segment_length`, and fewer of k and v are read twice: all but the last segment. Without outputs a program is small;
-    two to a multiprocessor.
+    two to a multiprocessor, and four where parts are long: those that have decayed to nothing are over at once.
     With 128 features and values and 132 multiprocessors:
 
         rows x tokens, heads    segments x tokens    parts
         2 x 32768, 32           1                    1
-        1 x 65536, 32           2 x 32768            8
+        1 x 65536, 32           2 x 32768            16
         1 x 4096, 32            1                    1
-        1 x 65536, 32 / 8       4 x 16384            11
+        1 x 65536, 32 / 8       4 x 16384            16
         1 x 32768, 8            8 x 4096             4
 
     A short sequence is not cut for a backward pass alone that has work for most of the device: 32 x 1,024 tokens of 9/3
@@ -170,7 +171,8 @@ def hopper_cut(
     if segment >= length:
         return length, 1
     before = -(-length // segment) - 1  # segments whose share of the state enters another
-    return segment, max(1, min(2 * wanted // (states * before), segment // SMALLEST_SEGMENT))
+    evenly = 2 * wanted // (states * before)
+    return segment, max(1, min(evenly, segment // SMALLEST_SEGMENT), min(2 * evenly, segment // SMALLEST_LONG_PART))
 
 
 def share_of(tokens: int, parts: int) -> int:

@@ -2,7 +2,8 @@
 
 A sequence is cut into segments, and those into parts; `segment_kernel` computes what each part adds to the state, all
 at once, and `scan_kernel` turns that into the state entering each segment (forward: the state before its first token,
-reverse: after its last). The last segment in the order of the walk adds to no state that is wanted.
+reverse: after its last). The last segment in the order of the walk adds to no state that is wanted. Nor do tokens that
+have decayed to nothing where their segment ends: with a fixed decay they are not read.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ from torch import Tensor
 from .bulk import bulk_copies, head_steps
 from .launch import SweepConfig, share_of, state_config
 from .shape import Shape, padded, precision
-from .sweep import load_tile, locate, product, rows_of, running_decay
+from .sweep import load_tile, locate, log2_decay, product, rows_of, running_decay
 
 try:  # in a try block: transformers demands what the files of a checkpoint import outside one
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("the kernels of lightning_attention need triton") from error
+
+
+NOTHING = tl.constexpr(126.0)  # 2 to minus this is the smallest normal number of fp32
+
+
+@triton.jit
+def reach_of(rate):
+    """How many tokens at the end of a segment have not decayed to nothing there; `rate` is a token's log2 decay."""
+    return tl.minimum(NOTHING / tl.maximum(-rate, 1e-7), 1e9).to(tl.int32) + 1
 
 
 @triton.jit(do_not_specialize=["scale", "length", "segment", "segments", "parts", "share", "sequences", "tokens"])
@@ -40,14 +50,17 @@ def segment_kernel(
     blocks = tl.cdiv(V, BV)
     pid = tl.program_id(0)
     block, head, item = pid % blocks, (pid // blocks) % heads, pid // (blocks * heads)
+    FIXED: tl.constexpr = not (PER_TOKEN or MASKED)
     wanted = (segments - 1) * parts  # of a row
     sequence, row, start, stop, part, end = locate(item, cu_seqlens, length, segment, wanted, sequences, SEQUENCES)
     if sequence >= sequences:
         return
+    first_token, last_token = start, stop  # of the segment
     if SEQUENCES == 0:
         first_token = (part // parts + (1 if REVERSE else 0)) * segment
+        last_token = tl.minimum(first_token + segment, end)
         start = first_token + part % parts * share
-        stop = tl.maximum(tl.minimum(start + share, tl.minimum(first_token + segment, end)), start)
+        stop = tl.maximum(tl.minimum(start + share, last_token), start)
     step = tl.arange(0, C)
     dims = tl.arange(0, BD)
     columns = block * BV + tl.arange(0, BV)
@@ -62,8 +75,19 @@ def segment_kernel(
     state = tl.zeros([BD, BV], tl.float32)
     extra = tl.zeros([BD], tl.float32)
     running = 0.0
-    chunks = tl.cdiv(stop - start, C)
-    for n in range(0, chunks):
+    chunks, here = tl.cdiv(stop - start, C), item.to(tl.int64) * heads + head
+    faded = 0
+    if FIXED:
+        rate = log2_decay(tl.load(log_decay))
+        running = rate * (stop - start)
+        if block == 0:
+            tl.store(totals + here, running)
+        left = reach_of(rate) - (start - first_token if REVERSE else last_token - stop)
+        if left <= 0:  # nor does `scan_kernel` read what this part adds
+            return
+        # One chunk more than that fills: the last one may hold a single token.
+        faded = tl.maximum(chunks - tl.cdiv(left, C) - 1, 0)
+    for n in range(faded, chunks):
         begin = start + (chunks - 1 - n) * C if REVERSE else start + n * C
         inclusive, total, real = running_decay(
             log_decay, mask, begin, step, begin + step < stop, heads, PER_TOKEN, MASKED
@@ -81,43 +105,47 @@ def segment_kernel(
             if NORMALIZE and REVERSE:
                 vectors = (wide_first + g) * tokens + wide_row * length + begin + step
                 given = given * tl.load(factor + vectors, mask=real, other=0.0)
-            faded = tile_y.to(tl.float32) * given[:, None]
-            rounded = faded.to(tile_x.dtype)
+            shares = tile_y.to(tl.float32) * given[:, None]
+            rounded = shares.to(tile_x.dtype)
             state = product(tl.trans(tile_x), rounded, state, PRECISION)
             if EXACT:
-                state = product(tl.trans(tile_x), (faded - rounded.to(tl.float32)).to(tile_x.dtype), state, PRECISION)
+                state = product(tl.trans(tile_x), (shares - rounded.to(tl.float32)).to(tile_x.dtype), state, PRECISION)
             if NORMALIZE:
                 if REVERSE:
                     given = given * tl.load(delta + vectors, mask=real, other=0.0)
                 extra += tl.sum(tile_x.to(tl.float32) * given[:, None], 0)
-    here = item.to(tl.int64) * heads + head
     keep = (dims < D)[:, None] & (columns < V)[None, :]
     tl.store(states + here * D * V + dims[:, None] * V + columns[None, :], state, mask=keep)
     if block == 0:
-        tl.store(totals + here, running)
+        if not FIXED:
+            tl.store(totals + here, running)
         if NORMALIZE:
             tl.store(extras + here * D + dims, extra, mask=dims < D)
 
 
 @triton.jit
-def load_part(states, totals, m, begin, end, heads, head, size, place, REVERSE: tl.constexpr):
-    """What the m-th part of begin .. end in the order of the walk adds, and its log2 decay; 0 where there is none."""
+def load_part(states, totals, m, first, begin, end, heads, head, size, place, REVERSE: tl.constexpr):
+    """What the m-th part of begin .. end in the order of the walk adds, and its log2 decay; 0 where there is none.
+
+    Those before the `first` add nothing.
+    """
     item = end - 1 - m if REVERSE else begin + m
     there = (item >= begin) & (item < end)
     here = item.to(tl.int64) * heads + head
-    added = tl.load(states + here * size + place, mask=place < tl.where(there, size, 0), other=0.0)
+    added = tl.load(states + here * size + place, mask=place < tl.where(there & (m >= first), size, 0), other=0.0)
     return added, tl.load(totals + here, mask=there, other=0.0)
 
 
-@triton.jit(do_not_specialize=["segment", "segments", "parts", "sequences"])
+@triton.jit(do_not_specialize=["segment", "segments", "parts", "share", "sequences"])
 def scan_kernel(
-    states, entering, initial, totals, cu_seqlens, segment, segments, parts, sequences, heads, size,
-    REVERSE: tl.constexpr, STARTED: tl.constexpr, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr,
+    states, entering, initial, totals, log_decay, cu_seqlens, segment, segments, parts, share, sequences, heads, size,
+    REVERSE: tl.constexpr, STARTED: tl.constexpr, FIXED: tl.constexpr, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The state entering each segment, from what the parts of segments add, which lies as `segment_kernel` left it.
 
     entering `[row * segments + segment, Hs, size]` (packed: `[segment, ...]`), `initial` (STARTED) `[N, Hs, size]`: the
-    state before the first segment in the order of the walk. `size` numbers a state and head.
+    state before the first segment in the order of the walk. `size` numbers a state and head. FIXED: a decay for all
+    tokens, none of them hidden.
     """
     blocks = tl.cdiv(size, BLOCK)
     pid = tl.program_id(0)
@@ -140,6 +168,13 @@ def scan_kernel(
     state = tl.zeros([BLOCK], tl.float32)
     if STARTED:
         state = tl.load(initial + own + place, mask=keep, other=0.0)
+    near = 0  # the first part of a segment that adds anything
+    if FIXED:
+        reach = reach_of(log2_decay(tl.load(log_decay + head)))
+        if REVERSE:
+            near = parts - tl.cdiv(reach, share)
+        else:  # the last part may be shorter
+            near = tl.maximum(segment - reach, 0) // share
     for n in range(0, count):
         which = count - 1 - n if REVERSE else n
         there = (first + which).to(tl.int64) * heads + head
@@ -148,10 +183,10 @@ def scan_kernel(
             begin = (given + which) * parts
             end = begin + parts
             for m in range(0, parts, 4):  # four are fetched before the first is waited for
-                added, total = load_part(states, totals, m, begin, end, heads, head, size, place, REVERSE)
-                added_1, total_1 = load_part(states, totals, m + 1, begin, end, heads, head, size, place, REVERSE)
-                added_2, total_2 = load_part(states, totals, m + 2, begin, end, heads, head, size, place, REVERSE)
-                added_3, total_3 = load_part(states, totals, m + 3, begin, end, heads, head, size, place, REVERSE)
+                added, total = load_part(states, totals, m, near, begin, end, heads, head, size, place, REVERSE)
+                added_1, total_1 = load_part(states, totals, m + 1, near, begin, end, heads, head, size, place, REVERSE)
+                added_2, total_2 = load_part(states, totals, m + 2, near, begin, end, heads, head, size, place, REVERSE)
+                added_3, total_3 = load_part(states, totals, m + 3, near, begin, end, heads, head, size, place, REVERSE)
                 state = state * tl.exp2(total) + added
                 state = state * tl.exp2(total_1) + added_1
                 state = state * tl.exp2(total_2) + added_2
@@ -197,11 +232,12 @@ def entering_states(
     def given(tensor: Tensor | None) -> Tensor:  # a pointer that is not read still has to be one
         return totals if tensor is None else tensor
 
+    share = share_of(shape.segment, shape.parts)
     block = min(config.columns, padded(value_dim))
     segment_kernel[(triton.cdiv(value_dim, block) * heads * items,)](
         x, y, head_steps(x), head_steps(y), log_decay, given(mask), given(cu_seqlens), given(factor), given(delta),
         states, given(extras), totals,
-        scale, shape.length, shape.segment, shape.segments, shape.parts, share_of(shape.segment, shape.parts),
+        scale, shape.length, shape.segment, shape.segments, shape.parts, share,
         shape.sequences, shape.rows * shape.length, heads, shape.shared,
         x.stride(0), x.stride(1), x.stride(2), y.stride(0), y.stride(1), y.stride(2),
         D=dim, V=value_dim, BD=padded(dim), BV=block, C=config.chunk, GROUP=group,
@@ -220,8 +256,9 @@ def entering_states(
         size = out[0, 0].numel()
         block = min(1024, padded(size))
         scan_kernel[(triton.cdiv(size, block) * heads * shape.sequences,)](
-            tensor, out, given(start), totals, given(cu_seqlens),
-            shape.segment, shape.segments, shape.parts, shape.sequences, heads, size,
-            REVERSE=reverse, STARTED=start is not None, SEQUENCES=shape.block_sequences, BLOCK=block,
+            tensor, out, given(start), totals, log_decay, given(cu_seqlens),
+            shape.segment, shape.segments, shape.parts, share, shape.sequences, heads, size,
+            REVERSE=reverse, STARTED=start is not None, FIXED=not (shape.per_token or shape.masked),
+            SEQUENCES=shape.block_sequences, BLOCK=block,
         )  # fmt: skip
     return entering[0], entering[1]

@@ -60,6 +60,26 @@ def test_states_of_parts_of_segments(monkeypatch, parts, options):
     Case(200, segment=96, **(EVERYTHING | options)).compare(EXACT)
 
 
+@pytest.mark.parametrize(("bounds", "normalize"), [(None, True), ([0, 280, 300], False)])
+def test_what_has_decayed_to_nothing_is_not_read(bounds, normalize):
+    """Of segments of 96 tokens in chunks of 32, the last two where nothing reaches further than 32 tokens."""
+    from lightning_attention.linear_op import lightning_attention_kernel
+
+    Case(300, rows=1, bounds=bounds, segment=96, slopes=(2.8, 0.9), normalize=normalize, started=True).compare(EXACT)
+    case = Case(300, rows=1, bounds=bounds, slopes=(2.8,), normalize=normalize)
+    wanted = case.run(lightning_attention_kernel, segment=96)
+    for x in case.inputs:
+        x[:, :20] = torch.nan
+    case.do[:, 165:190] = torch.nan
+    found = case.run(lightning_attention_kernel, segment=96)
+    assert found[0][:, :96].isnan().any()
+    assert torch.equal(found[0][:, 96:], wanted[0][:, 96:])
+    if not normalize:  # there every gradient of the first segment hangs on its outputs
+        for x, y in zip(found[-2:], wanted[-2:], strict=True):
+            assert x[:, 96:165].isnan().any()
+            assert torch.equal(x[:, 50:96], y[:, 50:96])
+
+
 @pytest.mark.parametrize(("dim", "value_dim"), [(24, 40), (96, 16), (16, 80)])
 def test_dimensions_that_are_no_power_of_two(dim, value_dim):
     Case(40, rows=1, heads=1, shared=1, dim=dim, value_dim=value_dim, **EVERYTHING).compare(EXACT)
