@@ -157,7 +157,7 @@ def hopper_sweep(
         *tiles, None if other is None else _tile(other, CHUNK), line, first[3], (second or first)[3],
         *(held(x) for x in (*entering, *leaving)), log_decay, held(made), *(held(x) for x in given), held(dots),
         held(cu_seqlens), scale,
-        works, heads, shape.length, shape.rows * shape.length, shape.segment, shape.segments,
+        works, heads, shape.length, shape.rows * shape.length, shape.segment, shape.segments, 0,
         *((columns, 1) if into == "v" else (1, dim)),  # of a's features and of the columns, in the state
         0 if dots is None else dots.stride(0),
         A=dim, V=columns, GROUP=shape.group, STAGES=config.stages, CONSUMERS=config.number,

@@ -81,9 +81,9 @@ def produce(
     ALONE: gl.constexpr = A == 256
     HEADS: gl.constexpr = GROUP if REVERSED else 1
     inverses, biases = numbers
-    _, _, length, tokens, _, _ = sizes
+    _, _, length, tokens, _, _, first_stage = sizes
     columns: gl.constexpr = (1 if ALONE else 2) * A + CONSUMERS * (128 if DOTS else 64)  # of 64 tokens in bf16
-    stage = 0
+    stage = first_stage
     phase = 1  # of a fresh barrier the phase before has passed: the first round does not wait
     phase_a = 1
     for work in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
@@ -174,14 +174,14 @@ def consume(
     extra_memory, source_memory = memory[2].index(HALF), memory[3].index(HALF)
     made_lines, dots_lines = memory[4], memory[5]
     entering, entering_sum, leaving, leaving_sum, log_decay, made, dots, cu_seqlens, scale = given
-    works, heads, length, tokens, _, segments = sizes
+    works, heads, length, tokens, _, segments, first_stage = sizes
     stride_a, stride_c, stride_dots = strides
     rows = gl.arange(0, 64, layout=by_rows)
     columns = gl.arange(0, 64, layout=by_columns)
     step = gl.arange(0, 64, layout=by_steps)
     zero = gl.zeros([64, 64], gl.float32, acc)
     zero_line = gl.zeros([64, 8], gl.float32, acc_line)
-    stage = 0
+    stage = first_stage
     phase = 0
     phase_a = 0
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
@@ -385,11 +385,13 @@ def consume(
     tma.store_wait(pendings=0)
 
 
-@gluon.jit(do_not_specialize=["scale", "works", "length", "tokens", "segment", "segments", "stride_dots"])
+@gluon.jit(
+    do_not_specialize=["scale", "works", "length", "tokens", "segment", "segments", "first_stage", "stride_dots"]
+)
 def hopper_kernel(
     a, b, c, out, a_second, b_second, c_second, out_second, other, sums, out_pointer, second_pointer,
     entering, entering_sum, leaving, leaving_sum, log_decay, made, inverse, bias, dots, cu_seqlens, scale,
-    works, heads, length, tokens, segment, segments, stride_a, stride_c, stride_dots,
+    works, heads, length, tokens, segment, segments, first_stage, stride_a, stride_c, stride_dots,
     A: gl.constexpr, V: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     PAIR: gl.constexpr, REVERSED: gl.constexpr, ENTERING: gl.constexpr, LEAVING: gl.constexpr, PER_TOKEN: gl.constexpr,
     DOTS: gl.constexpr, PACKED: gl.constexpr, SUM: gl.constexpr,
@@ -399,7 +401,9 @@ def hopper_kernel(
     The operands are descriptors, None where there are none. sums (PER_TOKEN): of the log2 decays within chunks,
     `decay.running_sums`. leaving, leaving_sum (LEAVING, not PACKED): where the states behind the last tokens go. made:
     where 1/z goes; inverse and bias: 1/z and -(do . o), of each query, `[Hq, B, T]`. DOTS: the products of out and
-    `other` of each token, of the first sweep and 64 columns, are stored at `dots` `[V / 64, B, heads, T]`.
+    `other` of each token, of the first sweep and 64 columns, are stored at `dots` `[V / 64, B, heads, T]`. first_stage
+    is 0: were it a constant, the compiler would know the stage of each head of a group whose number the stages divide,
+    and keep in registers what follows from that, many more than there are.
     """
     tile: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     blocks: gl.constexpr = V // (64 * CONSUMERS)
@@ -453,7 +457,8 @@ def hopper_kernel(
     rings = (a_ring, b_ring, c_ring, other_ring, sums_ring, inverse_ring, bias_ring)
     memory, numbers = (states, outs, extras, sources, made_lines, dots_lines), (inverse, bias)
     given = (entering, entering_sum, leaving, leaving_sum, log_decay, made, dots, cu_seqlens, scale)
-    sizes, strides = (works, heads, length, tokens, segment, segments), (stride_a, stride_c, stride_dots)
+    sizes = (works, heads, length, tokens, segment, segments, first_stage)
+    strides = (stride_a, stride_c, stride_dots)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [

@@ -45,7 +45,7 @@ def send(desc, row, token, head, column, tile):
 @gluon.jit
 def locate(work, cu_seqlens, sizes, PAIR: gl.constexpr, BLOCKS: gl.constexpr, PACKED: gl.constexpr):
     """Which operands, item, row, head, first token, end and block of columns a piece of work has."""
-    _, heads, length, _, segment, segments = sizes
+    _, heads, length, _, segment, segments, _ = sizes
     which = 0
     if PAIR:  # beside each other: they read two tensors in common
         which = work % 2
