@@ -76,16 +76,20 @@ def available(device: torch.device) -> bool:
     return cuda and (not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] == 9)
 
 
-def consumers(dim: int, columns: int, pieces: int, device: torch.device, *, dots: bool = False) -> Consumers:
+def consumers(
+    dim: int, columns: int, pieces: int, device: torch.device,
+    *, grouped: bool = False, made: bool = False, dots: bool = False,
+) -> Consumers:  # fmt: skip
     """How `columns` columns of each of `pieces` heads of sequences are shared out.
 
     Args:
         dim: features of a and b.
+        grouped: a gradient where several query heads share a key/value head.
+        made: this sweep makes 1/z.
         dots: with a fifth tile.
 
-    Measured on an H100 and an H200 in bf16 (README.md). Two consumers of a program read a and b once. Two stages are
-    better than three where every multiprocessor is at work, and three where some are not; one consumer and twice the
-    programs where more than half are not.
+    Measured on an H100 in bf16 (README.md). Two consumers of a program read a and b once; one and twice the programs
+    are better where more than half of the multiprocessors would have none.
     """
     few = pieces * (columns // CHUNK) < processors(device)
     if dim == 256:
@@ -93,9 +97,8 @@ def consumers(dim: int, columns: int, pieces: int, device: torch.device, *, dots
     if columns == 64:
         return Consumers(1, 2, 128, 2)
     if few:
-        return Consumers(1, 4 - dots, 168, 1)
-    all_at_work = pieces * (columns // (2 * CHUNK)) > processors(device)
-    return Consumers(2, 2 if dots or all_at_work else 3, 168, 1)
+        return Consumers(1, 2 if made else 3, 168, 1)
+    return Consumers(2, 3 if grouped and not dots else 2, 168, 1)
 
 
 def chunk_sums(log_decay: Tensor) -> Tensor | None:
@@ -132,7 +135,10 @@ def hopper_sweep(
     dim, columns, device = first[0].shape[3], first[3].shape[3], first[0].device
     heads = shape.shared if reverse else shape.query_heads
     pieces = shape.items * heads * (1 if second is None else 2)
-    config = consumers(dim, columns, pieces, device, dots=dots is not None)
+    config = consumers(
+        dim, columns, pieces, device,
+        grouped=shape.group > 1 and (reverse or into == "k"), made=made is not None, dots=dots is not None,
+    )  # fmt: skip
     works = pieces * (columns // (CHUNK * config.number))
     tiles: list[Any] = [
         None if operands is None else _tile(operands[i], size)

@@ -103,7 +103,7 @@ def main() -> None:
         for choice, consumers in CHOICES.items():
             if consumers.number * hopper.CHUNK <= min(SHAPES[name][4:]) and SHAPES[name][4] < 256:
 
-                def chosen(*_: Any, dots: bool = False, consumers: Consumers = consumers) -> Consumers:
+                def chosen(*_: Any, dots: bool = False, consumers: Consumers = consumers, **__: bool) -> Consumers:
                     """With a fifth tile there is room for two stages of two consumers."""
                     return consumers._replace(stages=2) if dots and consumers.number == 2 else consumers
 

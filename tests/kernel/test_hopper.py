@@ -98,7 +98,7 @@ def test_idle_multiprocessors_get_programs_of_half_the_columns(monkeypatch):
 def test_what_shares_the_memory_of_a_program(monkeypatch):
     """A fifth tile takes the place of a third stage, or beside 256 features that of a consumer."""
     monkeypatch.setattr(hopper, "processors", lambda device: 132)
-    assert [hopper.consumers(128, 128, 100, CPU, dots=x).stages for x in (False, True)] == [3, 2]
+    assert [hopper.consumers(128, 128, 100, CPU, grouped=True, dots=x).stages for x in (False, True)] == [3, 2]
     assert [hopper.consumers(256, 256, 100, CPU, dots=x).number for x in (False, True)] == [2, 1]
 
 
