@@ -58,7 +58,7 @@ def step_config(states: int, dim: int, value_dim: int, group: int, normalize: bo
     if padded(dim) > 128:  # of more columns, or in fewer warps, these would spill
         return StepConfig(min(32, wide), 2)
     if states <= 2 * processors(device):
-        return StepConfig(min(16, wide), 1)
+        return StepConfig(min(16, wide), 1, leaves=few)
     return StepConfig(min(32, wide), 1, leaves=True) if few else StepConfig(min(64, wide), 2)
 
 

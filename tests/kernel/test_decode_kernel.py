@@ -165,7 +165,7 @@ def test_on_gpu_no_launch_reads_what_the_one_before_has_not_written(rows, shared
         (32, 1, (16, 4, False)),
         (512, 1, (64, 4, True)),
         (2048, 1, (64, 4, False)),
-        (128, 4, (16, 1, False)),
+        (128, 4, (16, 1, True)),
         (512, 4, (32, 1, True)),
         (2048, 4, (64, 2, False)),
     ],
