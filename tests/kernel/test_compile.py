@@ -48,6 +48,19 @@ def test_the_sweep_for_hopper():
     assert max(int(line.split("STACK:")[1]) for line in lines) <= 256
 
 
+@pytest.mark.slow
+def test_the_sweep_for_hopper_does_not_spill_where_the_stages_divide_a_group():
+    """A stage that is a constant for each of three heads made 400 bytes a thread of spilled registers."""
+    call = (
+        "from compile_kernels import compiling, hopper_sweeps, resources\nimport torch\nwith compiling(90) as found:\n"
+    )
+    call += "    hopper_sweeps(torch.bfloat16, 128, 128, rows=1, group=3)\n"
+    call += "print(*(resources(kernel.asm['cubin']) for name, kernel in found.values() if name == 'hopper_kernel'))"
+    stacks = [int(x.split(":")[1]) for x in python("-W", "ignore", "-c", call)[0].split() if x.startswith("STACK")]
+    assert len(stacks) == 3
+    assert max(stacks) <= 64
+
+
 def test_the_window_spills_few_registers():
     """On GPUs before Hopper, too, whose loads take more of them."""
     lines = python(str(SCRIPT), "--arch", "80", "--dtype", "bf16", "--dim", "128", "--call", "window", "merged")
