@@ -44,10 +44,15 @@ def test_groups_states_and_decays(states, normalize, kind):
         (2, {"shared": 1}),
         (3, {"shared": 1, "states": "own", "normalize": True, "hidden": True, "layout": "within"}),
         (2, {"per_token": True, "started": False, "final": False}),
+        (2, {"slopes": (2.8, 0.96), "normalize": True, "decay": False}),
+        (3, {"slopes": (1.4, 0.96), "decay": False}),
     ],
 )
 def test_states_of_parts_of_segments(monkeypatch, parts, options):
-    """96 tokens in parts of 64 and 32, or of 32 each; in the last segment some have no token."""
+    """96 tokens in parts of 64 and 32, or of 32 each; in the last segment some have no token.
+
+    With slopes of 2.8 and 1.4 a part before the last of the walk adds nothing.
+    """
     from lightning_attention import launch, linear_op
 
     def cut(*arguments):
@@ -137,7 +142,8 @@ def cases(draw):
 def test_any_call_and_its_gradients(options):
     # A decay for every token enters as the difference of two sums over a chunk of 32, each known to its size * 6e-8.
     largest = 32 * min(1.44 * max(options["slopes"]), 160) if options["per_token"] else 0
-    Case(**options).compare(max(EXACT, 4 * 6e-8 * largest))
+    # The gradient of a decay is a small difference of large sums.
+    Case(**options).compare(max(2 * EXACT, 4 * 6e-8 * largest))
 
 
 def test_a_token_may_forget_all_that_came_before():
