@@ -40,6 +40,7 @@ def test_for_hopper():
     }
 
 
+@pytest.mark.slow
 def test_the_sweep_for_hopper():
     """Whole warpgroups multiply, asynchronously, and most of what they hold stays in registers."""
     options = "--arch", "90", "--dtype", "bf16", "--dim", "128", "--call", "hopper_sum"
@@ -48,7 +49,6 @@ def test_the_sweep_for_hopper():
     assert max(int(line.split("STACK:")[1]) for line in lines) <= 256
 
 
-@pytest.mark.slow
 def test_the_sweep_for_hopper_does_not_spill_where_the_stages_divide_a_group():
     """A stage that is a constant for each of three heads made 400 bytes a thread of spilled registers."""
     call = (
