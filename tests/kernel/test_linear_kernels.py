@@ -70,6 +70,7 @@ def test_what_has_decayed_to_nothing_is_not_read(bounds, normalize):
     """Of segments of 96 tokens in chunks of 32, the last two where nothing reaches further than 32 tokens."""
     from lightning_attention.linear_op import lightning_attention_kernel
 
+    Case(140, rows=1, segment=65, slopes=(2.8, 0.9), normalize=normalize).compare(EXACT)  # one token in a last chunk
     Case(300, rows=1, bounds=bounds, segment=96, slopes=(2.8, 0.9), normalize=normalize, started=True).compare(EXACT)
     case = Case(300, rows=1, bounds=bounds, slopes=(2.8,), normalize=normalize)
     wanted = case.run(lightning_attention_kernel, segment=96)
