@@ -32,6 +32,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def umask() -> int:
+    """The permissions that new files of this process do not get."""
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
 def default_device() -> str:
     """ "cuda" where there is a GPU, else "cpu"."""
     import torch

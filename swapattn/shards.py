@@ -23,6 +23,7 @@ from transformers import AutoConfig
 
 from . import surgery
 from .checkpoint import RECORD, write_json
+from .environment import umask
 from .errors import CheckpointError, SourceError, UnsupportedModelError
 from .integrity import check_shards, samples
 from .model_card import CARD, model_card
@@ -157,7 +158,13 @@ def write_checkpoint(
 
 def write_new_parameters(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write the shard that holds the parameters of the swaps."""
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / NEW_SHARD, metadata={"format": "pt"})
+    write_shard({name: t.contiguous() for name, t in tensors.items()}, folder / NEW_SHARD)
+
+
+def write_shard(tensors: dict[str, torch.Tensor], target: Path) -> None:
+    """Write a file of weights that whoever may read the folder can read: safetensors gives it to its owner alone."""
+    save_file(tensors, target, metadata={"format": "pt"})
+    target.chmod(0o666 & ~umask())
 
 
 def decays(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
@@ -230,7 +237,7 @@ def write_trained(folder: Path, parent: Path, model: nn.Module, trained: set[str
             tensors = {key: old.get_tensor(key) for key in old.keys()}  # noqa: SIM118 - no mapping
         for key in tensors.keys() & changed.keys():
             tensors[key] = changed[key].detach().to("cpu", tensors[key].dtype).clone()
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        write_shard(tensors, folder / shard)
     for name in ("config.json", INDEX):
         shutil.copyfile(parent / name, folder / name)
     copy_companions(parent, folder)

