@@ -303,7 +303,16 @@ def load_recipe(recipe: str | Recipe, overrides: Iterable[str] = ()) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """Also reads 1e6 as a number, as YAML 1.2 does; in YAML 1.1 it is text."""
+    """Also reads 1e6 as a number, as YAML 1.2 does; in YAML 1.1 it is text. A key may not come twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value} comes twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

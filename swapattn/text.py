@@ -37,6 +37,10 @@ class TextSpec(Section):
     def _exactly_one(self) -> Self:
         if sum((self.embedded, self.hub is not None, bool(self.files))) != 1:
             raise ValueError("say exactly one of: embedded, hub, files")
+        if self.hub is None and (self.config is not None or self.split != "train"):
+            raise ValueError("config and split go with hub")
+        if self.embedded and self.column != "text":
+            raise ValueError("column goes with hub or files")
         return self
 
     @property

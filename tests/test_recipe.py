@@ -222,6 +222,8 @@ def test_a_text_may_be_several_with_weights():
         ("[embedded, {files: [a], weight: 0}]", r"distill\.text\.1\.weight: Input should be greater than 0"),
         ("[{hubb: a}]", r"unknown key distill\.text\.0\.hubb"),
         ("[{embedded: true, hub: a}]", r"distill\.text\.0: say exactly one of"),
+        ("[{files: [a], split: test}]", r"distill\.text\.0: config and split go with hub"),
+        ("{embedded: true, column: body}", r"distill\.text: column goes with hub or files"),
         ("{files: [a], weight: 2}", r"unknown key distill\.text\.weight"),
         ("[]", r"distill\.text: name at least one text"),
         ("3", r"distill\.text: "),
@@ -289,6 +291,7 @@ def test_a_recipe_that_does_not_exist_offers_near_matches():
     ("content", "words"),
     [
         (b"a: [1", "not valid YAML"),
+        (b"distill:\n  text: embedded\n  text: a.txt", "key text comes twice"),
         (b"- 1", "keys and values"),
         (b"", "keys"),
         (b"\xff", r"broken\.yaml cannot be read as UTF-8"),
