@@ -24,7 +24,7 @@ from .compilation import align_function
 from .curves import CURVES, draw_curves
 from .data import PackedTokens
 from .environment import default_device, hardware, is_first_process, say
-from .errors import CheckpointError, RecipeError, TrainingError
+from .errors import CheckpointError, RecipeError, TrainingError, UsageError
 from .estimate import table
 from .integrity import samples
 from .loading import load, load_teacher
@@ -58,6 +58,7 @@ class DistillResult:
     device: str
     stages: tuple[dict[str, Any], ...]
     dry_run: bool = False
+    taught_by: Path | None = None  # where it is not the parent's teacher
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for --json."""
@@ -66,6 +67,7 @@ class DistillResult:
             "path": str(self.path),
             "parent": str(self.parent),
             "teacher_note": self.teacher_note,
+            "taught_by": str(self.taught_by) if self.taught_by else None,
             "text": self.text,
             "device": self.device,
             "dry_run": self.dry_run,
@@ -75,19 +77,22 @@ class DistillResult:
     def to_table(self) -> str:
         """The same as a short text table."""
         note = f" ({self.teacher_note})" if self.teacher_note else ""
-        ends = ["", f"text     {self.text}", f"teacher of {self.parent}{note}"]
+        teacher = f"teacher  {self.taught_by}" if self.taught_by else f"teacher of {self.parent}{note}"
+        ends = ["", f"text     {self.text}", teacher]
         if self.dry_run:
             return "\n".join([*table(self.stages), *ends, f"would write {self.path}"])
         heads = "".join(f"{key.replace('_per_second', '/s'):>{width}}" for key, width in _COLUMNS)
         lines = [f"{'stage':<14}{heads}   loss"]
-        for stage in self.stages:
+        kinds = [stage["stage"] for stage in self.stages]
+        for index, stage in enumerate(self.stages):
+            title = stage_title(stage["stage"], str(index) if kinds.count(stage["stage"]) > 1 else stage["stage"])
             loss = ""
             if stage.get("first_loss") is not None:
                 loss = f"{stage['first_loss']:.4f} -> {stage['last_loss']:.4f}"
             elif "error_before" in stage:
                 loss = f"layer error {stage['error_before']:.3f} -> {stage['error_after']:.3f}"
             cells = [_cell(stage.get(key), width) for key, width in _COLUMNS]
-            lines.append(f"{stage['stage']:<14}" + "".join(cells) + f"   {loss}")
+            lines.append(f"{title:<14}" + "".join(cells) + f"   {loss}")
         return "\n".join([*lines, *ends, f"wrote {self.path}"])
 
 
@@ -134,22 +139,24 @@ def distill(
         say(f"checkpoint: {start.path} (the newest undistilled conversion here)")
     target = Path(output) if output is not None else Path(directory) / f"{start.name}-swapattn-{resolved.name}"
     check_target(target, overwrite=overwrite)
+    teacher_path = Path(teacher) if teacher is not None else start.teacher_path
+    if target.resolve() in (start.path.resolve(), teacher_path.resolve()):
+        raise UsageError(f"{target} is what the run starts from: choose another folder with -o")
     reporting = Reporting(tuple(report_to), target.parent / "runs" / target.name)
     reporting.check()
     device = device or default_device()
-    teacher_path = Path(teacher) if teacher is not None else start.teacher_path
     check_request(resolved, start, teacher_path, device, named=teacher is not None, dry_run=dry_run)
     processes.join(device)
     if is_first_process():
         start = with_convert_section(start, resolved, overrides, Path(directory), dry_run, overwrite)
     start = processes.from_first(start)
-    text = resolved.distill.text.describe()
     if dry_run:
         stages = estimates(start, resolved, device, teacher_path)
-        return DistillResult(target, start.path, start.teacher_note, text, device, stages, dry_run=True)
-    with stopping_in_order():
-        stages = tuple(_Run(start, resolved, target, device, teacher_path, reporting).run(overwrite))
-    return DistillResult(target, start.path, start.teacher_note, text, device, stages)
+    else:
+        with stopping_in_order():
+            stages = tuple(_Run(start, resolved, target, device, teacher_path, reporting).run(overwrite))
+    text, other = resolved.distill.text.describe(), teacher_path if _other(start, teacher_path) else None
+    return DistillResult(target, start.path, start.teacher_note, text, device, stages, dry_run, other)
 
 
 class _Run:
@@ -192,10 +199,17 @@ class _Run:
         return list(self.state["stages"])
 
     def _check_names(self, model: Any) -> None:
-        """Before anything is trained: every tensor that will be trained is stored under its own name."""
-        stages = [stage for stage in self.recipe.distill.stages if not isinstance(stage, CalibrateStage)]
-        names = {n for stage in stages for group in trainable_parameters(model, stage, stage.stage) for n in group}
-        names |= {f"{path}.weight" for stage in stages if stage.train == "lora" for path in target_paths(model, stage)}
+        """Before anything is trained: every stage trains something, each tensor stored under its own name."""
+        names: set[str] = set()
+        for stage, key in zip(self.recipe.distill.stages, self.keys, strict=True):
+            if isinstance(stage, CalibrateStage):
+                continue
+            found = {n for group in trainable_parameters(model, stage, key) for n in group}
+            if stage.train == "lora":
+                found |= {f"{path}.weight" for path in target_paths(model, stage)}
+            if not found:
+                raise RecipeError(f"distill.stages.{key}: nothing is trainable with these train and learning_rates")
+            names |= found
         trained_keys(self.start.path, model, names)
 
     def _title(self, index: int) -> str:
@@ -320,6 +334,7 @@ class _Run:
                 {**self.start.record["teacher"], **place_of(self.start.teacher_path, self.target)},
                 overrides=self.start.record.get("overrides", []),
                 parent={"path": str(self.start.path.resolve()), "time": self.start.time},
+                taught_by=place_of(self.teacher, self.target) if _other(self.start, self.teacher) else None,
                 text=self.recipe.distill.text.describe(),
                 logits=[read_manifest(wanted.folder) for wanted in wanted_logits(self.recipe)],
                 hardware=f"{processes.count()} x " * (processes.count() > 1) + hardware(self.device),
@@ -333,6 +348,11 @@ class _Run:
             shared = {name for name in known if _is_one_file(folder / name, self.start.path / name)}
             weights = samples(folder, NEW_SHARD) | {name: known[name] for name in shared}
             write_json(folder / RECORD, {**record, "weights": weights})
+
+
+def _other(start: Checkpoint, teacher: Path) -> bool:
+    """Whether it is not the one that the checkpoint was converted from."""
+    return teacher.resolve() != start.teacher_path.resolve()
 
 
 def _is_one_file(a: Path, b: Path) -> bool:

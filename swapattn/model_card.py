@@ -60,6 +60,7 @@ def model_card(record: Mapping[str, Any], block: Mapping[str, Any], kept: list[i
     rows = [
         ("teacher", f"[{base}](https://huggingface.co/{base})" if base else str(record["name"])),
         ("note on the teacher", str(teacher.get("note") or "")),
+        ("taught by", Path((record.get("taught_by") or {}).get("path", "")).name),
         ("layers swapped", f"{len(block['layers'])}: {swapped}"),
         ("layers kept softmax", ", ".join(map(str, kept)) or "none" if kept is not None else ""),
         ("linear branch", spec.linear_branch()),

@@ -64,6 +64,8 @@ def check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str,
     if needed and not (teacher / "config.json").is_file():
         raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; name it with --teacher FOLDER")
     if named:
+        if not any(taught):
+            raise UsageError(f"--teacher: no stage of recipe {recipe.name} asks a teacher's logits of a model")
         check_same_vocabulary(teacher, start.path)
     check_wanted_logits(recipe, start.path)
     for spec, key in _sources(recipe).items():
@@ -120,13 +122,15 @@ def with_convert_section(
             f"{', '.join(different)}: convert the teacher anew, or take a recipe with the same convert section"
         )
     target = directory / f"{start.name}-swapattn-{recipe.name}-converted"
-    say(f"recipe {recipe.name} differs from {start.path} in {', '.join(different)}: converting anew into {target}")
-    if dry_run:
-        return start
-    if target.exists():
+    differs = f"recipe {recipe.name} differs from {start.path} in {', '.join(different)}"
+    if target.exists() and not dry_run:
         again = find(directory, target)
         if again.recipe.convert == recipe.convert and again.teacher_path == start.teacher_path:
+            say(f"{differs}: taking {target}")
             return again
+    say(f"{differs}: converting anew into {target}")
+    if dry_run:
+        return start
     if not (start.teacher_path / "config.json").is_file():
         raise CheckpointError(
             f"no teacher at {start.teacher_path}, which would be converted anew: put it back, or take a recipe with "

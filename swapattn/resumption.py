@@ -95,12 +95,15 @@ def enter(
         begun = folder / f"stage-{count}"
         same = planned[count : count + 1] == state["planned"][count : count + 1]
         if not same and any(begun.glob("checkpoint-*")):
-            if not overwrite:
+            if count == len(titles):
+                say(f"what {folder} holds of a stage that had begun and is left out now is dropped")
+            elif not overwrite:
                 raise UsageError(
                     f"{titles[count]} has begun with other settings or another text in {folder}: repeat its command "
                     f"to go on, or use --overwrite to begin this stage anew (the {count} before it are kept)"
                 )
-            say(f"{titles[count]} begins anew")
+            else:
+                say(f"{titles[count]} begins anew")
             shutil.rmtree(begun)
         say(f"resuming {folder}: {count} stages done")
         state = {**state, "stages": done}

@@ -255,8 +255,13 @@ def _arguments(
         gradient_accumulation_steps=accumulated,
         max_steps=stage.steps,
         max_grad_norm=stage.max_grad_norm,
-        # align's loss is computed inside the layers, which the Trainer must not run a second time
-        gradient_checkpointing=stage.gradient_checkpointing and not isinstance(stage, AlignStage),
+        # align's loss is computed inside the layers, which the Trainer must not run a second time; named only where
+        # it is wanted, since transformers 5.24 warns of the name
+        **(
+            {"gradient_checkpointing": True}
+            if stage.gradient_checkpointing and not isinstance(stage, AlignStage)
+            else {}
+        ),
         save_strategy="no",
         save_total_limit=1,
         logging_strategy="no",

@@ -25,6 +25,7 @@ from swapattn.attention import only_branch, swaps
 from swapattn.checkpoint import read
 from swapattn.conversion import convert
 from swapattn.distillation import distill
+from swapattn.environment import umask
 from swapattn.errors import CheckpointError, RecipeError, SourceError, SwapattnError, TrainingError, UsageError
 from swapattn.loading import load, load_teacher
 from swapattn.optimizer import _factor
@@ -74,6 +75,9 @@ def test_all_stages_from_end_to_end(converted, tiny_teacher, work):
     assert (found.kind, found.name, found.recipe) == ("distilled", "tiny-llama", recipe(CALIBRATE, ALIGN, DISTILL))
     assert found.teacher_path == tiny_teacher.resolve()
     assert found.record["parent"] == {"path": str(converted), "time": read(converted).time}
+    assert found.record["taught_by"] is None
+    for file in (*converted.glob("*.safetensors"), *result.path.glob("*.safetensors")):
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask() or file.stat().st_nlink > 1
     stages = found.record["stages"]
     assert [(stage["stage"], stage["tokens"]) for stage in stages] == [
         ("calibrate", 256),
@@ -168,9 +172,11 @@ def test_another_convert_section_converts_anew(converted, work, capsys):
     assert read(result.path).record["parent"]["path"] == str(fresh)
     message = capsys.readouterr().err
     assert "convert.feature_map, convert.normalizer" in message
+    assert "converting anew" in message
     time = read(fresh).time
     distill(converted, recipe=other, output=work / "second", device="cpu")
     assert read(fresh).time == time, "a conversion that fits was made again"
+    assert "converting anew" not in capsys.readouterr().err
 
 
 def test_a_distilled_start_with_another_convert_section_is_refused(converted, work):
@@ -239,7 +245,7 @@ def test_what_the_backward_pass_keeps_is_counted_once():
     assert kept.bytes == 2 * 7 * 10 * 4
 
 
-def test_requests_that_make_no_sense_are_refused(converted, work):
+def test_requests_that_make_no_sense_are_refused(converted, tiny_teacher, work):
     with pytest.raises(RecipeError, match=r"no distill\.stages"):
         distill(recipe=recipe(), device="cpu")
     with pytest.raises(UsageError, match="no checkpoint folder"):
@@ -247,6 +253,14 @@ def test_requests_that_make_no_sense_are_refused(converted, work):
     (work / "empty").mkdir()
     with pytest.raises(UsageError, match="no converted checkpoint"):
         distill(directory=work / "empty", recipe=recipe(CALIBRATE), device="cpu")
+    with pytest.raises(UsageError, match="is what the run starts from"):
+        distill(converted, recipe=recipe(CALIBRATE), output=converted, device="cpu", overwrite=True)
+    with pytest.raises(UsageError, match="no stage of recipe tiny asks a teacher's logits"):
+        distill(converted, recipe=recipe(CALIBRATE, ALIGN), device="cpu", teacher=tiny_teacher)
+    frozen = {**DISTILL, "learning_rates": {"feature_map": 0, "mix": 0, "scale": 0}}
+    with pytest.raises(RecipeError, match=r"distill\.stages\.distill: nothing is trainable"):
+        distill(converted, recipe=recipe(CALIBRATE, frozen), device="cpu")
+    assert names(work) == ["c", "empty"]
     with pytest.raises(RecipeError, match="align trains the new parameters only"):
         distill(recipe=recipe({**ALIGN, "train": "all", "backbone_learning_rate": 1e-3}), device="cpu")
 
@@ -263,7 +277,10 @@ def test_a_teacher_that_was_moved_is_named(tiny_teacher, work):
     assert names(work) == ["c", "moved"]
     with pytest.raises(SwapattnError, match=r"/t\b"):
         distill(recipe=recipe(CALIBRATE, feature_map="elu1"), device="cpu")
-    distill(recipe=recipe(EVERYTHING), device="cpu", teacher=work / "moved")
+    found = distill(recipe=recipe(EVERYTHING), device="cpu", teacher=work / "moved")
+    assert read(found.path).record["taught_by"]["path"] == str(work / "moved")
+    assert f"teacher  {work / 'moved'}" in found.to_table()
+    assert "| taught by | moved |" in (found.path / "README.md").read_text()
     distill(recipe=recipe(CALIBRATE, DISTILL, name="own-weights"), device="cpu")
 
 
@@ -367,14 +384,14 @@ def test_a_run_that_crashed_ends_as_if_it_had_not(converted, work, monkeypatch, 
 @pytest.mark.parametrize("change", ["recipe", "parent", "teacher", "text"])
 def test_another_unfinished_run_is_neither_resumed_nor_dropped(converted, tiny_teacher, work, monkeypatch, change):
     (work / "a.txt").write_text("It is a truth universally acknowledged. " * 50)
-    what, start, teacher = recipe(CALIBRATE, ALIGN, text="a.txt"), converted, None
+    what, start, teacher = recipe(CALIBRATE, ALIGN, DISTILL, text="a.txt"), converted, None
     crash_at(monkeypatch, "align", 1)
     with pytest.raises(Crash):
         distill(converted, recipe=what, output=work / "out", device="cpu")
     monkeypatch.undo()
     monkeypatch.chdir(work)
     if change == "recipe":
-        what = recipe({**CALIBRATE, "stretch": 2.0}, ALIGN, text="a.txt")
+        what = recipe({**CALIBRATE, "stretch": 2.0}, ALIGN, DISTILL, text="a.txt")
     elif change == "text":
         (work / "a.txt").write_text("It is a truth universally acknowledged. " * 51)
     elif change == "parent":
@@ -414,6 +431,18 @@ def test_a_stage_with_other_settings_begins_anew_and_those_before_it_are_kept(co
         assert torch.allclose(tensors(found)[key], value, rtol=0, atol=1e-6), key
     log = [json.loads(line) for line in (found / "train.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if line["stage"] == "distill"] == [1, 2, 3, 4]
+
+
+def test_a_stage_that_had_begun_may_be_left_out(converted, work, monkeypatch, capsys):
+    crash_at(monkeypatch, "distill", 1)
+    with pytest.raises(Crash):
+        distill(converted, recipe=recipe(CALIBRATE, ALIGN, DISTILL), output=work / "out", device="cpu")
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    found = distill(converted, recipe=recipe(CALIBRATE, ALIGN), output=work / "out", device="cpu")
+    assert [stage["stage"] for stage in found.stages] == ["calibrate", "align"]
+    assert "is left out now is dropped" in capsys.readouterr().err
+    assert names(work) == ["c", "out"]
 
 
 def test_how_a_stage_is_carried_out_may_change_in_the_middle_of_it(converted, work, monkeypatch, capsys):
