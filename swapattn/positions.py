@@ -44,9 +44,11 @@ def read_text(path: Path) -> str:
     """A UTF-8 file, plain or .zst, as it is to the last token.
 
     Raises:
-        UsageError: no such file, or nothing in it.
+        UsageError: no such file, nothing in it, or documents in another form.
         SourceError: a damaged file, or one that is not UTF-8.
     """
+    if Path(path.name.removesuffix(".zst")).suffix in (".jsonl", ".json", ".parquet"):
+        raise UsageError(f"{path}: perplexity is that of plain text, a .txt or .zst file")
     try:
         with ExitStack() as stack:
             text = open_text(path, stack, newline="").read()

@@ -207,7 +207,7 @@ def _target(output: str | Path | None, name: str, overwrite: bool) -> Path:
     """The file to write."""
     target = Path(output) if output is not None else Path(f"{name}-samples.jsonl")
     if target.suffix != ".jsonl":
-        better = target.with_suffix(".jsonl").name
+        better = Path(target.name.removesuffix(".zst")).with_suffix(".jsonl").name
         raise UsageError(f"{target}: JSON lines are read from .jsonl files, name it {better}")
     for path in (target, target.with_suffix(".json")):
         if path.exists() and not overwrite:

@@ -50,6 +50,8 @@ def check_keys(keys: Iterable[str], metrics: Mapping[str, Iterable[str]]) -> Non
 
     for key in keys:
         if key == "kept":
+            if not metrics:
+                raise UsageError("--fail-under kept: no task is scored, and without one there is no kept share")
             continue
         task, metric = _split(key, metrics)
         if task is None:

@@ -332,7 +332,8 @@ class _Verifier:
                 details.append(self._compare(found, alone, dtype))
             except _Failed as failed:
                 raise _Failed(f"padded on the {side}: {failed}") from None
-        return f"{max(details)}; left and right"
+        largest = max(details, key=lambda text: float(text.split()[2]))  # as a number, not as a word
+        return f"{largest}; left and right"
 
     @torch.no_grad()
     def _heads(self) -> str:

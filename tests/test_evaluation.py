@@ -21,6 +21,7 @@ from swapattn import evaluation, measurement, perplexity, score_store, scoring, 
 from swapattn.errors import CheckpointError, SourceError, SwapattnError, UsageError
 from swapattn.evaluation import evaluate, score
 from swapattn.perplexity import heldout_perplexity
+from swapattn.positions import read_text
 from swapattn.scores import EvalReport, EvalRow, Perplexity, TaskResult
 
 
@@ -501,6 +502,12 @@ def test_text_for_perplexity_is_read_first(found: Any, tmp_path: Path, content: 
         evaluate(checkpoint="absent", tasks=["piqa"], perplexity="a.txt")
 
 
+def test_perplexity_of_documents_is_refused() -> None:
+    for name in ("a.jsonl", "a.jsonl.zst", "b.parquet"):
+        with pytest.raises(UsageError, match="perplexity is that of plain text"):
+            read_text(Path(name))
+
+
 def test_places_for_the_report(found: Any, tmp_path: Path) -> None:
     assert evaluation._target(found.checkpoint, None).name == "eval.json"
     assert evaluation._target(found.checkpoint, tmp_path / "a" / "b.json") == tmp_path / "a" / "b.json"
@@ -632,6 +639,8 @@ class TestThresholds:
 
     def test_a_share_and_a_metric_of_the_tasks_own_can_be_asked_for(self) -> None:
         thresholds.check_keys(["kept", "piqa.kept", "own.score"], {"piqa": ["acc"], "own": ["score"]})
+        with pytest.raises(UsageError, match="no task is scored"):
+            thresholds.check_keys(["kept"], {})
 
 
 def test_exit_code_of_a_missed_figure(found: Any, mirror: Path) -> None:

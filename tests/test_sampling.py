@@ -263,6 +263,7 @@ def test_a_dry_run_refuses_what_the_run_would(tiny_teacher, work, change, words)
         ({"prompts": "nowhere.txt"}, "no file matches nowhere.txt"),
         ({"prompts": "embedded", "start": "bos"}, "both say what a text starts from"),
         ({"output": "s.txt"}, "s.txt: JSON lines are read from .jsonl files, name it s.jsonl"),
+        ({"output": "s.jsonl.zst"}, "s.jsonl.zst: JSON lines are read from .jsonl files, name it s.jsonl"),
         ({"output": "notes.jsonl"}, "notes.json exists: use --overwrite"),
         ({"output": "notes.json/s.jsonl"}, "notes.json is no folder"),
     ],
