@@ -112,9 +112,9 @@ def assert_compiled_once():
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
     [
-        ("short", ["convert.local.window=6"]),
+        pytest.param("short", ["convert.local.window=6"], marks=pytest.mark.slow),
         ("short", ["convert.local.window=6", "convert.keep_softmax=[0]"]),
-        ("short-pure", []),
+        pytest.param("short-pure", [], marks=pytest.mark.slow),
     ],
     ids=["window", "keep-0", "linear"],
 )

@@ -32,7 +32,9 @@ def gradients(model, teacher, ids):
 GATED = {"decay": {"gate": True, "half_lives": [3]}, "output_gate": "head", "local": None, "normalizer": "sum"}
 
 
-@pytest.mark.parametrize("values", [{}, {"local": {"window": 6, "sinks": 2, "mix": "joint"}}, GATED])
+@pytest.mark.parametrize(
+    "values", [pytest.param({}, marks=pytest.mark.slow), {"local": {"window": 6, "sinks": 2, "mix": "joint"}}, GATED]
+)
 @pytest.mark.parametrize("separate", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_loss_and_gradients_stay_and_each_class_compiles_few_graphs(tiny_family, separate, values):
     torch._dynamo.reset()

@@ -381,7 +381,7 @@ def test_a_run_that_crashed_ends_as_if_it_had_not(converted, work, monkeypatch, 
         assert torch.allclose(tensors(found)[key], value, rtol=0, atol=1e-6), key
 
 
-@pytest.mark.parametrize("change", ["recipe", "parent", "teacher", "text"])
+@pytest.mark.parametrize("change", ["recipe", pytest.param("parent", marks=pytest.mark.slow), "teacher", "text"])
 def test_another_unfinished_run_is_neither_resumed_nor_dropped(converted, tiny_teacher, work, monkeypatch, change):
     (work / "a.txt").write_text("It is a truth universally acknowledged. " * 50)
     what, start, teacher = recipe(CALIBRATE, ALIGN, DISTILL, text="a.txt"), converted, None

@@ -291,6 +291,7 @@ def test_plain_transformers_gives_the_same_logits_and_text_and_saves_such_a_fold
     assert found["module"].startswith("swapattn." if importable else "transformers_modules.")
 
 
+@pytest.mark.slow
 def test_a_pickled_model_runs_in_a_process_that_has_made_none(checkpoint, tiny_family, tmp_path):
     """One of a checkpoint, one swapped in memory, and one whose attention modules have a class of their own."""
     model, _ = load(checkpoint)

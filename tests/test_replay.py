@@ -171,7 +171,7 @@ def test_a_recording_ends_with_its_stage(tiny_family, tmp_path, monkeypatch, rec
         gc.enable()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)])
 def test_the_time_of_a_step_leaves_the_recording_out(tiny_family, tmp_path, monkeypatch, recorder, steps):
     own = replay.record
 

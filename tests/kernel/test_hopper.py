@@ -224,7 +224,7 @@ def test_source_groups_and_segments(on_cpu, per_token, segment):
 @pytest.mark.parametrize(
     "options",
     [
-        {"value_dim": 64},
+        pytest.param({"value_dim": 64}, marks=pytest.mark.slow),
         {"dim": 256, "per_token": True, "segment": 128, "decay": True},
         {"heads": 4, "rows": 2, "segment": 128, "decay": True},
         {"heads": 4, "bounds": [0, 0, 1, 65, 129, 129, 210]},
