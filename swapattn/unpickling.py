@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from .environment import say, umask
+from .environment import say
 from .errors import SourceError
 from .sources import SOURCE_FILE
 from .wheels import cache_dir, new_folder
@@ -65,7 +65,8 @@ def _renamed(name: str) -> str:
 
 def _rewrite(file: Path, target: Path) -> None:
     import torch
-    from safetensors.torch import save_file
+
+    from .shards import write_shard
 
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
@@ -74,5 +75,4 @@ def _rewrite(file: Path, target: Path) -> None:
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise SourceError(f"{file} holds more than tensors by name")
     # cloned, because tied tensors share memory, which safetensors does not write
-    save_file({name: value.clone().contiguous() for name, value in tensors.items()}, target, metadata={"format": "pt"})
-    target.chmod(0o666 & ~umask())  # safetensors writes 0600
+    write_shard({name: value.clone().contiguous() for name, value in tensors.items()}, target)
