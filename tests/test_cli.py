@@ -30,6 +30,7 @@ LEAVES = [(name,) for name in COMMANDS if name not in GROUPS] + [(g, name) for g
 @pytest.fixture(autouse=True)
 def _leave_the_libraries_of_this_process_alone(monkeypatch):
     monkeypatch.setattr(common, "_quiet_libraries", lambda: None)
+    monkeypatch.setattr(common, "_calm_progress", lambda stream: None)
 
 
 def run(*arguments: str, stdin: str | None = None):
@@ -102,6 +103,25 @@ def _processor_seconds(command: list[str]) -> float:
     subprocess.run(command, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize(("environment", "most"), [({}, 3), ({"TQDM_MININTERVAL": "0.001"}, 44)])
+def test_progress_in_a_log_is_seldom_and_may_be_set(environment, most):
+    source = """
+from swapattn.cli.common import command
+
+@command("wait")
+def wait(as_json):
+    import sys, time
+    from tqdm import tqdm
+    for _ in tqdm(range(40), file=sys.stderr):
+        time.sleep(0.01)
+
+wait()
+"""
+    command = [sys.executable, "-c", source]
+    done = subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment})
+    assert most / 2 < done.stderr.count(b"\r") <= most
 
 
 class TestFailures:

@@ -118,6 +118,7 @@ def _guard(callback: Callback) -> Callback:
     def guarded(*args: Any, verbose: bool, **kwargs: Any) -> None:
         if not verbose:
             _quiet_libraries()
+        _calm_progress(sys.stderr)
         with _boundary(verbose), _diverted_stdout():
             callback(*args, **kwargs)
 
@@ -189,6 +190,15 @@ def _quiet_libraries() -> None:
     for logger in _NOISY_LOGGERS:
         logging.getLogger(logger).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+
+
+def _calm_progress(stream: TextIO) -> None:
+    """In a log a progress bar is a line that grows with every update: there one in half a minute is enough.
+
+    Effective because tqdm, which also draws the bars of libraries, is imported after this.
+    """
+    if not stream.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
 
 
 def _jsonable(value: Any) -> Any:
