@@ -41,6 +41,7 @@ class Consumers(NamedTuple):
     stages: int  # chunks in flight
     registers: int  # of a thread at the start, which the roles then share out
     programs: int  # that a multiprocessor holds
+    heads: int = 1  # query heads of a group whose outputs a program makes with one state, where each has its own
 
 
 def fits_hopper(shape: Shape, *tensors: Tensor) -> bool:
@@ -78,27 +79,35 @@ def available(device: torch.device) -> bool:
 
 def consumers(
     dim: int, columns: int, pieces: int, device: torch.device,
-    *, grouped: bool = False, made: bool = False, dots: bool = False,
+    *, group: int = 1, grouped: bool = False, made: bool = False, given: bool = False, dots: bool = False,
 ) -> Consumers:  # fmt: skip
     """How `columns` columns of each of `pieces` heads of sequences are shared out.
 
     Args:
         dim: features of a and b.
+        group: query heads of a group with outputs of their own.
         grouped: a gradient where several query heads share a key/value head.
-        made: this sweep makes 1/z.
+        made, given: this sweep makes 1/z, or takes it.
         dots: with a fifth tile.
 
     Measured on an H100 in bf16 (README.md). Two consumers of a program read a and b once; one and twice the programs
-    are better where more than half of the multiprocessors would have none.
+    are better where more than half of the multiprocessors would have none. So are heads that share a state, as long as
+    there are programs for most.
     """
     few = pieces * (columns // CHUNK) < processors(device)
     if dim == 256:
-        return Consumers(1 if few or dots else 2, 2, 168, 1)
-    if columns == 64:
-        return Consumers(1, 2, 128, 2)
-    if few:
-        return Consumers(1, 2 if made else 3, 168, 1)
-    return Consumers(2, 3 if grouped and not dots else 2, 168, 1)
+        chosen = Consumers(1 if few or dots else 2, 2, 168, 1)
+    elif columns == 64:
+        chosen = Consumers(1, 3, 168, 1) if made or given else Consumers(1, 2, 128, 2)
+    elif few:
+        chosen = Consumers(1, 2 if made else 3, 168, 1)
+    else:
+        chosen = Consumers(2, 3 if grouped and not dots else 2, 168, 1)
+    if dots or dim == 256 or (dim == 128 and (made or given)):  # there are no registers for it
+        return chosen
+    works = pieces * columns // (CHUNK * chosen.number)
+    together = [n for n in (2, 3, 4) if group % n == 0 and works >= 0.7 * n * processors(device)]
+    return chosen._replace(heads=max(together, default=1))
 
 
 def chunk_sums(log_decay: Tensor) -> Tensor | None:
@@ -133,13 +142,15 @@ def hopper_sweep(
         other, dots: `[B, T, H, D]` as out; the products of both go into dots, fp32 `[blocks of 64 columns, B, H, T]`.
     """
     dim, columns, device = first[0].shape[3], first[3].shape[3], first[0].device
-    heads = shape.shared if reverse else shape.query_heads
-    pieces = shape.items * heads * (1 if second is None else 2)
+    pieces = shape.items * (shape.shared if reverse else shape.query_heads) * (1 if second is None else 2)
     config = consumers(
-        dim, columns, pieces, device,
-        grouped=shape.group > 1 and (reverse or into == "k"), made=made is not None, dots=dots is not None,
+        dim, columns, pieces, device, group=1 if reverse else shape.group,
+        grouped=shape.group > 1 and (reverse or into == "k"), made=made is not None,
+        given=given[0] is not None, dots=dots is not None,
     )  # fmt: skip
-    works = pieces * (columns // (CHUNK * config.number))
+    together = shape.group if reverse else config.heads
+    heads = shape.query_heads // together
+    works = pieces // (1 if reverse else together) * (columns // (CHUNK * config.number))
     tiles: list[Any] = [
         None if operands is None else _tile(operands[i], size)
         for operands in (first, second)
@@ -166,7 +177,7 @@ def hopper_sweep(
         works, heads, shape.length, shape.rows * shape.length, shape.segment, shape.segments, 0,
         *((columns, 1) if into == "v" else (1, dim)),  # of a's features and of the columns, in the state
         0 if dots is None else dots.stride(0),
-        A=dim, V=columns, GROUP=shape.group, STAGES=config.stages, CONSUMERS=config.number,
+        A=dim, V=columns, GROUP=shape.group, HEADS=together, STAGES=config.stages, CONSUMERS=config.number,
         PAIR=second is not None, REVERSED=reverse, ENTERING=entering[0] is not None, LEAVING=leaving[0] is not None,
         PER_TOKEN=sums is not None, DOTS=dots is not None, PACKED=shape.packed, SUM=role.value,
         num_warps=4, maxnreg=config.registers,

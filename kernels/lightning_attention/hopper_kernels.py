@@ -12,7 +12,8 @@ it, beside the state (MAKE_SUM: o); to be given 1/z of each query (GIVEN_SUM: dv
 a . b before the weights are formed (GIVEN_BOTH: dq, dk). What this adds through the state is one more vector, `extra`:
 the sum of b, A numbers, or of c, one for each column.
 
-Dimensions: A features of a and b, V columns of c and out, GROUP query heads that share a key/value head and its state.
+Dimensions: A features of a and b, V columns of c and out, GROUP query heads that share a key/value head and its state,
+of which a program has HEADS: all in reversed time, where they add up, else as many as there are programs enough for.
 Chunks have 64 tokens. Numbers as in `sweep.py`; a NaN in a packed sequence may reach the last chunk of its neighbour.
 
 Source: Lightning Attention-2, arXiv 2401.04658; the division of labour is that of FlashAttention-3, arXiv 2407.08608.
@@ -69,9 +70,9 @@ def fill(descs, rings, full, stage, row, token, head_a, head, column, CONSUMERS:
 @gluon.jit
 def produce(
     first, second, sums, numbers, rings, bars, cu_seqlens, sizes,
-    A: gl.constexpr, BLOCKS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    PAIR: gl.constexpr, REVERSED: gl.constexpr, PER_TOKEN: gl.constexpr, DOTS: gl.constexpr, PACKED: gl.constexpr,
-    SUM: gl.constexpr,
+    A: gl.constexpr, BLOCKS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, PAIR: gl.constexpr, REVERSED: gl.constexpr, PER_TOKEN: gl.constexpr, DOTS: gl.constexpr,
+    PACKED: gl.constexpr, SUM: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches: all work of the program, chunk after chunk, as far ahead as the ring allows.
 
@@ -79,7 +80,6 @@ def produce(
     """
     full, empty, full_a, empty_a = bars
     ALONE: gl.constexpr = A == 256
-    HEADS: gl.constexpr = GROUP if REVERSED else 1
     inverses, biases = numbers
     _, _, length, tokens, _, _, first_stage = sizes
     columns: gl.constexpr = (1 if ALONE else 2) * A + CONSUMERS * (128 if DOTS else 64)  # of 64 tokens in bf16
@@ -97,21 +97,21 @@ def produce(
             token = chunk_start(n, start, stop, REVERSED, PER_TOKEN)
             for g in gl.static_range(HEADS):
                 if REVERSED:
-                    other = head * GROUP + g
+                    head_a, other = head, head * HEADS + g
                 else:
-                    other = head // GROUP
+                    head_a, other = head * HEADS + g, head * HEADS // GROUP
                 mbarrier.wait(empty.index(stage), phase)
                 here = full.index(stage)
                 mbarrier.expect(here, columns * 64 * 2 + (64 * 4 if PER_TOKEN else 0))
                 if PAIR:
                     if which == 0:
-                        fill(first, rings, here, stage, row, token, head, other, column, CONSUMERS, DOTS)
+                        fill(first, rings, here, stage, row, token, head_a, other, column, CONSUMERS, DOTS)
                     else:
-                        fill(second, rings, here, stage, row, token, head, other, column, CONSUMERS, DOTS)
+                        fill(second, rings, here, stage, row, token, head_a, other, column, CONSUMERS, DOTS)
                 else:
-                    fill(first, rings, here, stage, row, token, head, other, column, CONSUMERS, DOTS)
+                    fill(first, rings, here, stage, row, token, head_a, other, column, CONSUMERS, DOTS)
                 if PER_TOKEN:
-                    own = head if REVERSED else head // GROUP
+                    own = head if REVERSED else other
                     line = rings[4].index(stage).reshape([1, 1, 64])
                     bulk_load(sums, [row, own, token], here, line)
                 slot = stage
@@ -122,11 +122,11 @@ def produce(
                     mbarrier.expect(here, A * 64 * 2)
                 if PAIR:
                     if which == 0:
-                        fetch(first[0], row, token, head, 0, here, rings[0].index(slot))
+                        fetch(first[0], row, token, head_a, 0, here, rings[0].index(slot))
                     else:
-                        fetch(second[0], row, token, head, 0, here, rings[0].index(slot))
+                        fetch(second[0], row, token, head_a, 0, here, rings[0].index(slot))
                 else:
-                    fetch(first[0], row, token, head, 0, here, rings[0].index(slot))
+                    fetch(first[0], row, token, head_a, 0, here, rings[0].index(slot))
                 if SUM >= GIVEN_SUM:  # those of the next step are sent for before these are waited for
                     rings[5].index(stage).store(inverse)
                     count = n * HEADS + g + 1
@@ -150,7 +150,7 @@ def produce(
 def consume(
     first, second, pointers, rings, bars, memory, given, sizes, strides,
     HALF: gl.constexpr, A: gl.constexpr, V: gl.constexpr, BLOCKS: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PAIR: gl.constexpr, REVERSED: gl.constexpr,
+    HEADS: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PAIR: gl.constexpr, REVERSED: gl.constexpr,
     ENTERING: gl.constexpr, LEAVING: gl.constexpr, PER_TOKEN: gl.constexpr, DOTS: gl.constexpr, PACKED: gl.constexpr,
     SUM: gl.constexpr,
 ):  # fmt: skip
@@ -166,7 +166,12 @@ def consume(
     TIGHT: gl.constexpr = A == 256  # beside such a state there is no room for a table, nor for two tiles of a
     MADE: gl.constexpr = SUM == MAKE_SUM
     BOTH: gl.constexpr = SUM == GIVEN_BOTH
-    HEADS: gl.constexpr = GROUP if REVERSED else 1
+    # Heads that share a state: for dk and dv each adds to one output and to the state; else each has an output, and the
+    # last one brings the state forward.
+    READ_TO: gl.constexpr = 0 if REVERSED else HEADS - 1  # the last that reads the state
+    ADD_FROM: gl.constexpr = 0 if REVERSED else HEADS - 1  # the first that adds to it
+    EMIT_FROM: gl.constexpr = HEADS - 1 if REVERSED else 0  # the first whose output is complete
+    OUTS: gl.constexpr = 1 if REVERSED else HEADS
     BEHIND: gl.constexpr = 2 if LEAVING else 1  # products after that of out
     a_ring, b_ring, c_ring, other_ring, sums_ring, inverse_ring, bias_ring = rings
     full, empty, full_a, empty_a = bars
@@ -190,7 +195,7 @@ def consume(
         if REVERSED:
             own, owners = head, heads  # of the state
         else:
-            own, owners = head // GROUP, heads // GROUP
+            own, owners = head * HEADS // GROUP, heads * HEADS // GROUP
         place_state = item.to(gl.int64) * owners + own
         if not (PER_TOKEN or TIGHT):
             rate = log2_rate(log_decay + own)
@@ -254,7 +259,7 @@ def consume(
                     fade = gl.exp2(total)
                     if not TIGHT:
                         table = pair_decay(by_row, by_column, scale, acc, REVERSED)
-                if LEAVING and not PER_TOKEN:  # the last chunk may be no whole one
+                if LEAVING and g >= ADD_FROM and not PER_TOKEN:  # the last chunk may be no whole one
                     rate = log2_rate(log_decay + own)
                     count = gl.minimum(stop - token, 64)
                     fade = gl.exp2(rate * count)
@@ -262,20 +267,19 @@ def consume(
                     if MADE:
                         if count < 64:
                             renew(source_memory, source, zero_line, acc_line)
-                if MADE and PER_TOKEN:
+                if MADE and PER_TOKEN and g >= ADD_FROM:
                     renew(source_memory, source, zero_line, acc_line)
-                if g == 0:
+                if g <= READ_TO:
                     out = warpgroup_mma(a, state_memory.permute((1, 0)), out, use_acc=False, is_async=True)
-                    if MADE:
-                        reached = warpgroup_mma(
-                            a, extra_memory.permute((1, 0)), zero_line, use_acc=False, is_async=True
-                        )
-                        extra = warpgroup_mma(
-                            b.permute((1, 0)), source_memory.permute((1, 0)), extra * fade, is_async=True
-                        )
-                if not TIGHT:
+                if MADE:
+                    reached = warpgroup_mma(a, extra_memory.permute((1, 0)), zero_line, use_acc=False, is_async=True)
+                if MADE and g >= ADD_FROM:
+                    extra = warpgroup_mma(b.permute((1, 0)), source_memory.permute((1, 0)), extra * fade, is_async=True)
+                if g >= ADD_FROM and not TIGHT:
                     faded, added = fade_values(c, source, inverse, bias, transposed, REVERSED, SUM)
-                weights = warpgroup_mma_wait(num_outstanding=(3 if MADE else 1) if g == 0 else 0, deps=(weights,))
+                weights = warpgroup_mma_wait(
+                    num_outstanding=((3 if g >= ADD_FROM else 2) if MADE else 1) if g <= READ_TO else 0, deps=(weights,)
+                )
                 if BOTH:
                     if REVERSED:
                         weights += gl.expand_dims(bias.load(by_columns), 0)
@@ -289,11 +293,13 @@ def consume(
                 if MADE:
                     total_weight = gl.sum(weights, 1)
                 near = gl.convert_layout(weights.to(gl.bfloat16), operand)
-                if TIGHT:
+                if g >= ADD_FROM and TIGHT:
                     faded, added = fade_values(c, source, inverse, bias, transposed, REVERSED, SUM)
-                if g == 0:
+                if g <= READ_TO:
                     if MADE:
-                        out, reached = warpgroup_mma_wait(num_outstanding=1, deps=(out, reached))
+                        out, reached = warpgroup_mma_wait(
+                            num_outstanding=1 if g >= ADD_FROM else 0, deps=(out, reached)
+                        )
                         total_weight += gl.convert_layout(gl.sum(reached, 1), by_rows) * (reach / 4)
                     else:
                         out = warpgroup_mma_wait(num_outstanding=0, deps=(out,))
@@ -304,6 +310,7 @@ def consume(
                             out += gl.expand_dims(reach, 1) * gl.expand_dims(across, 0)
                         else:
                             out += gl.expand_dims(reach * bias.load(by_rows), 1) * gl.expand_dims(across, 0)
+                if g == ADD_FROM:
                     state = state * fade
                     if BOTH:
                         extra = extra * fade
@@ -311,24 +318,29 @@ def consume(
                     barrier()  # every warp is done with a
                     mbarrier.arrive(empty_a, count=1)
                 out = warpgroup_mma(near, c, out, is_async=True)
-                state = warpgroup_mma(faded, b, state, is_async=True)
-                if LEAVING:  # in two parts, so that whoever goes on from it has it as good as in fp32
-                    state = warpgroup_mma(rounded_off(c, source, transposed), b, state, is_async=True)
+                if g >= ADD_FROM:
+                    state = warpgroup_mma(faded, b, state, is_async=True)
+                    if LEAVING:  # in two parts, so that whoever goes on from it has it as good as in fp32
+                        state = warpgroup_mma(rounded_off(c, source, transposed), b, state, is_async=True)
                 if MADE:
                     inverted = 1.0 / gl.where(total_weight == 0, 1.0, total_weight)
-                    out, extra = warpgroup_mma_wait(num_outstanding=BEHIND, deps=(out, extra))
-                    out = out * gl.expand_dims(inverted, 1)
+                if MADE and g >= ADD_FROM:
+                    out, extra = warpgroup_mma_wait(num_outstanding=BEHIND if g >= ADD_FROM else 0, deps=(out, extra))
                 else:
-                    out = warpgroup_mma_wait(num_outstanding=BEHIND, deps=(out,))
-                state = warpgroup_mma_wait(num_outstanding=0, deps=(state,))
+                    out = warpgroup_mma_wait(num_outstanding=BEHIND if g >= ADD_FROM else 0, deps=(out,))
+                if MADE:
+                    out = out * gl.expand_dims(inverted, 1)
+                if g >= ADD_FROM:
+                    state = warpgroup_mma_wait(num_outstanding=0, deps=(state,))
                 if BOTH:
-                    extra += added
+                    if g >= ADD_FROM:
+                        extra += added
                     if not REVERSED:
                         out = out * gl.expand_dims(inverse.load(by_rows), 1)
-                if DOTS and g == HEADS - 1:
+                if DOTS and g >= EMIT_FROM:
                     other = other_ring.index(stage * CONSUMERS + HALF).load(acc)
                     dotted = gl.sum(out * other.to(gl.float32), 1)
-                if g == HEADS - 1:
+                if g >= EMIT_FROM:
                     tma.store_wait(pendings=0)  # the store before this one has read out_memory
                 barrier()  # every warp is done with the stage, and with the memory of state and out
                 mbarrier.arrive(empty.index(stage), count=1)
@@ -336,43 +348,48 @@ def consume(
                 if stage == STAGES:
                     stage = 0
                     phase ^= 1
-            state_memory.store(state.to(gl.bfloat16))
-            if MADE:
-                extra_memory.permute((1, 0)).store(extra.to(gl.bfloat16))
-                if HALF == 0:
-                    made_lines.index(n % 8).store(inverted)
-            if DOTS:
-                dots_lines.index(HALF * 8 + n % 8).store(dotted)
-            if (token >= start) & (token + 64 <= stop):
-                out_memory.store(out.to(gl.bfloat16))
-            fence_async_shared()
-            barrier()
-            pointer = pointers[0]
-            if PAIR:
-                if which == 1:
-                    pointer = pointers[1]
-            if (token >= start) & (token + 64 <= stop):
-                if PAIR:
-                    if which == 0:
-                        send(first[3], row, token, head, column, out_memory)
-                    else:
-                        send(second[3], row, token, head, column, out_memory)
-                else:
-                    send(first[3], row, token, head, column, out_memory)
-            else:  # tokens of others on either side
-                store_rows(pointer, out, row, token, head, column, heads, length, inside, V, acc)
+                if g == HEADS - 1:
+                    state_memory.store(state.to(gl.bfloat16))
+                    if MADE:
+                        extra_memory.permute((1, 0)).store(extra.to(gl.bfloat16))
+                if g >= EMIT_FROM:
+                    head_out = head * OUTS + (0 if REVERSED else g)
+                    if MADE and HALF == 0:
+                        made_lines.index(g * 8 + n % 8).store(inverted)
+                    if DOTS:
+                        dots_lines.index(((0 if REVERSED else g) * CONSUMERS + HALF) * 8 + n % 8).store(dotted)
+                    if (token >= start) & (token + 64 <= stop):
+                        out_memory.store(out.to(gl.bfloat16))
+                    fence_async_shared()
+                    barrier()
+                    pointer = pointers[0]
+                    if PAIR:
+                        if which == 1:
+                            pointer = pointers[1]
+                    if (token >= start) & (token + 64 <= stop):
+                        if PAIR:
+                            if which == 0:
+                                send(first[3], row, token, head_out, column, out_memory)
+                            else:
+                                send(second[3], row, token, head_out, column, out_memory)
+                        else:
+                            send(first[3], row, token, head_out, column, out_memory)
+                    else:  # tokens of others on either side
+                        store_rows(pointer, out, row, token, head_out, column, heads * OUTS, length, inside, V, acc)
             if (n % 8 == 7) | (n == gl.cdiv(stop - start, 64) - 1):
-                if MADE and HALF == 0:
-                    if block == 0:
-                        place = made + head.to(gl.int64) * tokens + row.to(gl.int64) * length
-                        write_lines(place, made_lines, 0, n, token, start, stop, REVERSED)
-                if DOTS:
-                    if which == 0:
-                        place = dots + (column // 64).to(gl.int64) * stride_dots
-                        place += (row.to(gl.int64) * heads + head) * length
-                        write_lines(place, dots_lines, HALF * 8, n, token, start, stop, REVERSED)
+                for g in gl.static_range(OUTS):
+                    head_out = head * OUTS + g
+                    if MADE and HALF == 0:
+                        if block == 0:
+                            place = made + head_out.to(gl.int64) * tokens + row.to(gl.int64) * length
+                            write_lines(place, made_lines, g * 8, n, token, start, stop, REVERSED)
+                    if DOTS:
+                        if which == 0:
+                            place = dots + (column // 64).to(gl.int64) * stride_dots
+                            place += (row.to(gl.int64) * (heads * OUTS) + head_out) * length
+                            write_lines(place, dots_lines, (g * CONSUMERS + HALF) * 8, n, token, start, stop, REVERSED)
         if LEAVING:
-            if (item % segments == segments - 1) & (head % GROUP == 0):
+            if (item % segments == segments - 1) & (head * HEADS % GROUP == 0):
                 place_state = row.to(gl.int64) * owners + own
                 values = column + gl.arange(0, 64, layout=gl.SliceLayout(1, acc_state))
                 dims = gl.arange(0, A, layout=gl.SliceLayout(0, acc_state))
@@ -392,9 +409,9 @@ def hopper_kernel(
     a, b, c, out, a_second, b_second, c_second, out_second, other, sums, out_pointer, second_pointer,
     entering, entering_sum, leaving, leaving_sum, log_decay, made, inverse, bias, dots, cu_seqlens, scale,
     works, heads, length, tokens, segment, segments, first_stage, stride_a, stride_c, stride_dots,
-    A: gl.constexpr, V: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    PAIR: gl.constexpr, REVERSED: gl.constexpr, ENTERING: gl.constexpr, LEAVING: gl.constexpr, PER_TOKEN: gl.constexpr,
-    DOTS: gl.constexpr, PACKED: gl.constexpr, SUM: gl.constexpr,
+    A: gl.constexpr, V: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, PAIR: gl.constexpr, REVERSED: gl.constexpr, ENTERING: gl.constexpr, LEAVING: gl.constexpr,
+    PER_TOKEN: gl.constexpr, DOTS: gl.constexpr, PACKED: gl.constexpr, SUM: gl.constexpr,
 ):  # fmt: skip
     """One sweep, or (PAIR) two that read two tensors in common, over `works` pieces of work.
 
@@ -407,6 +424,7 @@ def hopper_kernel(
     """
     tile: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     blocks: gl.constexpr = V // (64 * CONSUMERS)
+    OUTS: gl.constexpr = 1 if REVERSED else HEADS
     a_ring = gl.allocate_shared_memory(gl.bfloat16, [1 if A == 256 else STAGES, 64, A], tile)
     b_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, A], tile)
     c_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * CONSUMERS, 64, 64], tile)
@@ -428,9 +446,9 @@ def hopper_kernel(
     if SUM == MAKE_SUM:
         extras = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, 8, A], tile)
         sources = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, 8, 64], tile)
-        made_lines = gl.allocate_shared_memory(gl.float32, [8, 64], line)
+        made_lines = gl.allocate_shared_memory(gl.float32, [OUTS * 8, 64], line)
     if DOTS:
-        dots_lines = gl.allocate_shared_memory(gl.float32, [CONSUMERS * 8, 64], line)
+        dots_lines = gl.allocate_shared_memory(gl.float32, [OUTS * CONSUMERS * 8, 64], line)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -463,13 +481,14 @@ def hopper_kernel(
         gl.warp_specialize(
             [
                 (consume, (first, second, pointers, rings, bars, memory, given, sizes, strides,
-                           0, A, V, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, LEAVING, PER_TOKEN,
-                           DOTS, PACKED, SUM)),
+                           0, A, V, blocks, GROUP, HEADS, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, LEAVING,
+                           PER_TOKEN, DOTS, PACKED, SUM)),
                 (consume, (first, second, pointers, rings, bars, memory, given, sizes, strides,
-                           1, A, V, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, LEAVING, PER_TOKEN,
-                           DOTS, PACKED, SUM)),
+                           1, A, V, blocks, GROUP, HEADS, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, LEAVING,
+                           PER_TOKEN, DOTS, PACKED, SUM)),
                 (produce, (first, second, sums, numbers, rings, bars, cu_seqlens, sizes,
-                           A, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, PER_TOKEN, DOTS, PACKED, SUM)),
+                           A, blocks, GROUP, HEADS, STAGES, CONSUMERS, PAIR, REVERSED, PER_TOKEN, DOTS, PACKED,
+                           SUM)),
             ],
             [4, 1],
             # Registers of a thread: the second consumer, the producer; the first has the rest.
@@ -479,10 +498,11 @@ def hopper_kernel(
         gl.warp_specialize(
             [
                 (consume, (first, second, pointers, rings, bars, memory, given, sizes, strides,
-                           0, A, V, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, LEAVING, PER_TOKEN,
-                           DOTS, PACKED, SUM)),
+                           0, A, V, blocks, GROUP, HEADS, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, LEAVING,
+                           PER_TOKEN, DOTS, PACKED, SUM)),
                 (produce, (first, second, sums, numbers, rings, bars, cu_seqlens, sizes,
-                           A, blocks, GROUP, STAGES, CONSUMERS, PAIR, REVERSED, PER_TOKEN, DOTS, PACKED, SUM)),
+                           A, blocks, GROUP, HEADS, STAGES, CONSUMERS, PAIR, REVERSED, PER_TOKEN, DOTS, PACKED,
+                           SUM)),
             ],
             [1],
             [24 if SUM < GIVEN_SUM else 40],

@@ -15,10 +15,10 @@ WITH_BULK = 6  # of the window in half precision, with bulk copies and without
 KERNELS_OF_LOSSES = 2
 CALLS = ("plain", "full", "grouped", "step", "window", "lse", "merged", "losses")
 OF_HOPPER = {
-    "128": 72,
-    "128:64": 75,
-    "256": 72,
-    "256:128": 76,
+    "128": 75,
+    "128:64": 79,
+    "256": 75,
+    "256:128": 80,
 }  # kernels that the sweep for Hopper is made of and needs
 
 
@@ -49,16 +49,20 @@ def test_the_sweep_for_hopper():
     assert max(int(line.split("STACK:")[1]) for line in lines) <= 256
 
 
-def test_the_sweep_for_hopper_does_not_spill_where_the_stages_divide_a_group():
-    """A stage that is a constant for each of three heads made 300 to 400 bytes a thread of spilled registers."""
+@pytest.mark.parametrize(("rows", "most"), [(1, 64), pytest.param(70, 128, marks=pytest.mark.slow)])
+def test_the_sweep_for_hopper_does_not_spill_where_the_stages_divide_a_group(rows, most):
+    """A stage that is a constant for each of three heads made 300 to 400 bytes a thread of spilled registers.
+
+    With many rows o and dq, too, are computed by programs of three heads.
+    """
     call = (
         "from compile_kernels import compiling, hopper_sweeps, resources\nimport torch\nwith compiling(90) as found:\n"
     )
-    call += "    hopper_sweeps(torch.bfloat16, 128, 128, rows=1, group=3)\n"
+    call += f"    hopper_sweeps(torch.bfloat16, 128, 128, rows={rows}, group=3)\n"
     call += "print(*(resources(kernel.asm['cubin']) for name, kernel in found.values() if name == 'hopper_kernel'))"
     stacks = [int(x.split(":")[1]) for x in python("-W", "ignore", "-c", call)[0].split() if x.startswith("STACK")]
     assert len(stacks) == 3
-    assert max(stacks) <= 64
+    assert max(stacks) <= most
 
 
 def test_the_window_spills_few_registers():

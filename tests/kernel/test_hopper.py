@@ -95,6 +95,13 @@ def test_idle_multiprocessors_get_programs_of_half_the_columns(monkeypatch):
     assert hopper.consumers(256, 128, 66, CPU).number == 2
 
 
+def test_heads_share_a_state_where_there_are_programs_enough(monkeypatch):
+    monkeypatch.setattr(hopper, "processors", lambda device: 132)
+    assert [hopper.consumers(128, 128, n, CPU, group=4).heads for n in (180, 256, 512, 2048)] == [1, 2, 4, 4]
+    assert [hopper.consumers(128, 128, n, CPU, group=g).heads for n, g in ((2048, 1), (64, 4), (2048, 3))] == [1, 1, 3]
+    assert [hopper.consumers(dim, 128, 2048, CPU, group=2, given=True).heads for dim in (64, 128, 256)] == [2, 1, 1]
+
+
 def test_what_shares_the_memory_of_a_program(monkeypatch):
     """A fifth tile takes the place of a third stage, or beside 256 features that of a consumer."""
     monkeypatch.setattr(hopper, "processors", lambda device: 132)
@@ -239,6 +246,25 @@ def test_source_normalized_long_walk_of_two_consumers(on_cpu, monkeypatch):
     """More than the eight chunks whose 1/z and row sums leave together, in both halves of the columns."""
     monkeypatch.setattr(hopper, "consumers", lambda *_, **__: hopper.Consumers(2, 2, 168, 1))
     check_on_cpu(on_cpu, 600, normalize=True, decay=True, heads=1, shared=1, sweeps=4)
+
+
+@pytest.mark.parametrize(
+    ("together", "options"),
+    [
+        (2, {"heads": 4, "shared": 1, "per_token": True, "decay": True}),
+        (2, {"heads": 4, "rows": 2, "segment": 128, "normalize": True, "final": True}),
+        (3, {"heads": 3, "shared": 1, "normalize": True, "decay": True, "length": 600}),
+        pytest.param(
+            2, {"heads": 2, "shared": 1, "dim": 256, "normalize": True, "per_token": True}, marks=pytest.mark.slow
+        ),
+        pytest.param(4, {"heads": 4, "shared": 1, "bounds": [0, 0, 1, 65, 129, 129, 210]}, marks=pytest.mark.slow),
+    ],
+)
+def test_source_heads_of_a_group_with_one_state(on_cpu, monkeypatch, together, options):
+    """Each has an output of its own, and they bring the state forward once; some groups have two such programs."""
+    monkeypatch.setattr(hopper, "consumers", lambda *_, **__: hopper.Consumers(1, 2, 168, 1, together))
+    sizes = {"length": 210, "sweeps": 4 if "normalize" in options else 3, **options}
+    check_on_cpu(on_cpu, **sizes)
 
 
 def test_source_normalized_takes_up_states(on_cpu):
@@ -452,6 +478,28 @@ def test_many_features_with_the_gradient_of_the_decay(taken, value_dim, sweeps):
 @pytest.mark.parametrize("per_token", [False, True])
 def test_groups_and_segments(taken, heads, segment, per_token):
     check(taken, 520, heads=heads, segment=segment, per_token=per_token, sweeps=3, layout="within")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("together", "options"),
+    [
+        (2, {}),
+        (2, {"segment": 128, "per_token": True, "decay": True, "limits": (5e-3, 3e-2)}),
+        (2, {"normalize": True, "layout": "within"}),
+        (4, {"normalize": True, "segment": 128, "final": True}),
+        (3, {"heads": 12, "normalize": True, "value_dim": 64}),
+        (2, {"dim": 256, "normalize": True}),
+        (4, {"dim": 256, "value_dim": 256}),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 17])  # one consumer a program, and two
+def test_heads_of_a_group_with_one_state(taken, monkeypatch, rows, together, options):
+    chosen = hopper.consumers
+    monkeypatch.setattr(hopper, "consumers", lambda *a, **more: chosen(*a, **more)._replace(heads=together))
+    sizes = {"dim": 128, "value_dim": 128, "heads": 16, **options}
+    apart = sizes["dim"] != sizes["value_dim"] or "normalize" in options
+    check(taken, 520, rows=rows, sweeps=3 + apart, **sizes)
 
 
 @pytest.mark.gpu
