@@ -85,14 +85,14 @@ def consumers(
 
     Args:
         dim: features of a and b.
-        group: query heads of a group with outputs of their own.
+        group: query heads of a group with outputs of their own, which may share a state.
         grouped: a gradient where several query heads share a key/value head.
         made, given: this sweep makes 1/z, or takes it.
         dots: with a fifth tile.
 
     Measured on an H100 in bf16 (README.md). Two consumers of a program read a and b once; one and twice the programs
-    are better where more than half of the multiprocessors would have none. So are heads that share a state, as long as
-    there are programs for most.
+    are better where more than half of the multiprocessors would have none. Heads that share a state are better where
+    they do not make the longest program longer.
     """
     few = pieces * (columns // CHUNK) < processors(device)
     if dim == 256:
@@ -105,8 +105,9 @@ def consumers(
         chosen = Consumers(2, 3 if grouped and not dots else 2, 168, 1)
     if dots or dim == 256 or (dim == 128 and (made or given)):  # there are no registers for it
         return chosen
-    works = pieces * columns // (CHUNK * chosen.number)
-    together = [n for n in (2, 3, 4) if group % n == 0 and works >= 0.7 * n * processors(device)]
+    works, slots = pieces * columns // (CHUNK * chosen.number), processors(device)
+    # As many heads one after another as without: in full rounds, and none of more heads that only some take part in.
+    together = [n for n in (2, 3, 4) if group % n == 0 and n * -(-works // (n * slots)) <= -(-works // slots)]
     return chosen._replace(heads=max(together, default=1))
 
 
@@ -144,7 +145,8 @@ def hopper_sweep(
     dim, columns, device = first[0].shape[3], first[3].shape[3], first[0].device
     pieces = shape.items * (shape.shared if reverse else shape.query_heads) * (1 if second is None else 2)
     config = consumers(
-        dim, columns, pieces, device, group=1 if reverse else shape.group,
+        dim, columns, pieces, device,
+        group=1 if reverse or shape.packed or leaving[0] is not None else shape.group,  # else not measured
         grouped=shape.group > 1 and (reverse or into == "k"), made=made is not None,
         given=given[0] is not None, dots=dots is not None,
     )  # fmt: skip

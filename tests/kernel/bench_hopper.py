@@ -90,7 +90,7 @@ def measure(lab: Lab, sizes: tuple[int, ...]) -> dict[str, float]:
 def main() -> None:
     """Print the figures of the shapes that are named, else of all."""
     cuda = torch.cuda.is_available()
-    lab = Lab("cuda" if cuda else "cpu", peers=False)
+    lab, usual = Lab("cuda" if cuda else "cpu", peers=False), hopper.consumers
     device = torch.cuda.get_device_name() if cuda else "cpu"
     figures: dict[str, Any] = {"device": device, "copy TB/s": round(lab.bandwidth / 1e12, 3), "rows": {}}
 
@@ -103,9 +103,11 @@ def main() -> None:
         for choice, consumers in CHOICES.items():
             if consumers.number * hopper.CHUNK <= min(SHAPES[name][4:]) and SHAPES[name][4] < 256:
 
-                def chosen(*_: Any, dots: bool = False, consumers: Consumers = consumers, **__: bool) -> Consumers:
+                def chosen(*sizes: Any, consumers: Consumers = consumers, **options: Any) -> Consumers:
                     """With a fifth tile there is room for two stages of two consumers."""
-                    return consumers._replace(stages=2) if dots and consumers.number == 2 else consumers
+                    heads = usual(*sizes, **options).heads
+                    stages = 2 if options["dots"] and consumers.number == 2 else consumers.stages
+                    return consumers._replace(heads=heads, stages=stages)
 
                 with mock.patch.object(hopper, "consumers", chosen):
                     add(name, choice)

@@ -213,7 +213,7 @@ CALLS: dict[str, Callable[[torch.dtype, int, int], None]] = {
     "hopper": hopper_sweeps,
     "hopper_full": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, full=True),
     "hopper_grouped": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, rows=1, group=4),
-    "hopper_together": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, group=4),
+    "hopper_together": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, rows=64, group=4),
     "hopper_packed": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, rows=1, packed=True),
     "hopper_sum": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, normalize=True),
     "hopper_sum_full": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, normalize=True, full=True),

@@ -49,8 +49,15 @@ def test_the_sweep_for_hopper():
     assert max(int(line.split("STACK:")[1]) for line in lines) <= 256
 
 
-@pytest.mark.parametrize(("rows", "most"), [(1, 64), pytest.param(70, 128, marks=pytest.mark.slow)])
-def test_the_sweep_for_hopper_does_not_spill_where_the_stages_divide_a_group(rows, most):
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ("128, rows=1", 64),
+        pytest.param("128, rows=48", 128, marks=pytest.mark.slow),
+        pytest.param("64, rows=48, normalize=True", 160, marks=pytest.mark.slow),
+    ],
+)
+def test_the_sweep_for_hopper_does_not_spill_where_the_stages_divide_a_group(options, most):
     """A stage that is a constant for each of three heads made 300 to 400 bytes a thread of spilled registers.
 
     With many rows o and dq, too, are computed by programs of three heads.
@@ -58,10 +65,10 @@ def test_the_sweep_for_hopper_does_not_spill_where_the_stages_divide_a_group(row
     call = (
         "from compile_kernels import compiling, hopper_sweeps, resources\nimport torch\nwith compiling(90) as found:\n"
     )
-    call += f"    hopper_sweeps(torch.bfloat16, 128, 128, rows={rows}, group=3)\n"
+    call += f"    hopper_sweeps(torch.bfloat16, 128, {options}, group=3)\n"
     call += "print(*(resources(kernel.asm['cubin']) for name, kernel in found.values() if name == 'hopper_kernel'))"
     stacks = [int(x.split(":")[1]) for x in python("-W", "ignore", "-c", call)[0].split() if x.startswith("STACK")]
-    assert len(stacks) == 3
+    assert len(stacks) >= 3
     assert max(stacks) <= most
 
 

@@ -95,10 +95,12 @@ def test_idle_multiprocessors_get_programs_of_half_the_columns(monkeypatch):
     assert hopper.consumers(256, 128, 66, CPU).number == 2
 
 
-def test_heads_share_a_state_where_there_are_programs_enough(monkeypatch):
+def test_heads_share_a_state_where_no_program_gets_longer(monkeypatch):
+    """Of 132 multiprocessors: 576 pieces are 5 rounds of one head, but 3 rounds of two."""
     monkeypatch.setattr(hopper, "processors", lambda device: 132)
-    assert [hopper.consumers(128, 128, n, CPU, group=4).heads for n in (180, 256, 512, 2048)] == [1, 2, 4, 4]
-    assert [hopper.consumers(128, 128, n, CPU, group=g).heads for n, g in ((2048, 1), (64, 4), (2048, 3))] == [1, 1, 3]
+    found = {n: hopper.consumers(128, 128, n, CPU, group=4).heads for n in (128, 256, 288, 512, 576, 2048)}
+    assert found == {128: 1, 256: 2, 288: 1, 512: 4, 576: 1, 2048: 4}
+    assert [hopper.consumers(128, 128, n, CPU, group=g).heads for n, g in ((2048, 1), (64, 4), (288, 3))] == [1, 1, 3]
     assert [hopper.consumers(dim, 128, 2048, CPU, group=2, given=True).heads for dim in (64, 128, 256)] == [2, 1, 1]
 
 
