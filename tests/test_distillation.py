@@ -354,7 +354,11 @@ def crash_at(monkeypatch, title, step):
     monkeypatch.setattr(swapattn.progress.StageProgress, "on_pre_optimizer_step", on_pre_optimizer_step)
 
 
-@pytest.mark.parametrize(("title", "step", "done"), [("align", 2, 1), ("distill", 0, 2), ("distill", 3, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("title", "step", "done"),
+    [("align", 2, 1), pytest.param("distill", 0, 2, marks=pytest.mark.slow), ("distill", 3, 2)],
+    ids=str,
+)
 def test_a_run_that_crashed_ends_as_if_it_had_not(converted, work, monkeypatch, capsys, title, step, done):
     what = recipe(CALIBRATE, ALIGN, EVERYTHING)
     expected = distill(converted, recipe=what, output=work / "whole", device="cpu").path
@@ -381,7 +385,9 @@ def test_a_run_that_crashed_ends_as_if_it_had_not(converted, work, monkeypatch, 
         assert torch.allclose(tensors(found)[key], value, rtol=0, atol=1e-6), key
 
 
-@pytest.mark.parametrize("change", ["recipe", pytest.param("parent", marks=pytest.mark.slow), "teacher", "text"])
+@pytest.mark.parametrize(
+    "change", ["recipe", "teacher", *(pytest.param(x, marks=pytest.mark.slow) for x in ("parent", "text"))]
+)
 def test_another_unfinished_run_is_neither_resumed_nor_dropped(converted, tiny_teacher, work, monkeypatch, change):
     (work / "a.txt").write_text("It is a truth universally acknowledged. " * 50)
     what, start, teacher = recipe(CALIBRATE, ALIGN, DISTILL, text="a.txt"), converted, None
@@ -408,7 +414,7 @@ def test_another_unfinished_run_is_neither_resumed_nor_dropped(converted, tiny_t
     assert not any("resuming" in line for line in said)
 
 
-@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("saved", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_stage_with_other_settings_begins_anew_and_those_before_it_are_kept(converted, work, monkeypatch, saved):
     crash_at(monkeypatch, "distill", 1 if saved else 0)
     with pytest.raises(Crash):
@@ -791,7 +797,7 @@ def test_a_text_that_is_not_there_is_named_by_its_key(converted, work, own):
         distill(converted, recipe=what, device="cpu")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_sees_the_windows_that_it_would_have_seen(converted, work, monkeypatch, workers):
     """A mixture, documents kept apart, and processes that tokenise: what is read does not depend on the crash."""
     arguments, original = swapattn.training.TrainingArguments, swapattn.distillation.distill_loss

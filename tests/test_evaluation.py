@@ -244,7 +244,14 @@ def test_the_teacher_is_scored_once(
     assert (found.checkpoint.path.parent / "cache" / "teacher-scores").is_dir()
 
 
-@pytest.mark.parametrize("change", [{"limit": 3}, {"num_fewshot": 1}, {"seed": 7}, {"cache": False}, {"batch_size": 2}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"limit": 3},
+        {"cache": False},
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ({"num_fewshot": 1}, {"seed": 7}, {"batch_size": 2})),
+    ],
+)
 def test_other_settings_score_the_teacher_again(
     found: Any, mirror: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:

@@ -295,6 +295,7 @@ def test_the_kernel_in_the_interpreter_gives_the_same_losses_and_gradients():
     run(INTERPRETED, TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow  # test_compile.py has the launcher's own
 def test_the_kernel_compiles_for_a_gpu(tmp_path):
     pytest.importorskip("triton")
     program = "from test_losses import MIXTURES, compile_kernel\nfor x in MIXTURES.values():\n    compile_kernel(x)"

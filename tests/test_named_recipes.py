@@ -31,9 +31,10 @@ def tiny(name):
     return parse_recipe(values)
 
 
-# `standard`, its forms and those of `long` differ from `short`, its forms and `long` in tokens only.
+# `standard`, its forms and those of `long` differ from `short`, its forms and `long` in tokens only, and `radlads` and
+# `halo` are made of the parts of others.
 NAMES = [
-    pytest.param(name, marks=pytest.mark.slow) if name.startswith(("standard", "long-")) else name
+    pytest.param(name, marks=pytest.mark.slow) if name.startswith(("standard", "long-", "radlads", "halo")) else name
     for name in recipe_names()
 ]
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-# Less than half of the recipe's tokens; `swapattn quickstart` has all.
-FEWER = "--set", "distill.stages.align.tokens=12288", "--set", "distill.stages.distill.tokens=4096"
+# A quarter of the recipe's tokens; `swapattn quickstart` has all.
+FEWER = "--set", "distill.stages.align.tokens=8192", "--set", "distill.stages.distill.tokens=3072"
 LINES = (
     ("convert", "smollm2-135m"),
     ("distill", "--recipe", "smoke", *FEWER),

@@ -224,8 +224,14 @@ def test_source_dimensions(on_cpu, dim, value_dim, sweeps):
     check_on_cpu(on_cpu, 130, dim=dim, value_dim=value_dim, per_token=True, decay=True, sweeps=sweeps)
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("segment", [None, 128])
+@pytest.mark.parametrize(
+    ("per_token", "segment"),
+    [
+        (False, 128),
+        (True, None),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((False, None), (True, 128))),
+    ],
+)
 def test_source_groups_and_segments(on_cpu, per_token, segment):
     check_on_cpu(on_cpu, 300, heads=4, per_token=per_token, decay=True, segment=segment, sweeps=3, layout="within")
 
@@ -290,7 +296,7 @@ def test_source_takes_up_states(on_cpu):
         (2, {"segment": 128, "slopes": (7.9, 0.1)}),
         (1, {"dim": 256, "normalize": True, "started": True, "slopes": (7.9, 0.1)}),
         (2, {"shared": 1, "normalize": True, "started": True, "rows": 2}),
-        (1, {"per_token": True, "normalize": True, "segment": 128}),
+        pytest.param(1, {"per_token": True, "normalize": True, "segment": 128}, marks=pytest.mark.slow),
     ],
 )
 def test_source_final_state(on_cpu, monkeypatch, number, options):
