@@ -238,6 +238,13 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         rows = torch.arange(order.shape[0], device=order.device)[:, None]
         return self.ring_k[rows, order], self.ring_v[rows, order], position
 
+    def match(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Hold the ring in the dtypes of new keys and values: what came before may have been read under autocast."""
+        for name, new in (("ring_k", k), ("ring_v", v)):
+            held = getattr(self, name)
+            if held is not None and held.dtype != new.dtype:
+                setattr(self, name, self._at_fixed_address(held.to(new.dtype)))
+
     def remember(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, window: int, sinks: int) -> None:
         """Keep of new tokens k, v `[B, T, Hkv, D]` at `positions` `[B, T]` what later tokens attend to locally."""
         batch = k.shape[0]

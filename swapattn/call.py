@@ -55,6 +55,8 @@ class AttentionCall:
         given = cu_seqlens if first else None
         self.lift: torch.Tensor | None = None
         self.tokens, starts = read_mask(mask, q.shape[-2], seen, may_be_packed=first and given is None)
+        # Softmax broadcasts one mask for all rows.
+        self.tokens, starts = (x if x is None else x.expand(q.shape[0], -1) for x in (self.tokens, starts))
         if alibi is not None:
             self._add_alibi(*alibi)
         self.cu_seqlens: torch.Tensor | None = None

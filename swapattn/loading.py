@@ -139,7 +139,6 @@ def from_folder(model_class: Any, path: Path, dtype: torch.dtype | None) -> Any:
         if found:
             raise CheckpointError(f"{path}: {len(found)} {kind.replace('_', ' ')}, first {found[0]}")
     for swap in swaps(model).values():
-        swap.log_slope.requires_grad_(swap.learnable_decay)  # from_pretrained makes every parameter trainable
         # Mapped from a file they lie at any address, where a CPU's products round otherwise.
         for parameter in swap.parameters():
             parameter.data = parameter.data.clone()

@@ -121,7 +121,16 @@ class GeneratesMixin(Made):
         return bool(super()._valid_auto_compile_criteria(model_kwargs, *args, **kwargs))  # type: ignore[misc]
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
-        """Put the recurrent layers in before `generate` asks the cache anything."""
+        """Put the recurrent layers in before `generate` asks the cache anything.
+
+        Raises:
+            ValueError: drafts of the model's own first layers, which would share their states.
+        """
+        if getattr(generation_config, "assistant_early_exit", None) is not None:
+            raise ValueError(
+                "assistant_early_exit: the drafts would share the states of the swapped layers; use an "
+                "assistant_model or prompt_lookup_num_tokens"
+            )
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
         cache = model_kwargs.get(CACHE)
         if cache is not None:
@@ -190,6 +199,14 @@ class SwapMixin(_Known, GeneratesMixin):
             )
         assert isinstance(self, nn.Module)
         attach(self, block["layers"], block["spec"], nope=block.get("nope", ()))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which makes every parameter trainable; decays that are not learnt stay as they are."""
+        found = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        for swap in swaps(found[0] if isinstance(found, tuple) else found).values():
+            swap.log_slope.requires_grad_(swap.learnable_decay)
+        return found
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Choose what the kept layers use; the swapped ones stay swapped."""

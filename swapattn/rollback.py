@@ -60,7 +60,7 @@ class Rollback:
 
     def forget(self) -> None:
         """Commit to all tokens seen."""
-        self.base, self.log = None, []
+        self.base, self.log, self._layer = None, [], None  # a reference cannot be pickled with the cache
 
     def append(self, call: Tokens, layer: Any, cache: Any) -> None:
         """Record tokens that `layer` is about to put into the state of `cache`; at most `MOST_TOKENS`."""
@@ -80,7 +80,8 @@ class Rollback:
         if count > self.length:
             raise RuntimeError(
                 f"a lightning attention state can be rolled back by {self.length} tokens here, not by {count}: call "
-                f"`activate_past_recording()` on the cache first, and crop before more than {MOST_TOKENS} new tokens"
+                f"`activate_past_recording()` on the cache behind its first forward pass, and crop before more than "
+                f"{MOST_TOKENS} new tokens"
             )
         log, kept = self.log, self.length - count
         if count:
@@ -113,4 +114,4 @@ class Rollback:
         layer = self._layer() if self._layer is not None else None
         if layer is None:
             raise RuntimeError("a lightning attention state cannot be rolled back: its model is gone")
-        layer.both(call, cache)
+        layer(call, cache, record=False)  # called as a module: hooks may have to fetch its parameters

@@ -272,10 +272,15 @@ class LightningSwap(nn.Module):
             return leaving(call.k, call.v, self.window, self.sinks, tokens=call.tokens, cu_seqlens=call.cu_seqlens)
         return leaving_cache(cache, call.k, call.v, positions, self.window, self.sinks)
 
-    def forward(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> torch.Tensor:
+    def forward(
+        self, call: AttentionCall, cache: LightningCacheLayer | None = None, *, record: bool = True
+    ) -> torch.Tensor:
         """Both branches mixed, `[B, T, Hq, Dv]` in the dtype of v; recorded where the cache has to roll back."""
         if cache is None:
             return self.both(call)
+        cache.match(call.k, call.v)
+        if not record:
+            return self.both(call, cache)
         if not cache.record_past or call.cu_seqlens is not None:
             cache.rollback.forget()
             return self.both(call, cache)

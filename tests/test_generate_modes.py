@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -390,3 +391,55 @@ def test_packing_is_looked_for_once_in_a_forward_pass_and_never_where_it_cannot_
         looks.clear()
         window_model(input_ids=ids, use_cache=False, **given)
         assert looks.count((2, 12)) == expected, given
+
+
+def test_drafts_of_the_first_layers_are_refused_before_anything_changes(window_model):
+    ids = ids_of(1, 9)
+    before, layers = window_model(ids).logits, window_model.config.num_hidden_layers
+    with pytest.raises(ValueError, match="assistant_early_exit: the drafts would share"):
+        window_model.generate(ids, assistant_early_exit=1, do_sample=False, pad_token_id=1, max_new_tokens=4)
+    assert window_model.config.num_hidden_layers == layers
+    assert torch.equal(window_model(ids).logits, before)
+
+
+def test_a_cache_that_took_drafts_back_can_be_pickled(window_model):
+    ids = ids_of(1, 4).repeat(1, 5)
+    options = {"prompt_lookup_num_tokens": 4, "do_sample": False, "pad_token_id": 1, "return_dict_in_generate": True}
+    cache = window_model.generate(ids, max_new_tokens=4, **options).past_key_values
+    again = pickle.loads(pickle.dumps(cache))
+    for one, other in zip(lightning(cache), lightning(again), strict=True):
+        assert torch.equal(one.state, other.state)
+
+
+def test_drafts_of_a_model_whose_parameters_are_fetched_when_it_is_called(tiny_family, tmp_path):
+    """As accelerate's hooks do where `device_map` puts layers on the disk."""
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = build(tiny_family, "window", torch.float32), ids_of(1, 4).repeat(1, 5)
+    options = {"do_sample": False, "pad_token_id": 1, "max_new_tokens": 8}
+    expected = model.generate(ids, **options)
+    layers = {f"model.layers.{i}": "disk" for i in range(model.config.num_hidden_layers)}
+    kept = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    model = accelerate.dispatch_model(model, {**kept, **layers}, main_device="cpu", offload_dir=tmp_path)
+    assert next(iter(swaps(model).values())).log_slope.is_meta
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **options), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("half_first", [True, False])
+def test_a_cache_that_was_filled_under_autocast_goes_on_without_it_and_the_reverse(tiny_family, half_first):
+    model, ids = build(tiny_family, "window", torch.float32), ids_of(2, 24)
+    whole, cache = model(ids).logits, DynamicCache(config=model.config)
+    for start, stop, half in ((0, 12, half_first), (12, 20, not half_first), (20, 24, half_first)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found = model(ids[:, start:stop], past_key_values=cache).logits
+        assert torch.allclose(found.float(), whole[:, start:stop], rtol=0, atol=0.05 * float(whole.abs().max()))
+
+
+@torch.no_grad()
+def test_one_mask_for_all_rows(window_model):
+    ids = ids_of(2, 9)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    mask[:, 0] = False
+    mask[0, 0] = True
+    found, expected = (window_model(ids, attention_mask=mask.expand(n, 1, 9, 9)).logits for n in (1, 2))
+    assert torch.equal(found, expected)

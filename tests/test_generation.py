@@ -45,6 +45,15 @@ def test_the_pieces_are_what_generate_gives(model, tiny_tokenizer):
     assert "".join(pieces) == made.text == greedy(model, tiny_tokenizer, PROMPT, 24)
 
 
+@pytest.mark.parametrize("own", [{"use_cache": False}, {"num_beams": 3}])
+def test_settings_of_the_model_that_a_stream_cannot_have_are_passed_over(model, tiny_tokenizer, monkeypatch, own):
+    expected = answer(model, tiny_tokenizer, PROMPT, show=lambda _: None, max_new_tokens=6)
+    for key, value in own.items():
+        monkeypatch.setattr(model.generation_config, key, value)
+    found = answer(model, tiny_tokenizer, PROMPT, show=lambda _: None, max_new_tokens=6)
+    assert (found.text, found.stats.state_bytes) == (expected.text, expected.stats.state_bytes)
+
+
 def test_text_comes_in_pieces(model, tiny_tokenizer):
     pieces = []
     answer(model, tiny_tokenizer, PROMPT, show=pieces.append, max_new_tokens=150, temperature=2.0)

@@ -109,9 +109,9 @@ def test_a_bf16_teacher_gives_a_bf16_model_with_fp32_swaps(tiny_family, tmp_path
 def test_slopes_are_learnable_only_where_the_recipe_says_so(tiny_teacher, checkpoint, tmp_path):
     learnable = convert(tiny_teacher, tmp_path / "c", recipe="smoke", overrides=["convert.decay.learnable=true"]).path
     for folder, expected in ((checkpoint, False), (learnable, True)):
-        model, _ = load(folder)
-        assert {swap.log_slope.requires_grad for swap in swaps(model).values()} == {expected}
-        assert all(swap.out_scale.requires_grad for swap in swaps(model).values())
+        for model in (load(folder)[0], AutoModelForCausalLM.from_pretrained(folder)):
+            assert {swap.log_slope.requires_grad for swap in swaps(model).values()} == {expected}
+            assert all(swap.out_scale.requires_grad for swap in swaps(model).values())
 
 
 def test_choosing_another_base_implementation_keeps_the_swaps(checkpoint):
