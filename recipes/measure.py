@@ -175,7 +175,9 @@ class Run:
         with self.lock:
             seconds = round(time.monotonic() - start, 1)
             self.found[name] = {"command": told, "seconds": seconds, "printed": json.loads(done.stdout)}
-            self.record.write_text(json.dumps(self.found, indent=1))
+            scratch = self.record.with_name(f".{self.record.name}")
+            scratch.write_text(json.dumps(self.found, indent=1))
+            os.replace(scratch, self.record)
 
 
 @main.command()
@@ -238,7 +240,7 @@ def row(name: str, options: dict[str, Any], found: dict[str, Any]) -> str:
     cells.append(f"{statistics.mean(one[1] for one in kept):.3f} ± {error:.3f}" if kept else "-")
     cells += ratios(own, teacher)
     lambada = [model["tasks"].get("lambada_openai") for model in (own, teacher)]
-    cells.append(f"{lambada[0][0] / lambada[1][0]:.3f}" if all(lambada) else "-")
+    cells.append(f"{lambada[0][0] / lambada[1][0]:.3f}" if all(lambada) and lambada[1][0] else "-")
     cells += ratios(off, own) if subject != "linear-off" else ["-", "-"]
     for kind in ("recall", "passkey"):
         theirs = {probe["length"]: probe for probe in teacher.get(kind, ())}
@@ -275,7 +277,7 @@ def perplexities(text: dict[str, Any] | None) -> list[float]:
     if not text:
         return []
     far = text["far_perplexity"] if "far_perplexity" in text else (text["far"] or {}).get("perplexity")
-    return [text["perplexity"], far or float("nan")]
+    return [text["perplexity"] or math.nan, far or math.nan]  # null: not finite
 
 
 def ratios(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -210,9 +210,11 @@ def to_table(found: Mapping[str, Mapping[str, Any]]) -> str:
             ratios = ((text[f"{prefix}ratio"], text[f"{prefix}ratio_stderr"]) for text in texts)
             rows.append(("  times the student's", *(with_error(*ratio) for ratio in ratios)))
     for name, key, error in (("recall", "exact", "exact_stderr"), ("passkey", "accuracy", "stderr")):
-        for index, row in enumerate(first[name]):
-            cells = (with_error(one[name][index][key], one[name][index][error]) for one in found.values())
-            rows.append((f"{name}{', exact,' if key == 'exact' else ''} at {row['length']:,}", *cells))
+        of_lengths = [{row["length"]: row for row in one[name]} for one in found.values()]  # not all read the longest
+        for length in sorted({length for rows_of in of_lengths for length in rows_of}):
+            probes = [rows_of.get(length) for rows_of in of_lengths]
+            cells = (with_error(row[key], row[error]) if row else "-" for row in probes)
+            rows.append((f"{name}{', exact,' if key == 'exact' else ''} at {length:,}", *cells))
     return aligned(rows)
 
 

@@ -26,6 +26,7 @@ from .checkpoint import Checkpoint, check_target, write_json
 from .data import PackedTokens, sizes
 from .environment import check_device, say, versions
 from .errors import CheckpointError, UsageError
+from .exclusive import LOCK, empty, hold
 from .loading import load_teacher
 from .losses import TopK, chunk_tokens
 from .objectives import apart, check_document_mask, check_head, hidden_states, output_embedding
@@ -295,12 +296,13 @@ class _Writer:
                 raise UsageError(f"{folder} holds other logits: use --overwrite, or name another folder")
             say(f"{folder} is there already")
             return
-        done = self._open(overwrite)
-        self._parts(done)
-        write_json(self.scratch / MANIFEST, {**self.manifest, "versions": versions()})
-        if folder.exists():
-            shutil.rmtree(folder)
-        self.scratch.rename(folder)
+        with hold(self.scratch):
+            self._parts(self._open(overwrite))
+            write_json(self.scratch / MANIFEST, {**self.manifest, "versions": versions()})
+            if folder.exists():
+                shutil.rmtree(folder)
+            (self.scratch / LOCK).unlink()
+            self.scratch.rename(folder)
 
     def _open(self, overwrite: bool) -> int:
         """How many parts an interrupted call has left behind."""
@@ -313,8 +315,7 @@ class _Writer:
                 return done
             if not overwrite:
                 raise UsageError(f"unfinished logits of something else lie in {self.scratch}: use --overwrite")
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir(parents=True)
+        empty(self.scratch)
         write_json(self.scratch / MANIFEST, self.manifest)
         return 0
 

@@ -147,7 +147,11 @@ class _Measurement:
     def _measure_extras(self, extras: Extras) -> None:
         seed = self.settings.seed or 0
         if extras.perplexity:
-            self._remember("perplexity", {"windows": WINDOWS}, lambda: asdict(embedded_perplexity(*self._loaded)))
+            self._remember(
+                "perplexity",
+                {"windows": WINDOWS, "length": "512 at most"},
+                lambda: asdict(embedded_perplexity(*self._loaded)),
+            )
         if extras.text is not None:
             from .probes import perplexity_of_file
 

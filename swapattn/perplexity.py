@@ -47,7 +47,8 @@ def heldout_perplexity(model: Any, windows: torch.Tensor) -> Perplexity:
 
 
 def embedded_perplexity(model: Any, tokenizer: Any) -> Perplexity:
-    """`heldout_perplexity` on 64 windows of 512 tokens of the embedded text."""
+    """`heldout_perplexity` on 64 windows of 512 tokens of the embedded text, or of all positions that there are."""
     from .data import heldout_windows
+    from .positions import positions_of
 
-    return heldout_perplexity(model, heldout_windows(tokenizer, count=WINDOWS))
+    return heldout_perplexity(model, heldout_windows(tokenizer, length=min(512, positions_of(model)), count=WINDOWS))

@@ -119,9 +119,9 @@ def collect(
             for name, probe in (("recall", recall), ("passkey", passkey)):
                 found[name] += probe(model, tokenizer, length, documents or sizes["documents"], seed, notes)
         if generation:
-            continuations = _continuations(model, tokenizer, new_tokens or sizes["new_tokens"])
+            continuations = _continuations(model, tokenizer, new_tokens or sizes["new_tokens"], notes)
             found["continuations"] = continuations
-            found["repetition"] = sum(map(repetition, continuations)) / len(continuations)
+            found["repetition"] = sum(map(repetition, continuations)) / len(continuations) if continuations else None
             found["letters"] = _letters(model, tokenizer, notes)
     return {**found, "seed": seed, "seconds": round(time.perf_counter() - start, 1), "notes": notes}
 
@@ -144,7 +144,7 @@ def compare(student: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> di
             _shares(row, ("accuracy", "exact")) for row in side_by_side(student["recall"], other.get("recall", ()))
         ],
         "passkey": [_shares(row, ("accuracy",)) for row in side_by_side(student["passkey"], other.get("passkey", ()))],
-        "agreement": _agreement(student["continuations"], other["continuations"]) if teacher else None,
+        "agreement": _agreement(student["continuations"], other.get("continuations", ())),
         **{
             name: {"student": student[name], "teacher": other.get(name)}
             for name in ("repetition", "letters", "seconds")
@@ -178,8 +178,11 @@ def to_table(compared: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *compared["notes"]])
 
 
-def _continuations(model: Any, tokenizer: Any, new_tokens: int) -> list[list[int]]:
-    """Greedy tokens after the first 32 tokens of eight held-out places; the end-of-text token is forbidden."""
+def _continuations(model: Any, tokenizer: Any, new_tokens: int, notes: list[str]) -> list[list[int]]:
+    """Greedy tokens after the first 32 tokens of eight held-out places; the end-of-text token is forbidden.
+
+    Empty, with a note, where a logit is NaN, which argmax would take for the largest.
+    """
     ids = windows_of(heldout_windows(tokenizer, length=1).flatten(), _PROMPT_TOKENS, _PROMPTS).to(device_of(model))
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     forbidden = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
@@ -188,6 +191,9 @@ def _continuations(model: Any, tokenizer: Any, new_tokens: int) -> list[list[int
     for _ in tqdm(range(count), desc="greedy continuations", unit="token", file=sys.stderr):
         out = model(input_ids=ids, use_cache=True, **{CACHE: cache})
         cache, logits = out[CACHE], out.logits[:, -1].float()
+        if logits.isnan().any():
+            note(notes, "no continuations: a logit is NaN")
+            return []
         logits[:, list(forbidden)] = -math.inf
         ids = logits.argmax(-1, keepdim=True)
         found.append(ids)
@@ -243,7 +249,9 @@ def _shares(row: dict[str, Any], figures: Sequence[str]) -> dict[str, Any]:
     return row
 
 
-def _agreement(student: Sequence[Sequence[int]], teacher: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _agreement(student: Sequence[Sequence[int]], teacher: Sequence[Sequence[int]]) -> dict[str, Any] | None:
+    if not (student and teacher):
+        return None
     tokens = min(len(student[0]), len(teacher[0]))
     first = [
         next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), tokens)

@@ -13,21 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-try:
-    import fcntl
-except ImportError:  # on Windows nothing keeps two processes apart
-    fcntl = None  # type: ignore[assignment]
-
 from .checkpoint import Checkpoint, write_json
 from .data import sizes
 from .environment import say
 from .errors import UsageError
+from .exclusive import empty, hold
 from .logits import read_manifest
 from .recipe import Recipe
 from .stages import text_of, written_logits
 
 STATE = "run.json"
-LOCK = "lock"
 # Of a stage: how it is carried out, which changes no result.
 _EXECUTION = ("micro_batch", "chunk", "compile", "cuda_graph", "gradient_checkpointing")
 
@@ -77,15 +72,7 @@ def enter(
     Raises:
         UsageError: another process is at work there, or something lies there that does not fit.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    held = (folder / LOCK).open("w")
-    try:
-        if fcntl is not None:
-            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f"another process is at work in {folder}: wait for it, or choose another with -o") from None
-    except OSError:
-        pass  # not every network file system has locks
+    held = hold(folder)
     found: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         found = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -113,8 +100,6 @@ def enter(
             "finish it, or use --overwrite to drop it, or another folder with -o"
         )
     else:
-        for path in folder.iterdir():
-            if path.name != LOCK:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        empty(folder)
     write_state(folder, state)
     return state, held

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from . import sources
 from .checkpoint import RECORD, check_folder, find, write_json
-from .data import PackedTokens, documents, no_words
+from .data import PackedTokens, documents, no_words, sizes
 from .environment import check_device, default_device, hardware, say, versions
 from .errors import CheckpointError, UsageError
+from .exclusive import empty, hold
 from .generation import compiles
 from .loading import know, load_teacher, tokenizer_in
 from .positions import positions_in
@@ -156,7 +157,8 @@ def sample(
         return dataclasses.replace(plan, dry_run=True)
     writer, tokenizer = load_teacher(folder, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
     rows = begin.rows(writer.config, tokenizer, seed)
-    run = _Run(plan, overwrite)
+    source = {"prompts": prompts_of(begin.text)} if begin.text is not None else {}
+    run = _Run(plan, source, overwrite)
     try:
         return run.go(writer, tokenizer, rows, hidden=int(begin.start == "bos" and begin.text is None))
     finally:
@@ -253,6 +255,11 @@ def _starts(tokenizer: Any, start: Start, seed: int) -> Iterator[list[int]]:
     return itertools.repeat([begin])
 
 
+def prompts_of(text: Text) -> dict[str, Any]:
+    """What tells a text that prompts come from: all of its settings, and the sizes of its files."""
+    return {"text": text.model_dump(mode="json"), "sizes": [sizes(spec) for spec, _ in text.parts]}
+
+
 def _prompted(text: Text, tokenizer: Any, count: int, length: int, seed: int) -> Iterator[list[int]]:
     """The first tokens of document after document, those that are shorter left out."""
     short = 0
@@ -267,12 +274,21 @@ def _prompted(text: Text, tokenizer: Any, count: int, length: int, seed: int) ->
 class _Run:
     """A file that grows by whole batches, in a folder of its own until it is whole."""
 
-    def __init__(self, plan: SampleResult, overwrite: bool) -> None:
-        """Make the folder, or cut what an interrupted run of the same request has left behind its last whole batch."""
+    def __init__(self, plan: SampleResult, source: dict[str, Any], overwrite: bool) -> None:
+        """Make the folder, or cut what an interrupted run of the same request has left behind its last whole batch.
+
+        `source` says in full what the texts start from.
+        """
         self.plan = plan
         self.work = plan.path.parent / f".{plan.path.name}.run"
         self.text = self.work / "text.jsonl"
-        request = {**plan.to_dict(), "teacher": str(plan.teacher.resolve()), "hardware": None}  # may go on elsewhere
+        self.held = hold(self.work)
+        request = {
+            **plan.to_dict(),
+            **source,
+            "teacher": str(plan.teacher.resolve()),
+            "hardware": None,
+        }  # may go on elsewhere
         known = self.work / "request.json"
         begun = self.text.is_file() and self.text.stat().st_size > 0
         if not (begun and known.is_file() and json.loads(known.read_text(encoding="utf-8")) == request):
@@ -281,8 +297,7 @@ class _Run:
                     f"an unfinished run with other arguments lies in {self.work}: repeat its command to finish it, "
                     "or use --overwrite to drop it, or another file with -o"
                 )
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.work.mkdir(parents=True)
+            empty(self.work)
             write_json(known, request)
         self.done = self._cut()
 
@@ -300,6 +315,7 @@ class _Run:
         """Drop the folder where nothing was written: there is nothing to go on from."""
         if self.text.is_file() and not self.text.stat().st_size:
             shutil.rmtree(self.work)
+        self.held.close()
 
     def go(self, model: Any, tokenizer: Any, starts: Iterator[list[int]], hidden: int) -> SampleResult:
         """Write what is missing; of every row the first `hidden` tokens are not text."""

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Store:
     def __init__(self, folder: Path | None) -> None:
         """Args: folder: made when the first record is put; None = remember nothing."""
         self.folder = folder
+        self._used: set[str] = set()
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The record of a key; None where there is none, or a damaged one."""
@@ -42,9 +43,12 @@ class Store:
         try:
             with gzip.open(self._path(key), "rt", encoding="utf-8") as file:
                 found = json.load(file)
-        except (OSError, EOFError, ValueError):
+        except (OSError, EOFError, ValueError, zlib.error):
             return None
-        return found if isinstance(found, dict) else None
+        if not isinstance(found, dict):
+            return None
+        self._used.add(key)
+        return found
 
     def put(self, key: str, record: Mapping[str, Any]) -> None:
         """Keep a record; a reader sees it whole or not at all."""
@@ -57,6 +61,7 @@ class Store:
             with gzip.open(scratch, "wt", encoding="utf-8", compresslevel=5) as file:
                 json.dump(record, file, ensure_ascii=False, default=str)
             os.replace(scratch, path)
+            self._used.add(key)
         except OSError as error:
             say(f"results are not kept for a later run: {self.folder}: {error.strerror or error}")
             with contextlib.suppress(OSError):
@@ -64,9 +69,12 @@ class Store:
             self.folder = None
 
     def clear(self) -> None:
-        """Remove the folder with all its records."""
+        """Remove the records that were read or written here, and the folder if others have left none."""
+        for key in self._used if self.folder is not None else ():
+            self._path(key).unlink(missing_ok=True)
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None

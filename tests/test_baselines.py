@@ -173,3 +173,9 @@ def test_the_table_has_a_column_for_each() -> None:
     for part in ("70.0% ±0.4%", "0.250 ±0.010", "+0.350 p <0.001", "50.00", "1.250 ±0.002", "passkey at 256"):
         assert part in table
     assert "embedded" not in table
+    long = {"length": 512, "accuracy": 0.75, "stderr": 0.05}
+    further = one(0.6, 1.0)
+    further["passkey"] = [long]
+    short = baselines.to_table({"teacher": one(0.7, 0.9), "distilled": further})
+    found = [line.split()[-4:] for line in short.splitlines() if line.startswith("passkey")]
+    assert found == [["256", "0.700", "±0.050", "-"], ["512", "-", "0.750", "±0.050"]]

@@ -20,7 +20,7 @@ import pytest
 from swapattn import evaluation, measurement, perplexity, score_store, scoring, significance, tasks, thresholds
 from swapattn.errors import CheckpointError, SourceError, SwapattnError, UsageError
 from swapattn.evaluation import evaluate, score
-from swapattn.perplexity import heldout_perplexity
+from swapattn.perplexity import embedded_perplexity, heldout_perplexity
 from swapattn.positions import read_text
 from swapattn.scores import EvalReport, EvalRow, Perplexity, TaskResult
 
@@ -826,3 +826,25 @@ def test_same_numbers_as_the_lm_eval_command(monkeypatch: pytest.MonkeyPatch, tm
     assert ours.metrics["acc"] == theirs["acc,none"]
     assert ours.metrics["acc_norm"] == theirs["acc_norm,none"]
     assert ours.metrics["acc_norm_stderr"] == pytest.approx(theirs["acc_norm_stderr,none"])
+
+
+def test_a_store_forgets_its_own_records_and_passes_over_damaged_ones(tmp_path: Path) -> None:
+    one, other = (score_store.Store(tmp_path / "kept") for _ in range(2))
+    one.put("a", {"value": 1, "long": "x" * 500})
+    other.put("b", {"value": 2})
+    one.clear()
+    assert other.get("b") == {"value": 2}
+    path = tmp_path / "kept" / "b.json.gz"
+    damaged = bytearray(path.read_bytes())
+    damaged[-12] ^= 0xFF  # within what is compressed: an error of zlib, not of gzip
+    path.write_bytes(damaged)
+    assert other.get("b") is None
+    other.clear()
+    assert not (tmp_path / "kept").exists()
+
+
+def test_the_embedded_text_is_read_in_as_many_tokens_as_there_are_positions(
+    tiny_family: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    model = tiny_family("gpt2", n_positions=64, max_position_embeddings=64)
+    assert embedded_perplexity(model, tiny_tokenizer).tokens == 64 * 63

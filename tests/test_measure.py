@@ -100,3 +100,15 @@ def test_runs_and_controls_are_measured_once_and_a_failure_is_named(tiny_teacher
     assert again.returncode == 0
     assert again.stdout.splitlines()[2] == " | ".join(lines["plain"])
     assert json.loads((tmp_path / "out" / "plain.json").read_text()) == found, "it was measured again"
+
+
+def test_a_perplexity_that_is_not_finite_and_a_teacher_without_right_answers_have_no_ratio():
+    module = runpy.run_path(str(MEASURE))
+    assert module["ratios"](
+        {"perplexity": module["perplexities"]({"perplexity": None, "far_perplexity": None})}, {}
+    ) == [
+        "-",
+        "-",
+    ]
+    both = {"perplexity": module["perplexities"]({"perplexity": None, "far_perplexity": 3.0})}
+    assert module["ratios"](both, both) == ["nan", "1.000"]

@@ -58,7 +58,7 @@ LAYERS = (
     }
     | {"rotary_check", "loss_kernel", "compilation", "replay"}
     | {"optimizer", "lora", "sharding", "logits", "vocabulary"}
-    | {"processes", "progress", "reporting", "resumption", "stopping"}
+    | {"processes", "progress", "reporting", "resumption", "stopping", "exclusive"}
     | {"graph", "integrity", "remote_code", "unpickling"}
     | {
         "scoring",

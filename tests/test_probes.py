@@ -347,10 +347,18 @@ class TestContinuations:
     def test_they_are_what_generate_gives(self, which, request, tiny_tokenizer):
         model = request.getfixturevalue(which)
         with torch.no_grad():
-            found = probes._continuations(model, tiny_tokenizer, 12)
+            found = probes._continuations(model, tiny_tokenizer, 12, [])
         prompts = positions.windows_of(heldout_windows(tiny_tokenizer, length=1).flatten(), 32, 8)
         expected = model.generate(prompts, do_sample=False, min_new_tokens=12, max_new_tokens=12, pad_token_id=1)
         assert found == expected[:, 32:].tolist()
+
+    def test_a_logit_that_is_nan_is_no_token(self, tiny_llama, tiny_tokenizer):
+        model, notes = tiny_llama(), []
+        model.model.norm.weight.data.fill_(torch.nan)
+        with torch.no_grad():
+            assert probes._continuations(model, tiny_tokenizer, 3, notes) == []
+        assert notes == ["no continuations: a logit is NaN"]
+        assert probes._agreement([], [[1, 2]]) is None
 
     def test_repetition(self):
         assert probes.repetition([5] * 128) == pytest.approx(1 - 1 / 125)

@@ -83,7 +83,7 @@ def test_it_is_the_teachers_own_distribution(tiny_llama, tiny_tokenizer, work):
     assert len(texts(work / "s.jsonl")) == 4096
 
 
-def cut_off(teacher, batch):
+def cut_off(teacher, batch, output="s.jsonl", **options):
     """Run into an error in the batch of that number."""
     written, batches = sampling._written, itertools.count(1)
 
@@ -95,7 +95,7 @@ def cut_off(teacher, batch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "_written", failing)
         with pytest.raises(ZeroDivisionError):
-            sample(teacher, "s.jsonl", **SMALL)
+            sample(teacher, output, **SMALL, **options)
 
 
 @pytest.mark.parametrize("left", ["half a line", "a batch in part", "nothing"])
@@ -151,6 +151,33 @@ def test_an_unfinished_run_of_other_arguments_is_kept_until_told(tiny_teacher):
     sample(tiny_teacher, "s.jsonl", **SMALL, temperature=0.5, overwrite=True)
     with pytest.raises(UsageError, match="exists: use --overwrite"):
         sample(tiny_teacher, "s.jsonl", **SMALL)
+
+
+def test_an_unfinished_run_of_other_prompts_is_one_of_other_arguments(tiny_teacher, work):
+    (work / "c.jsonl").write_text(
+        "".join(json.dumps({"a": f"a b {i} c d", "b": f"e f {i} g h"}) + "\n" for i in range(40))
+    )
+    options = {"prompt_tokens": 3, "output": "s.jsonl"}
+    prompts = [{"files": ["c.jsonl"], "column": column} for column in "ab"]
+    cut_off(tiny_teacher, 2, prompts=prompts[0], **options)
+    with pytest.raises(UsageError, match="unfinished run with other arguments"):
+        sample(tiny_teacher, **SMALL, prompts=prompts[1], **options)
+    with (work / "c.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(UsageError, match="unfinished run with other arguments"):
+        sample(tiny_teacher, **SMALL, prompts=prompts[0], **options)
+
+
+def test_two_processes_do_not_write_one_file(tiny_teacher, work):
+    other = "import pathlib, sys; from swapattn.exclusive import hold; f = hold(pathlib.Path('.s.jsonl.run')); "
+    command = [sys.executable, "-c", other + "print(1, flush=True); sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(UsageError, match=r"another process is at work in .*\.s\.jsonl\.run"):
+            sample(tiny_teacher, "s.jsonl", **SMALL)
+        process.communicate()
+    sample(tiny_teacher, "s.jsonl", **SMALL)
+    assert not (work / ".s.jsonl.run").exists()
 
 
 def test_a_random_token_is_part_of_the_text(tiny_teacher, tiny_tokenizer):
