@@ -85,6 +85,7 @@ def test_an_untrained_student_without_its_linear_branch_is_the_teacher_with_a_wi
     assert found["window-only"]["text_perplexity"]["perplexity"] != found["teacher"]["text_perplexity"]["perplexity"]
 
 
+@pytest.mark.slow
 def test_the_teacher_with_a_window_is_measured_once(
     student: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -139,6 +139,7 @@ def test_a_checkpoint_for_somebody_else_asks_anew(stranger, tmp_path, monkeypatc
     assert torch.equal(load_file(tmp_path / "found")["logits"], expected)
 
 
+@pytest.mark.slow
 def test_a_changed_file_asks_anew(stranger, tmp_path):
     convert(stranger, tmp_path / "c", recipe="smoke", trust_remote_code=True)
     (stranger / "parts.py").write_text("SCALE = 4.0\n")

@@ -32,7 +32,7 @@ def test_any_length(length, normalize):
 
 @pytest.mark.parametrize("states", ["shared", "own"])
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("kind", ["fixed", "per_token", "hidden"])
+@pytest.mark.parametrize("kind", ["fixed", "per_token", pytest.param("hidden", marks=pytest.mark.slow)])
 def test_groups_states_and_decays(states, normalize, kind):
     options = {} if kind == "fixed" else {kind: True}
     Case(70, rows=1, heads=4, states=states, normalize=normalize, segment=32, **options, **EVERYTHING).compare(EXACT)
@@ -41,7 +41,7 @@ def test_groups_states_and_decays(states, normalize, kind):
 @pytest.mark.parametrize(
     ("parts", "options"),
     [
-        (2, {"shared": 1}),
+        pytest.param(2, {"shared": 1}, marks=pytest.mark.slow),
         (3, {"shared": 1, "states": "own", "normalize": True, "hidden": True, "layout": "within"}),
         (2, {"per_token": True, "started": False, "final": False}),
         (2, {"slopes": (2.8, 0.96), "normalize": True, "decay": False}),
@@ -64,7 +64,9 @@ def test_states_of_parts_of_segments(monkeypatch, parts, options):
     Case(200, segment=96, **(EVERYTHING | options)).compare(EXACT)
 
 
-@pytest.mark.parametrize(("bounds", "normalize"), [(None, True), ([0, 280, 300], False)])
+@pytest.mark.parametrize(
+    ("bounds", "normalize"), [pytest.param(None, True, marks=pytest.mark.slow), ([0, 280, 300], False)]
+)
 def test_what_has_decayed_to_nothing_is_not_read(bounds, normalize):
     """Of segments of 96 tokens in chunks of 32, the last two where nothing reaches further than 32 tokens."""
     from lightning_attention.linear_op import lightning_attention_kernel
