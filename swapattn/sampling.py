@@ -157,8 +157,7 @@ def sample(
         return dataclasses.replace(plan, dry_run=True)
     writer, tokenizer = load_teacher(folder, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
     rows = begin.rows(writer.config, tokenizer, seed)
-    source = {"prompts": prompts_of(begin.text)} if begin.text is not None else {}
-    run = _Run(plan, source, overwrite)
+    run = _Run(plan, begin, overwrite)
     try:
         return run.go(writer, tokenizer, rows, hidden=int(begin.start == "bos" and begin.text is None))
     finally:
@@ -176,6 +175,12 @@ class _Beginning:
 
     def describe(self) -> str:
         return self.start if self.text is None else f"{self.tokens} tokens of {self.text.describe()}"
+
+    def known_by(self) -> dict[str, Any] | None:
+        """What tells a text from others: all of its settings, and the sizes of its files."""
+        if self.text is None:
+            return None
+        return {"text": self.text.model_dump(mode="json"), "sizes": [sizes(spec) for spec, _ in self.text.parts]}
 
     def rows(self, config: Any, tokenizer: Any, seed: int) -> Iterator[list[int]]:
         """The tokens that each text starts from, without end; UsageError where the teacher allows none."""
@@ -255,11 +260,6 @@ def _starts(tokenizer: Any, start: Start, seed: int) -> Iterator[list[int]]:
     return itertools.repeat([begin])
 
 
-def prompts_of(text: Text) -> dict[str, Any]:
-    """What tells a text that prompts come from: all of its settings, and the sizes of its files."""
-    return {"text": text.model_dump(mode="json"), "sizes": [sizes(spec) for spec, _ in text.parts]}
-
-
 def _prompted(text: Text, tokenizer: Any, count: int, length: int, seed: int) -> Iterator[list[int]]:
     """The first tokens of document after document, those that are shorter left out."""
     short = 0
@@ -274,21 +274,14 @@ def _prompted(text: Text, tokenizer: Any, count: int, length: int, seed: int) ->
 class _Run:
     """A file that grows by whole batches, in a folder of its own until it is whole."""
 
-    def __init__(self, plan: SampleResult, source: dict[str, Any], overwrite: bool) -> None:
-        """Make the folder, or cut what an interrupted run of the same request has left behind its last whole batch.
-
-        `source` says in full what the texts start from.
-        """
+    def __init__(self, plan: SampleResult, begin: _Beginning, overwrite: bool) -> None:
+        """Make the folder, or cut what an interrupted run of the same request has left behind its last whole batch."""
         self.plan = plan
         self.work = plan.path.parent / f".{plan.path.name}.run"
         self.text = self.work / "text.jsonl"
         self.held = hold(self.work)
-        request = {
-            **plan.to_dict(),
-            **source,
-            "teacher": str(plan.teacher.resolve()),
-            "hardware": None,
-        }  # may go on elsewhere
+        request = {**plan.to_dict(), "teacher": str(plan.teacher.resolve()), "prompts": begin.known_by()}
+        request["hardware"] = None  # may go on elsewhere
         known = self.work / "request.json"
         begun = self.text.is_file() and self.text.stat().st_size > 0
         if not (begun and known.is_file() and json.loads(known.read_text(encoding="utf-8")) == request):

@@ -219,6 +219,16 @@ def test_only_logits_are_replaced_and_all_else_refused_at_once(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_two_processes_do_not_write_one_folder(converted):
+    other = "import pathlib, sys; from swapattn.exclusive import hold; f = hold(pathlib.Path('.kept.writing')); "
+    command = [sys.executable, "-c", other + "print(1, flush=True); sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(UsageError, match=r"another process is at work in .*\.kept\.writing"):
+            write_logits(find(model=converted), recipe(WRITTEN), top=5)
+        process.communicate()
+
+
 def test_an_empty_folder_is_filled(converted, tmp_path):
     (tmp_path / "kept").mkdir()
     write_logits(find(model=converted), recipe(WRITTEN), top=5)

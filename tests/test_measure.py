@@ -102,13 +102,12 @@ def test_runs_and_controls_are_measured_once_and_a_failure_is_named(tiny_teacher
     assert json.loads((tmp_path / "out" / "plain.json").read_text()) == found, "it was measured again"
 
 
-def test_a_perplexity_that_is_not_finite_and_a_teacher_without_right_answers_have_no_ratio():
-    module = runpy.run_path(str(MEASURE))
-    assert module["ratios"](
-        {"perplexity": module["perplexities"]({"perplexity": None, "far_perplexity": None})}, {}
-    ) == [
-        "-",
-        "-",
-    ]
-    both = {"perplexity": module["perplexities"]({"perplexity": None, "far_perplexity": 3.0})}
-    assert module["ratios"](both, both) == ["nan", "1.000"]
+def test_a_figure_that_is_not_finite_and_a_teacher_without_right_answers_have_no_ratio():
+    def perplexity(whole):
+        return {"perplexity": whole, "far_perplexity": 3.0}
+
+    task = {"task": "lambada_openai", "student": {"value": 0.0}, "teacher": {"value": 0.0}}
+    report = {"kind": "distilled", "baselines": None, "rows": [{**task, "kept": None, "kept_stderr": None}]}
+    report |= {"text_perplexity": {"student": perplexity(None), "teacher": perplexity(2.0)}, "probes": None}
+    line = runpy.run_path(str(MEASURE))["row"]("a", {}, {"eval text": {"printed": report}})
+    assert line.split(" | ")[3:7] == ["-", "nan", "1.000", "-"]
