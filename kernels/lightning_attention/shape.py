@@ -18,7 +18,7 @@ class Shape(NamedTuple):
     rows: int
     length: int
     query_heads: int
-    shared: int  # key/value heads
+    shared: int  # key/value heads, more than k has where these are to be repeated, see `repeated`
     heads: int  # of the decay and of the state
     dim: int
     value_dim: int
@@ -84,6 +84,9 @@ def shape_of(
         rows, length, query_heads, k.shape[2], heads, dim, v.shape[3], sequences, length, 1, 1,
         cu_seqlens is not None, log_decay.dim() == 3, masked, normalize, False,
     )  # fmt: skip
+    alone = uncut._replace(shared=heads)
+    if heads != uncut.shared and suits_hopper(alone, q.dtype, q.device):
+        uncut = alone  # that sweep has a state for each head of k, and reads repeated ones in less time than it saves
     parts = 1
     if segment is None:
         if CUT_FOR_HOPPER and not uncut.packed and suits_hopper(uncut, q.dtype, q.device):
@@ -99,6 +102,12 @@ def shape_of(
         segment=segment, segments=segments, parts=parts,
         narrow=segment >= length and narrow > 0 and programs <= processors(q.device),
     )  # fmt: skip
+
+
+def repeated(k: Tensor, v: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    """k and v with as many heads as the shape says."""
+    times = shape.shared // k.shape[2]
+    return (k, v) if times == 1 else (k.repeat_interleave(times, 2), v.repeat_interleave(times, 2))
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -48,7 +48,8 @@ def shape(rows=4, length=512, heads=32, shared=32, dim=128, value_dim=None, dtyp
         ({"dim": 256, "value_dim": 128, "normalize": True}, True),
         ({"dim": 128, "value_dim": 256}, False),
         ({"dim": 256, "value_dim": 64}, False),
-        ({"shared": 8, "states": 32}, False),
+        ({"shared": 8, "states": 32}, True),  # k and v are repeated
+        ({"shared": 8, "states": 32, "masked": True}, False),
         ({"rows": 1, "length": 65536, "packed": True, "per_token": True}, False),
         ({"rows": 1, "length": 65536, "per_token": True, "segment": 16384}, True),
         ({"rows": 1, "length": 65536, "per_token": True, "segment": 1000}, False),
@@ -275,6 +276,13 @@ def test_source_heads_of_a_group_with_one_state(on_cpu, monkeypatch, together, o
     check_on_cpu(on_cpu, **sizes)
 
 
+def test_source_state_for_each_query_head(on_cpu, monkeypatch):
+    """Of heads that share k and v: these are repeated, and their gradients summed."""
+    monkeypatch.setattr(hopper, "suits_hopper", lambda *_: True)
+    options = {"heads": 4, "shared": 2, "states": "own", "normalize": True, "per_token": True, "decay": True}
+    check_on_cpu(on_cpu, 130, sweeps=4, value_dim=64, **options)
+
+
 def test_source_normalized_takes_up_states(on_cpu):
     check_on_cpu(on_cpu, 100, normalize=True, started=True, sweeps=2)
     check_on_cpu(on_cpu, 100, normalize=True, final=True, sweeps=6)
@@ -398,7 +406,8 @@ def check(taken, length, *, sweeps, limits=(3e-3, 6e-3), beside=1.1, **options):
     options = {"dim": 128, "value_dim": 128, "heads": 4, "shared": 4, **options}
     case = Case(length, dtype=torch.bfloat16, device="cuda", **options)
     found = case.run(lightning_attention_kernel, segment=case.segment)
-    assert len(taken) == sweeps
+    sweeps = sweeps or len(taken)  # None: some
+    assert len(taken) == sweeps > 0
     with mock.patch.dict(os.environ, {hopper.SWITCH: "0"}):
         others = case.run(lightning_attention_kernel, segment=case.segment)
     assert len(taken) == sweeps
@@ -449,6 +458,17 @@ def test_normalized_with_the_gradient_of_the_decay(taken, dim):
     check(taken, 1500, rows=2, sweeps=4, **options)
     check(taken, 520, rows=17, sweeps=4, **options)
     check(taken, 520, rows=2, heads=8, per_token=True, sweeps=4, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value_dim", [64, 128])
+@pytest.mark.parametrize(("rows", "length"), [(4, 1024), (1, 4096)])
+def test_state_for_each_query_head(taken, value_dim, rows, length):
+    options = {"heads": 12, "shared": 4, "states": "own", "normalize": True, "per_token": True, "decay": True}
+    check(
+        taken, length, rows=rows, value_dim=value_dim, sweeps=4 if length == 1024 else None,
+        limits=(5e-3, 3e-2), beside=1.5, **options,
+    )  # fmt: skip
 
 
 @pytest.mark.gpu
