@@ -1,6 +1,9 @@
 """Feature maps φ of the linear branch, applied to queries and keys before `lightning_attention`.
 
-A file of the checkpoint runtime: it imports torch only, so that a saved checkpoint can carry a copy of it.
+A file of the checkpoint runtime: it imports torch and its neighbours only, so that a saved checkpoint can carry a copy.
+
+A map of `branches` linear branches makes features for each of them, one branch after another: `[B, T, H, D]` in,
+`[B, T, branches·H, ·]` out. `scale` is a factor of x.
 """
 
 from __future__ import annotations
@@ -11,17 +14,28 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+try:
+    from lightning_attention import hedgehog_features
+except ImportError:  # inside a saved checkpoint, where the plain PyTorch form lies beside this file
+    from .features import hedgehog_features  # type: ignore[no-redef, import-untyped]
+
 
 class Identity(nn.Module):
     """φ(x) = x (HALO, arXiv 2601.22156; Lightning Attention-2 without activation). `[B, T, H, D] -> [B, T, H, D]`."""
 
     expansion = 1  # features of each dimension
 
-    def __init__(self, heads: int, dim: int) -> None:
+    def __init__(self, heads: int, dim: int, branches: int = 1) -> None:
         super().__init__()
+        self.branches = branches
         self.out_dim = self.expansion * dim
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """The features of all branches."""
+        x = x * scale
+        return self.features(x if self.branches == 1 else x.repeat(1, 1, self.branches, 1))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
         """Return x unchanged."""
         return x
 
@@ -29,7 +43,7 @@ class Identity(nn.Module):
 class SiLU(Identity):
     """φ(x) = x·σ(x), elementwise (TransNormerLLM, arXiv 2405.17381, section 3; MiniMax-01, arXiv 2501.08313)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def features(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[B, T, H, D]` elementwise."""
         return F.silu(x)
 
@@ -37,7 +51,7 @@ class SiLU(Identity):
 class EluPlusOne(Identity):
     """φ(x) = elu(x) + 1 > 0, elementwise (Katharopoulos et al., arXiv 2006.16236, section 3.2.1)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def features(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[B, T, H, D]` elementwise."""
         return F.elu(x) + 1
 
@@ -45,7 +59,7 @@ class EluPlusOne(Identity):
 class ReLU(Identity):
     """φ(x) = max(x, 0), elementwise (cosFormer, arXiv 2202.08791). `[B, T, H, D] -> [B, T, H, D]`."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def features(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[B, T, H, D]` elementwise."""
         return F.relu(x)
 
@@ -58,7 +72,7 @@ class Exp(Identity):
 
     largest = 10.0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def features(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[B, T, H, D]` elementwise."""
         return x.clamp(max=self.largest).exp()
 
@@ -66,7 +80,7 @@ class Exp(Identity):
 class SoftmaxFeatures(Identity):
     """φ(x) = softmax(x) over the feature dimension (Liger, arXiv 2503.01496; Efficient Attention, arXiv 1812.01243)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def features(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[B, T, H, D]`; the features of a head sum to one."""
         return x.softmax(dim=-1, dtype=torch.float32).to(x.dtype)
 
@@ -80,19 +94,14 @@ class Hedgehog(nn.Module):
     expansion = 2
     gain = 2.0
 
-    def __init__(self, heads: int, dim: int) -> None:
+    def __init__(self, heads: int, dim: int, branches: int = 1) -> None:
         super().__init__()
         self.out_dim = self.expansion * dim
-        self.weight = nn.Parameter(torch.eye(dim).mul(self.gain).repeat(heads, 1, 1))
+        self.weight = nn.Parameter(torch.eye(dim).mul(self.gain).repeat(branches * heads, 1, 1))
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
-        """What the features are the softmax of, `[B, T, H, D]`."""
-        return torch.einsum("bthd,hdf->bthf", x, self.weight.to(x.dtype))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `[B, T, H, D]`; the features of a head sum to one."""
-        y = self.project(x)
-        return torch.cat((y, -y), dim=-1).softmax(dim=-1, dtype=torch.float32).to(x.dtype)
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """The features of all branches; those of a head sum to one."""
+        return hedgehog_features(x, self.weight, scale=scale)
 
 
 class HedgehogMLP(Hedgehog):
@@ -102,40 +111,36 @@ class HedgehogMLP(Hedgehog):
     maps are in Hedgehog's section 3 (arXiv 2402.04347) and LoLCATs' code.
     """
 
-    def __init__(self, heads: int, dim: int) -> None:
-        super().__init__(heads, dim)
+    def __init__(self, heads: int, dim: int, branches: int = 1) -> None:
+        super().__init__(heads, dim, branches)
         # Rows of a cosine transform: orthogonal, of the size of random ones, and the same in every conversion.
         angle = torch.arange(0.5, dim)[:, None] * torch.arange(0.5, 2 * dim) * (math.pi / (2 * dim))
-        self.up = nn.Parameter((angle.cos() * (2 / dim) ** 0.5).repeat(heads, 1, 1))
-        self.down = nn.Parameter(torch.zeros(heads, 2 * dim, dim))
+        self.up = nn.Parameter((angle.cos() * (2 / dim) ** 0.5).repeat(branches * heads, 1, 1))
+        self.down = nn.Parameter(torch.zeros(branches * heads, 2 * dim, dim))
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
-        """What the features are the softmax of, `[B, T, H, D]`."""
-        hidden = F.silu(torch.einsum("bthd,hdf->bthf", x, self.up.to(x.dtype)))
-        return super().project(x) + torch.einsum("bthf,hfd->bthd", hidden, self.down.to(x.dtype))
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """The features of all branches; those of a head sum to one."""
+        return hedgehog_features(x, self.weight, self.up, self.down, scale=scale)
 
 
-class T2R(nn.Module):
+class T2R(Identity):
     """φ(x) = max(xW + b, 0) with one learned D×D matrix and bias per head (T2R, Kasai et al., arXiv 2103.13076).
 
     `[B, T, H, D] -> [B, T, H, D]`. W starts as the identity and b as 0, so that the map starts as ReLU.
     """
 
-    expansion = 1
+    def __init__(self, heads: int, dim: int, branches: int = 1) -> None:
+        super().__init__(heads, dim, branches)
+        self.weight = nn.Parameter(torch.eye(dim).repeat(branches * heads, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(branches * heads, dim))
 
-    def __init__(self, heads: int, dim: int) -> None:
-        super().__init__()
-        self.out_dim = self.expansion * dim
-        self.weight = nn.Parameter(torch.eye(dim).repeat(heads, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(heads, dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def features(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[B, T, H, D]`."""
         y = torch.einsum("bthd,hdf->bthf", x, self.weight.to(x.dtype))
         return F.relu(y + self.bias.to(x.dtype))
 
 
-FEATURE_MAPS: dict[str, type[Identity] | type[Hedgehog] | type[T2R]] = {
+FEATURE_MAPS: dict[str, type[Identity] | type[Hedgehog]] = {
     "identity": Identity,
     "silu": SiLU,
     "elu1": EluPlusOne,

@@ -54,6 +54,7 @@ KERNEL_RUNTIME = (
     *("op.py", "reference.py", "switch.py", "local.py", "local_op.py", "local_kernels.py", "local_cached.py"),
     *("linear_op.py", "forward.py", "backward.py", "states.py", "sweep.py", "shape.py", "bulk.py", "launch.py"),
     *("hopper.py", "hopper_parts.py", "hopper_kernels.py", "decay.py", "decode.py", "group.py"),
+    *("features.py", "features_op.py", "feature_kernels.py"),
 )
 
 _ENTRY_TEXT = '''"""Loads this checkpoint in plain transformers: `from_pretrained(FOLDER, trust_remote_code=True)`.

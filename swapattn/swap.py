@@ -112,8 +112,8 @@ class LightningSwap(nn.Module):
         self.q_norm = HeadNorm(heads) if normed else None
         self.k_norm = HeadNorm(kv_heads) if normed else None
         feature_map = FEATURE_MAPS[spec["feature_map"]]
-        self.q_map = feature_map(self.linear_branches * heads, shape["head_dim"])
-        self.k_map = feature_map(self.linear_branches * kv_heads, shape["head_dim"])
+        self.q_map = feature_map(heads, shape["head_dim"], self.linear_branches)
+        self.k_map = feature_map(kv_heads, shape["head_dim"], self.linear_branches)
         slopes = torch.ones(states) if slopes is None else slopes
         self.learnable_decay = bool(spec["decay"]["learnable"])
         self.log_slope = nn.Parameter(slopes.log(), requires_grad=self.learnable_decay)
@@ -196,9 +196,9 @@ class LightningSwap(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         asked = q
+        q, k = self.q_map(q, root), self.k_map(k, root)
         if self.linear_branches > 1:
-            q, k, v = (x.repeat(1, 1, self.linear_branches, 1) for x in (q, k, v))
-        q, k = self.q_map(q * root), self.k_map(k * root)
+            v = v.repeat(1, 1, self.linear_branches, 1)
         if seen is not None and seen.tokens is None:
             k = k * seen.some[..., None, None]
         log_decay = self.log_decay
@@ -229,7 +229,7 @@ class LightningSwap(nn.Module):
         assert self.merge is not None
         assert self.merge_query is not None
         assert log_sum is not None
-        of_query = torch.einsum("bthd,nhd->btnh", q, self.merge_query.to(q.dtype)) + self.merge
+        of_query = of_queries(q[:, :, None], self.merge_query) + self.merge
         batch, length, heads = q.shape[:3]
         sums = log_sum.view(batch, length, -1, heads)
         sums = torch.cat((sums[:, :, :1], sums[:, :, 1:] + of_query), 2)
@@ -357,6 +357,11 @@ class LightningSwap(nn.Module):
         assert log_sum is not None
         # An ALiBi bias in further channels of q stays out.
         q = call.q[..., : self.mix_query.shape[1]]
-        of_query = torch.einsum("bthd,hd->bth", q, self.mix_query.to(q.dtype))
+        of_query = of_queries(q, self.mix_query)
         weight = self.mix + self.mix_sum * log_sum + of_query
         return torch.where(some[..., None], weight if call.lift is None else weight + call.lift, -torch.inf)
+
+
+def of_queries(q: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """w·q of each head, `[..., D]` to `[...]`: not as the product of matrices that it is, whose one column is slow."""
+    return (q * weights.to(q.dtype)).sum(-1)

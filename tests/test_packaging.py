@@ -76,7 +76,7 @@ LAYERS = (
     | {"rollback", "masks", "cells", "section", "stages", "text"},
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
-OWNERS_OF_KERNELS = {"swap", "kernel_bench", "kernel_lab"}
+OWNERS_OF_KERNELS = {"swap", "feature_map", "kernel_bench", "kernel_lab"}
 
 
 def imports(file: Path, *, top_level: bool = False) -> set[str]:

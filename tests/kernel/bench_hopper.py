@@ -12,19 +12,20 @@ SWAPATTN_KERNELS=triton: tiny shapes, to try it out.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 from unittest import mock
 
 import torch
-from lightning_attention import backward, forward, hopper, linear_op
+from lightning_attention import hopper, linear_op
 from lightning_attention.hopper import Consumers
 from lightning_attention.shape import shape_of
 from torch import Tensor
 
 from swapattn.kernel_lab import Lab
 
-SHAPES = {  # B, T, Hq, Hkv, D, Dv
+SHAPES = {  # B, T, Hq, Hkv, D, Dv, and Hs where it is not Hkv
     "8x8K": (8, 8192, 32, 32, 128, 128),
     "64x1K": (64, 1024, 32, 32, 128, 128),
     "16x4K": (16, 4096, 32, 32, 128, 128),
@@ -38,6 +39,9 @@ SHAPES = {  # B, T, Hq, Hkv, D, Dv
     "8x8K, D=256, Dv=128": (8, 8192, 32, 32, 256, 128),
     "8x8K, D=256, Dv=128, 32/8 heads": (8, 8192, 32, 8, 256, 128),
     "32x1K, 9/3 heads, D=128, Dv=64": (32, 1024, 9, 3, 128, 64),
+    "4x1K, 36/12 heads with a state each, D=128, Dv=64": (4, 1024, 36, 12, 128, 64, 36),
+    "4x2K, 36/12 heads with a state each, D=128, Dv=64": (4, 2048, 36, 12, 128, 64, 36),
+    "1x4K, 36/12 heads with a state each, D=128, Dv=64": (1, 4096, 36, 12, 128, 64, 36),
 }
 CHOICES = {  # consumers, stages, registers, programs of a multiprocessor
     "2, 2 stages": Consumers(2, 2, 168, 1),
@@ -53,11 +57,13 @@ def measure(lab: Lab, sizes: tuple[int, ...]) -> dict[str, float]:
     values = shape.dim * sizes[5] // sizes[4]
     q, k = lab.random(*wide, shape.dim).abs(), lab.random(*narrow, shape.dim).abs()
     v, do = lab.random(*narrow, values), lab.random(*wide, values)
-    decay = lab.decay(shape.shared)
+    states = shape.heads if len(sizes) > 6 else shape.shared
+    decay = lab.decay(states)
+    per_token = decay.expand(*wide[:2], states).contiguous()
     d_inverse = lab.random(shape.heads, shape.rows, shape.length).float()
     found = {}
     for name, given, normalize in (
-        ("", decay, False), ("pt ", decay.expand(narrow).contiguous(), False), ("sum ", decay, True)
+        ("", decay, False), ("pt ", per_token, False), ("sum ", decay, True), ("pt sum ", per_token, True)
     ):  # fmt: skip
         arguments = (q, k, v, given, 1.0 if normalize else shape.dim**-0.5, None, None, False, None, None, normalize, 0)
         found[f"{name}forward"] = lab.time_graph(lambda args=arguments: linear_op._forward(*args))
@@ -101,7 +107,7 @@ def main() -> None:
     for name in sys.argv[1:] or SHAPES:
         add(name, "chosen")
         for choice, consumers in CHOICES.items():
-            if consumers.number * hopper.CHUNK <= min(SHAPES[name][4:]) and SHAPES[name][4] < 256:
+            if consumers.number * hopper.CHUNK <= min(SHAPES[name][4:6]) and SHAPES[name][4] < 256:
 
                 def chosen(*sizes: Any, consumers: Consumers = consumers, **options: Any) -> Consumers:
                     """With a fifth tile there is room for two stages of two consumers."""
@@ -113,11 +119,7 @@ def main() -> None:
                     add(name, choice)
         with mock.patch("lightning_attention.shape.CUT_FOR_HOPPER", False):
             add(name, "cut as for Triton")
-        with (
-            mock.patch("lightning_attention.shape.CUT_FOR_HOPPER", False),
-            mock.patch.object(forward, "fits_hopper", return_value=False),
-            mock.patch.object(backward, "fits_hopper", return_value=False),
-        ):
+        with mock.patch.dict(os.environ, {hopper.SWITCH: "0"}):
             add(name, "Triton")
     print(json.dumps(figures, indent=1))
 

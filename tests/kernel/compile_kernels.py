@@ -25,6 +25,7 @@ import torch
 import triton
 from lightning_attention import (
     bulk,
+    hedgehog_features,
     hopper,
     lightning_attention_step,
     local_attention,
@@ -188,6 +189,14 @@ def merged(
                 merged_local_attention(*leaves, log_sum, factor, window=64, sinks=4, mask=mask).sum().backward()
 
 
+def features(dtype: torch.dtype, dim: int, value_dim: int) -> None:
+    """The learnt features of queries and keys, with and without hidden dimensions, and their backward pass."""
+    for hidden in (0, 2 * dim):
+        x = torch.zeros(2, 256, 2, dim, dtype=dtype, requires_grad=True)
+        sizes = [(dim, dim)] if not hidden else [(dim, dim), (dim, hidden), (hidden, dim)]
+        hedgehog_features(x, *(torch.zeros(4, *size, requires_grad=True) for size in sizes), scale=0.5).sum().backward()
+
+
 def losses(dtype: torch.dtype, dim: int, value_dim: int) -> None:
     """The losses of `swapattn`: the usual one, and all at once."""
     from swapattn.loss_kernel import launch
@@ -209,6 +218,7 @@ CALLS: dict[str, Callable[[torch.dtype, int, int], None]] = {
     "window": window,
     "lse": lambda dtype, dim, value_dim: window(dtype, dim, value_dim, return_lse=True),
     "merged": merged,
+    "features": features,
     "losses": losses,
     "hopper": hopper_sweeps,
     "hopper_full": lambda dtype, dim, value_dim: hopper_sweeps(dtype, dim, value_dim, full=True),
