@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .switch import on_kernels
 
-LARGEST_DIM = 128  # of the kernels: more does not fit the registers
+LARGEST_DIM = 128  # of the kernels, half in float32: more does not fit the registers
 
 
 def hedgehog_features(
@@ -37,7 +37,8 @@ def hedgehog_features(
         ValueError: if shapes do not fit.
     """
     _check(x, weight, up, down)
-    if 0 < x.shape[3] <= LARGEST_DIM and x.numel() > 0 and on_kernels(x):
+    largest = LARGEST_DIM // 2 if x.dtype == torch.float32 else LARGEST_DIM
+    if x.shape[3] <= largest and x.numel() > 0 and on_kernels(x):
         from .features_op import hedgehog_features_kernel
 
         return hedgehog_features_kernel(x, weight, up, down, scale=scale)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .feature_kernels import features_kernel, input_kernel, matrices_kernel
-from .launch import processors
+from .launch import processors, shared_memory
 from .shape import addressable, padded, precision
 
+LARGEST_MEMORY = 147456  # bytes of shared memory that the largest of the launch parameters below need (on sm_80)
 _Maybe = Tensor | None
 # Of this copy of the file: the one that travels with a checkpoint may be loaded beside the installed one.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
@@ -30,7 +31,7 @@ class FeaturesConfig(NamedTuple):
     programs: int  # of a multiprocessor
 
 
-def features_config(kind: str, dim: int, hidden: int, dtype: torch.dtype) -> FeaturesConfig:
+def features_config(kind: str, dim: int, hidden: int, dtype: torch.dtype, device: torch.device) -> FeaturesConfig:
     """Launch parameters of the kernels for the features ("forward"), dx ("input") and the matrices ("matrices").
 
     In bf16 chosen on an H100 among blocks of 16 to 128, 32 to 128 columns, 4 and 8 warps, 1 to 3 stages and 1 to 4
@@ -42,7 +43,8 @@ def features_config(kind: str, dim: int, hidden: int, dtype: torch.dtype) -> Fea
     if kind == "forward":
         return FeaturesConfig(64, 64, 4, 2, 4) if wide else FeaturesConfig(64, min(most, 128), 4, 2, 3)
     if kind == "input":
-        return FeaturesConfig(32, 64, 4, 1, 2) if wide else FeaturesConfig(128, min(most, 128), 8, 2, 2)
+        small = wide or shared_memory(device) < LARGEST_MEMORY
+        return FeaturesConfig(32, 64, 4, 1, 2) if small else FeaturesConfig(128, min(most, 128), 8, 2, 2)
     return FeaturesConfig(64, 64, 4, 2, 3) if wide else FeaturesConfig(64, 64, 4, 3, 2)
 
 
@@ -68,7 +70,7 @@ def _launch(
 ) -> None:
     """Run a kernel that is neither given nor gives a sum over parts."""
     rows, length, heads_x, dim = x.shape
-    config = features_config(kind, dim, hidden, x.dtype)
+    config = features_config(kind, dim, hidden, x.dtype, x.device)
     parts = _parts(rows * length, config, heads, x.device)
     kernel[(heads * parts,)](
         x, *tensors, scale, rows * length, length, heads, heads_x, x.stride()[:3], *after,
@@ -107,7 +109,7 @@ def _backward(do: Tensor, x: Tensor, weight: Tensor, up: _Maybe, down: _Maybe, s
     _launch(
         input_kernel, "input", x, hidden, heads, do, weight, up, down, dx, dy, scale=scale, after=(do.stride()[:3],)
     )
-    config = features_config("matrices", dim, hidden, x.dtype)
+    config = features_config("matrices", dim, hidden, x.dtype, x.device)
     pieces = -(-dim // config.columns) - (-hidden // config.columns)
     parts = _parts(rows * length, config, heads * pieces, x.device)
     sums = torch.empty(parts, heads * dim * (dim + 2 * hidden), dtype=torch.float32, device=x.device)
