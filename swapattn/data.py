@@ -68,9 +68,10 @@ class PackedTokens(IterableDataset[dict[str, Tensor]]):
     """Endless windows of tokens: documents tokenised, each followed by the end-of-text token, and cut.
 
     Every element is `{"input_ids": LongTensor[length]}`, full and without padding; documents run on from one window
-    to the next. The sequence depends only on the arguments. Of a mixture the next document always comes from the
-    source that is furthest behind its share of the tokens, so that the shares hold at any time to within a document;
-    a source that ends begins again, in another order.
+    to the next. Documents and windows begin with what the tokenizer puts in front of a text, see `beginning`. The
+    sequence depends only on the arguments. Of a mixture the next document always comes from the source that is furthest
+    behind its share of the tokens, so that the shares hold at any time to within a document; a source that ends begins
+    again, in another order.
 
     With `document_mask` there are also `"position_ids": LongTensor[length]`, which begin again at 0 with each
     document: its own context, also where a window cuts it in two. Two beginnings are at least `SHORTEST` tokens apart,
@@ -107,19 +108,25 @@ class PackedTokens(IterableDataset[dict[str, Tensor]]):
 
     def _windows(self) -> Iterator[tuple[list[int], list[int]]]:
         """The tokens of each window, and where documents start in it."""
+        opening = beginning(self.tokenizer)
         pending: list[int] = []
         starts: deque[int] = deque()
         for tokens in self.token_lists():
             starts.append(len(pending))
             pending += tokens
-            end = len(pending) - len(pending) % self.length
-            for begin in range(0, end, self.length):
+            begin = 0
+            while True:
+                head = [] if starts and starts[0] == begin else opening  # a document brings its own
+                end = begin + self.length - len(head)
+                if end > len(pending):
+                    break
                 inside = []
-                while starts and starts[0] < begin + self.length:
-                    inside.append(starts.popleft() - begin)
-                yield pending[begin : begin + self.length], inside
-            del pending[:end]
-            starts = deque(start - end for start in starts)
+                while starts and starts[0] < end:
+                    inside.append(starts.popleft() - begin + len(head))
+                yield [*head, *pending[begin:end]], inside
+                begin = end
+            del pending[:begin]
+            starts = deque(start - begin for start in starts)
 
     def token_lists(self) -> Iterator[list[int]]:
         """Token ids of document after document without end, from all sources by their shares."""
@@ -133,6 +140,7 @@ class PackedTokens(IterableDataset[dict[str, Tensor]]):
 
     def _documents(self, text: TextSpec) -> Iterator[list[int]]:
         """Token ids of the documents of one source, epoch after epoch."""
+        opening = beginning(self.tokenizer)
         ending = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         epoch = 0
         while True:
@@ -142,10 +150,19 @@ class PackedTokens(IterableDataset[dict[str, Tensor]]):
                 for row in self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
                     if row:
                         empty = False
-                        yield [*row, *ending]
+                        yield [*([] if row[:1] == opening else opening), *row, *ending]
             if empty:
                 raise no_words(text)
             epoch += 1
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """The token that a tokenizer puts in front of every text (that of Llama, Mistral, Gemma), else nothing.
+
+    Models that were trained with it look there when they look at nothing else, and some (Gemma) fail without it.
+    """
+    first = list(tokenizer("")["input_ids"][:1])
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def no_words(text: TextSpec) -> SourceError:
@@ -182,26 +199,37 @@ def boundaries(position_ids: Tensor) -> Tensor:
 
 
 def heldout_windows(tokenizer: Any, *, length: int = 512, count: int | None = None, text: str | None = None) -> Tensor:
-    """Windows for perplexity: `LongTensor[N, length]`, not overlapping, without special tokens.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        length: tokens a window.
-        count: at most this many, evenly spread over the text so that each of its sources is among them; None = all.
-        text: what to tokenise (as one stream); by default the embedded held-out part, which is never trained on.
+    """Windows for perplexity of a text, by default the embedded held-out part: see `windows_of`.
 
     Raises:
         UsageError: the text is shorter than one window.
     """
+    tokens, opening = heldout_tokens(tokenizer, text), beginning(tokenizer)
+    if len(opening) + tokens.numel() < length:
+        raise UsageError(f"the text has {tokens.numel()} tokens, less than one window of {length}")
+    return windows_of(tokens, length, count, opening)
+
+
+def heldout_tokens(tokenizer: Any, text: str | None = None) -> Tensor:
+    """The stream of tokens `[T]` of a text, without special ones; by default of the embedded part never trained on."""
     source = _read_embedded("heldout") if text is None else text
-    tokens = tokenizer(source, add_special_tokens=False, verbose=False)["input_ids"]
-    available = len(tokens) // length
-    if available == 0:
-        raise UsageError(f"the text has {len(tokens)} tokens, less than one window of {length}")
-    windows = torch.tensor(tokens[: available * length], dtype=torch.long).view(available, length)
-    if count is None or count >= available:
-        return windows
-    return windows[torch.arange(count) * available // count]
+    return torch.tensor(tokenizer(source, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def windows_of(tokens: Tensor, length: int, count: int | None, opening: Sequence[int]) -> Tensor:
+    """`[N, length]` windows of a stream of tokens `[T]` that do not overlap, each behind `opening`.
+
+    Args:
+        tokens: the stream.
+        length: of a window, with `opening`.
+        count: at most this many, evenly spread over the text so that each of its sources is among them; None = all.
+        opening: `beginning` of the tokenizer.
+    """
+    room = length - len(opening)
+    available = tokens.numel() // room
+    windows = tokens[: available * room].view(available, room)
+    windows = torch.cat((torch.tensor(opening, dtype=torch.long).expand(available, -1), windows), 1)
+    return windows if count is None or count >= available else windows[torch.arange(count) * available // count]
 
 
 def _embedded(part: str) -> Path:

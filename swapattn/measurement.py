@@ -83,6 +83,9 @@ def measure(
     return _Measurement(subject, settings, samples).run(units, extras)
 
 
+_BEGIN = {"windows begin": "as the tokenizer begins a text"}  # what was kept of windows that did not is not taken
+
+
 class _Measurement:
     def __init__(self, subject: Subject, settings: Settings, samples: Path | None) -> None:
         self.subject, self.settings, self.samples = subject, settings, samples
@@ -149,7 +152,7 @@ class _Measurement:
         if extras.perplexity:
             self._remember(
                 "perplexity",
-                {"windows": WINDOWS, "length": "512 at most"},
+                {"windows": WINDOWS, "length": "512 at most", **_BEGIN},
                 lambda: asdict(embedded_perplexity(*self._loaded)),
             )
         if extras.text is not None:
@@ -159,7 +162,7 @@ class _Measurement:
             path, longest = extras.text, extras.longest
             self._remember(
                 "text",
-                {"text": text, "longest": longest},
+                {"text": text, "longest": longest, **_BEGIN},
                 lambda: perplexity_of_file(*self._loaded, path, longest=longest),
             )
             # kept by content: an earlier run may have known the text by another path
@@ -173,7 +176,7 @@ class _Measurement:
                 "documents": extras.documents,
                 "generation": extras.generation,
             }
-            self._remember("probes", options, lambda: collect(*self._loaded, **options))
+            self._remember("probes", {**options, **_BEGIN}, lambda: collect(*self._loaded, **options))
         if extras.cost:
             from .cost import measure as measure_cost
 

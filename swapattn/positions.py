@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .cache import CACHE
 from .cells import aligned, number, with_error
-from .data import heldout_windows, open_text
+from .data import beginning, heldout_tokens, open_text, windows_of
 from .errors import SourceError, UsageError
 
 EDGES = (0, 64, 256, 1024, 2048, 4096, 8192)  # of the position bins
@@ -71,8 +71,9 @@ def perplexity_of_text(
 ) -> dict[str, Any]:
     """Perplexity of a text, whole and by position; figures that are not finite are None.
 
-    The text is one stream of tokens without special ones, cut into windows that do not overlap; every token but the
-    first of a window is predicted from those before it in the window. "nats" is the mean negative log-likelihood.
+    The text is one stream of tokens without special ones, cut into windows that do not overlap, each behind what the
+    tokenizer puts in front of a text; every token but the first of a window is predicted from those before it in the
+    window. "nats" is the mean negative log-likelihood.
 
     Returns:
         Over windows of 1,024 tokens: "tokens" predicted, "nats", "perplexity", the same in "far" over the positions
@@ -80,17 +81,17 @@ def perplexity_of_text(
         tokens (as `longest`, the model's positions and the text allow, with `windows` no more than 1,024): "bins" by
         position.
     """
-    tokens = heldout_windows(tokenizer, length=1, text=text).flatten()
-    if tokens.numel() < 2:
-        raise UsageError("the text has a single token: there is nothing to predict")
-    limit = min(tokens.numel(), positions_of(model))
+    tokens, opening = heldout_tokens(tokenizer, text), beginning(tokenizer)
+    if tokens.numel() + len(opening) < 2:
+        raise UsageError(f"the text has too few tokens ({tokens.numel()}): there is nothing to predict")
+    limit = min(tokens.numel() + len(opening), positions_of(model))
     window = min(limit, WINDOW)
     long_window = (
         min(limit, max(longest or LONGEST, window)) if windows is None else window
     )  # few windows were asked for: do not read 8 times as much
     with measuring(model):
-        short = _nats(model, windows_of(tokens, window, windows))
-        long = short if long_window == window else _nats(model, windows_of(tokens, long_window, None))
+        short = _nats(model, windows_of(tokens, window, windows, opening))
+        long = short if long_window == window else _nats(model, windows_of(tokens, long_window, None, opening))
     far = short[:, FAR - 1 :]
     edges = [edge for edge in EDGES if edge < long_window] + [long_window]
     return {
@@ -199,13 +200,6 @@ def logits_in_pieces(model: Any, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
         out = model(input_ids=ids[:, start : start + size], use_cache=not whole, **{CACHE: cache})
         cache = None if whole else out[CACHE]
         yield start, out.logits
-
-
-def windows_of(tokens: Tensor, length: int, count: int | None) -> Tensor:
-    """`[N, length]` windows of a stream of tokens `[T]` that do not overlap, at most `count`, evenly spread."""
-    available = tokens.numel() // length
-    windows = tokens[: available * length].view(available, length)
-    return windows if count is None or count >= available else windows[torch.arange(count) * available // count]
 
 
 def _nats(model: Any, windows: Tensor) -> Tensor:

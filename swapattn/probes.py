@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .cache import CACHE
 from .cells import aligned, number, with_error
-from .data import heldout_windows
+from .data import beginning, heldout_tokens, windows_of
 from .errors import UsageError
 from .positions import (
     LONGEST,
@@ -32,9 +32,8 @@ from .positions import (
     positions_of,
     share_and_error,
     side_by_side,
-    windows_of,
 )
-from .recall import Document, beginning, encode, largest, note, passkey, predict, recall
+from .recall import Document, encode, largest, note, passkey, predict, recall
 
 __all__ = [
     "collect",
@@ -183,7 +182,8 @@ def _continuations(model: Any, tokenizer: Any, new_tokens: int, notes: list[str]
 
     Empty, with a note, where a logit is NaN, which argmax would take for the largest.
     """
-    ids = windows_of(heldout_windows(tokenizer, length=1).flatten(), _PROMPT_TOKENS, _PROMPTS).to(device_of(model))
+    prompts = windows_of(heldout_tokens(tokenizer), _PROMPT_TOKENS, _PROMPTS, beginning(tokenizer))
+    ids = prompts.to(device_of(model))
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     forbidden = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     cache, found = None, []

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .data import beginning
 from .positions import chunk_of, logits_in_pieces, mean_and_error
 
 _PAIRS, _QUERIES = 16, 4  # in a recall document; a list that grew with the length would defeat small teachers too
@@ -165,12 +166,6 @@ def _words(tokenizer: Any) -> list[int]:
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     words = [i for s, i in vocabulary if len(s) > 4 and s[0] in "Ġ▁" and s[1:].isascii() and s[1:].islower()]
     return words[500:3000] if len(words) > 1000 else words
-
-
-def beginning(tokenizer: Any) -> list[int]:
-    """The beginning-of-text token where the tokenizer puts one."""
-    first = list(tokenizer("")["input_ids"][:1])
-    return first if first == [tokenizer.bos_token_id] else []
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

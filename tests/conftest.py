@@ -52,6 +52,19 @@ def tiny_tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
+def opening_tokenizer(tiny_tokenizer: Any) -> Any:
+    """The same, but it puts a token (1) in front of every text, as those of Llama, Mistral and Gemma do."""
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.bos_token = "<pad>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 1)])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., Any]:
     """A factory of random Llamas (2 layers, 4 query heads on 2 KV heads of 8); keywords override the config."""
     import torch

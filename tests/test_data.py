@@ -301,6 +301,28 @@ class TestPacking:
         assert windows.dtype == torch.long
         assert torch.equal(windows.flatten(), endless)
 
+    def test_documents_and_windows_begin_as_the_tokenizer_begins_a_text(self, opening_tokenizer, tmp_path):
+        """Nothing is lost or doubled, also where a text brings the token itself."""
+        lengths = (150, 62, 63, 30)
+        rows = [("<pad>" if size == 30 else "") + "x" * size for size in lengths]
+        text = spec(write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": row}) for row in rows)))
+        x = opening_tokenizer("x")["input_ids"]
+        assert x[0] == 1
+        packed = PackedTokens(text, opening_tokenizer, 64, document_mask=True)
+        whole, windows = [], list(itertools.islice(packed, 60))
+        for window in windows:
+            ids, positions = window["input_ids"].tolist(), window["position_ids"].tolist()
+            assert ids[0] == 1
+            assert len(ids) == 64
+            assert all(ids[i] == 1 for i, position in enumerate(positions) if position == 0)
+            fresh = not whole or whole[-1] == opening_tokenizer.eos_token_id
+            whole += ids if fresh else ids[1:]
+        read = opening_tokenizer.decode(whole).split("<eos>")[:-1]
+        assert {len(document.removeprefix("<pad>")) for document in read} == set(lengths)
+        assert all(document.count("<pad>") == 1 for document in read)
+        plain = PackedTokens(text, opening_tokenizer, 64, skip=7)
+        assert torch.equal(next(iter(plain))["input_ids"], windows[7]["input_ids"])
+
     def test_it_is_deterministic_and_the_seed_counts(self, tiny_tokenizer):
         first = self.windows(tiny_tokenizer, 30, seed=3)
         assert torch.equal(first, self.windows(tiny_tokenizer, 30, seed=3))
@@ -422,6 +444,14 @@ class TestHeldout:
         windows = heldout_windows(tiny_tokenizer, length=32, text=text)
         assert windows.shape == (len(tokens) // 32, 32)
         assert windows.flatten().tolist() == tokens[: windows.numel()]
+
+    def test_windows_begin_as_the_tokenizer_begins_a_text(self, opening_tokenizer):
+        text = "It is a truth universally acknowledged. " * 30
+        tokens = opening_tokenizer(text)["input_ids"][1:]
+        windows = heldout_windows(opening_tokenizer, length=32, text=text)
+        assert windows.shape == (len(tokens) // 31, 32)
+        assert (windows[:, 0] == 1).all()
+        assert windows[:, 1:].flatten().tolist() == tokens[: len(tokens) // 31 * 31]
 
     def test_a_smaller_number_is_spread_over_the_text(self, tiny_tokenizer):
         text = "".join(f"{i:05d}" for i in range(1000))

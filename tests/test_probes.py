@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from swapattn import positions, probes, recall
 from swapattn.attention import only_branch
 from swapattn.cache import CACHE
-from swapattn.data import heldout_windows
+from swapattn.data import heldout_tokens, windows_of
 from swapattn.errors import SourceError, UsageError
 from swapattn.recipe import ConvertSpec
 from swapattn.surgery import apply_, plan
@@ -119,7 +119,7 @@ class TestPerplexity:
     def test_it_is_what_one_pass_a_window_gives(self, which, request, tiny_tokenizer, text):
         model = request.getfixturevalue(which)
         found = probes.perplexity_of_text(model, tiny_tokenizer, text)
-        tokens = heldout_windows(tiny_tokenizer, length=1, text=text).flatten()
+        tokens = heldout_tokens(tiny_tokenizer, text)
         nats = direct_nats(model, tokens, 1024)
         assert (found["window"], found["windows"]) == (1024, len(nats))
         assert found["tokens"] == len(nats) * 1023
@@ -133,7 +133,7 @@ class TestPerplexity:
     def test_the_bins_are_those_of_long_windows_that_come_in_pieces(self, which, request, tiny_tokenizer, text):
         model = request.getfixturevalue(which)
         found = probes.perplexity_of_text(model, tiny_tokenizer, text)
-        tokens = heldout_windows(tiny_tokenizer, length=1, text=text).flatten()
+        tokens = heldout_tokens(tiny_tokenizer, text)
         assert found["long_window"] == 4096  # what the model has; the text is longer
         assert found["long_windows"] == len(tokens) // 4096
         nats = direct_nats(model, tokens, 4096)
@@ -145,6 +145,13 @@ class TestPerplexity:
             expected = nats[:, max(row["start"], 1) : row["end"]]
             assert row["tokens"] == expected.numel()
             assert row["nats"] == pytest.approx(float(expected.mean()), rel=1e-4)
+
+    def test_windows_begin_as_the_tokenizer_begins_a_text(self, model, opening_tokenizer):
+        text = "It is a truth universally acknowledged. " * 3
+        ids = torch.tensor(opening_tokenizer(text)["input_ids"])
+        found = probes.perplexity_of_text(model, opening_tokenizer, text)
+        assert (found["window"], found["tokens"]) == (len(ids), len(ids) - 1)
+        assert found["nats"] == pytest.approx(float(direct_nats(model, ids, len(ids))[:, 1:].mean()), rel=1e-5)
 
     def test_a_short_text_is_one_window(self, model, tiny_tokenizer, text):
         tokens = len(tiny_tokenizer(text[:300])["input_ids"])
@@ -163,7 +170,7 @@ class TestPerplexity:
     def test_a_text_without_context_is_refused(self, model, tiny_tokenizer):
         with pytest.raises(UsageError, match="tokens"):
             probes.perplexity_of_text(model, tiny_tokenizer, "")
-        with pytest.raises(UsageError, match="single token"):
+        with pytest.raises(UsageError, match="too few tokens"):
             probes.perplexity_of_text(model, tiny_tokenizer, "a")
 
     def test_files_plain_and_packed(self, model, tiny_tokenizer, text, tmp_path):
@@ -348,7 +355,7 @@ class TestContinuations:
         model = request.getfixturevalue(which)
         with torch.no_grad():
             found = probes._continuations(model, tiny_tokenizer, 12, [])
-        prompts = positions.windows_of(heldout_windows(tiny_tokenizer, length=1).flatten(), 32, 8)
+        prompts = windows_of(heldout_tokens(tiny_tokenizer), 32, 8, [])
         expected = model.generate(prompts, do_sample=False, min_new_tokens=12, max_new_tokens=12, pad_token_id=1)
         assert found == expected[:, 32:].tolist()
 

@@ -232,6 +232,18 @@ def test_prompts_are_a_text_as_a_recipe_has_it(tiny_teacher, work):
             sample(tiny_teacher, "t.jsonl", **SMALL, prompts=wrong)
 
 
+def test_prompts_begin_as_the_tokenizer_begins_a_text(tiny_llama, opening_tokenizer, work, monkeypatch):
+    """The writer sees that token; it is not among those that are asked for, and not part of the text."""
+    tiny_llama().save_pretrained(work / "t")
+    opening_tokenizer.save_pretrained(work / "t")
+    (work / "p.jsonl").write_text("".join(json.dumps({"text": f"{i} abcdefgh"}) + "\n" for i in range(10)))
+    seen, written = [], sampling._written
+    monkeypatch.setattr(sampling, "_written", lambda model, ids, *rest: seen.extend(ids) or written(model, ids, *rest))
+    sample("t", "s.jsonl", **SMALL, prompts="p.jsonl", prompt_tokens=3)
+    assert all(len(ids) == 4 and ids[0] == 1 for ids in seen)
+    assert all(text[:2] in {f"{i} " for i in range(10)} for text in texts(work / "s.jsonl"))
+
+
 def test_special_tokens_survive_the_way_through_the_file(tiny_llama, tiny_tokenizer, work):
     """A row goes on behind an end of text, which is read back as one token."""
     tiny_llama().save_pretrained(work / "t")
