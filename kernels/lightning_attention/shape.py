@@ -98,10 +98,13 @@ def shape_of(
             segment = segment_length(length, programs, narrow, 1 if cu_seqlens is None else sequences, q.device)
     cut = -(-length // segment)
     segments = cut if cu_seqlens is None else (sequences if segment >= length else cut + sequences)
-    return uncut._replace(
+    shape = uncut._replace(
         segment=segment, segments=segments, parts=parts,
         narrow=segment >= length and narrow > 0 and programs <= processors(q.device),
     )  # fmt: skip
+    if shape.shared != k.shape[2] and not suits_hopper(shape, q.dtype, q.device):
+        shape = shape._replace(shared=k.shape[2])  # packed sequences that are cut are not for that sweep
+    return shape
 
 
 def repeated(k: Tensor, v: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:

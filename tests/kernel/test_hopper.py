@@ -67,6 +67,25 @@ def test_what_it_takes(monkeypatch, options, taken):
 
 
 @pytest.mark.parametrize(
+    ("options", "repeated"),
+    [
+        ({}, True),
+        ({"rows": 1, "length": 65536, "heads": 32, "packed": True}, True),
+        ({"rows": 1, "length": 65536, "packed": True}, False),  # cut into segments
+        ({"rows": 1, "length": 65536, "per_token": True, "segment": 1000}, False),
+        ({"masked": True}, False),
+    ],
+)
+def test_what_it_does_not_take_reads_k_and_v_as_they_are(monkeypatch, options, repeated):
+    """And sums their gradients in fp32."""
+    monkeypatch.setenv(hopper.SWITCH, "1")
+    monkeypatch.setattr(hopper, "available", lambda device: True)
+    heads = options.get("heads", 16)
+    sizes, _ = shape(**{"heads": heads, "shared": 4, "states": heads, **options})
+    assert sizes.shared == (heads if repeated else 4)
+
+
+@pytest.mark.parametrize(
     ("choice", "version", "taken"),
     [("auto", (3, 6), True), ("auto", (3, 9), False), ("1", (3, 9), True), ("0", (3, 6), False)],
 )
