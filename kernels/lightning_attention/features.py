@@ -34,11 +34,12 @@ def hedgehog_features(
         are of matrices rounded to the dtype of x, on the kernels with sums, softmax and y in float32.
 
     Raises:
-        ValueError: if shapes do not fit.
+        ValueError: if shapes do not fit, or the switch asks for kernels that cannot take the call.
     """
     _check(x, weight, up, down)
-    largest = LARGEST_DIM // 2 if x.dtype == torch.float32 else LARGEST_DIM
-    if x.shape[3] <= largest and x.numel() > 0 and on_kernels(x):
+    dim, largest = x.shape[3], largest_dim(x.dtype)
+    refused = f"{dim} dimensions in {x.dtype} are more than {largest}" if dim > largest else None
+    if x.numel() > 0 and on_kernels(x, refused=refused):
         from .features_op import hedgehog_features_kernel
 
         return hedgehog_features_kernel(x, weight, up, down, scale=scale)
@@ -50,6 +51,11 @@ def hedgehog_features(
         y = y + torch.einsum("bthf,hfd->bthd", hidden, down.to(x.dtype))
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.cat((y, -y), dim=-1).softmax(dim=-1, dtype=dtype).to(x.dtype)
+
+
+def largest_dim(dtype: torch.dtype) -> int:
+    """Dimensions that the kernels take."""
+    return LARGEST_DIM // 2 if dtype == torch.float32 else LARGEST_DIM
 
 
 def _check(x: Tensor, weight: Tensor, up: Tensor | None, down: Tensor | None) -> None:
