@@ -62,7 +62,8 @@ def _check(x: Tensor, weight: Tensor, up: Tensor | None, down: Tensor | None) ->
     if x.dim() != 4:
         raise ValueError(f"x: expected 4 dimensions [B, T, H, D], found shape {list(x.shape)}")
     heads, dim = x.shape[2:]
-    if weight.dim() != 3 or weight.shape[0] % heads or weight.shape[1:] != (dim, dim):
+    multiple = heads > 0 and weight.dim() == 3 and weight.shape[0] > 0 and weight.shape[0] % heads == 0
+    if not multiple or weight.shape[1:] != (dim, dim):
         raise ValueError(f"weight: expected [H, {dim}, {dim}] with H a multiple of {heads}, found {list(weight.shape)}")
     if (up is None) is not (down is None):
         raise ValueError("up and down: expected both or neither")

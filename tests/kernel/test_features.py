@@ -120,6 +120,8 @@ def test_no_tokens_no_features(kernels, monkeypatch):
         (lambda x, w, a, b: (x[0], w, a, b), r"x: expected 4 dimensions"),
         (lambda x, w, a, b: (x, w[:1], a, b), r"weight: expected \[H, 8, 8\] with H a multiple of 2"),
         (lambda x, w, a, b: (x, w[:, :4], a, b), r"weight: expected"),
+        (lambda x, w, a, b: (x, w[:0], a, b), r"weight: expected"),
+        (lambda x, w, a, b: (x[:, :, :0], w, a, b), r"weight: expected \[H, 8, 8\] with H a multiple of 0"),
         (lambda x, w, a, b: (x, w, a, None), r"up and down: expected both or neither"),
         (lambda x, w, a, b: (x, w, a, b[:, :3]), r"down: expected shape \[2, 16, 8\]"),
         (lambda x, w, a, b: (x, w, a[:1], b), r"up: expected shape \[2, 8, 16\]"),
