@@ -99,8 +99,13 @@ def _(x: Tensor, weight: Tensor, up: _Maybe, down: _Maybe, scale: float) -> Tens
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::features_backward", mutates_args=())
-def _backward(do: Tensor, x: Tensor, weight: Tensor, up: _Maybe, down: _Maybe, scale: float) -> list[Tensor]:
-    """dx `[B, T, H, D]`, of each head of the features alone, and those of all matrices one after another, fp32."""
+def _backward(
+    do: Tensor, x: Tensor, weight: Tensor, up: _Maybe, down: _Maybe, scale: float, trained: bool
+) -> list[Tensor]:
+    """dx `[B, T, H, D]`, of each head of the features alone, and those of all matrices one after another, fp32.
+
+    The latter are empty unless the matrices are `trained`.
+    """
     x, weight, up, down, hidden = _given(x, weight, up, down)
     do = addressable(do)
     rows, length, heads_x, dim = x.shape
@@ -109,6 +114,8 @@ def _backward(do: Tensor, x: Tensor, weight: Tensor, up: _Maybe, down: _Maybe, s
     _launch(
         input_kernel, "input", x, hidden, heads, do, weight, up, down, dx, dy, scale=scale, after=(do.stride()[:3],)
     )
+    if not trained:
+        return [dx, dx.new_empty(0, dtype=torch.float32)]
     config = features_config("matrices", dim, hidden, x.dtype, x.device)
     pieces = -(-dim // config.columns) - (-hidden // config.columns)
     parts = _parts(rows * length, config, heads * pieces, x.device)
@@ -122,8 +129,8 @@ def _backward(do: Tensor, x: Tensor, weight: Tensor, up: _Maybe, down: _Maybe, s
 
 
 @_backward.register_fake
-def _(do: Tensor, x: Tensor, weight: Tensor, up: _Maybe, down: _Maybe, scale: float) -> list[Tensor]:
-    numbers = sum(m.numel() for m in (weight, up, down) if m is not None)
+def _(do: Tensor, x: Tensor, weight: Tensor, up: _Maybe, down: _Maybe, scale: float, trained: bool) -> list[Tensor]:
+    numbers = sum(m.numel() for m in (weight, up, down) if m is not None) if trained else 0
     dx = x.new_empty(*x.shape[:2], weight.shape[0], x.shape[3])
     return [dx, x.new_empty(numbers, dtype=torch.float32)]
 
@@ -135,14 +142,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, do: Tensor) -> tuple[Any, ...]:
     x, *matrices = ctx.saved_tensors
-    dx, sums = _backward(do, x, *matrices, ctx.scale)
-    heads = x.shape[2]
-    if dx.shape[2] != heads:
-        dx = torch.unflatten(dx, 2, (-1, heads)).sum(2)
-    there = [m for m in matrices if m is not None]
-    parts = sums.split([m.numel() for m in there])
+    wanted, trained = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])
+    dx, sums = _backward(do, x, *matrices, ctx.scale, trained)
+    if wanted and dx.shape[2] != x.shape[2]:
+        dx = torch.unflatten(dx, 2, (-1, x.shape[2])).sum(2)
+    there = [m for m in matrices if m is not None] if trained else []
+    parts = sums.split([m.numel() for m in there]) if trained else []
     gradients = [part.view(m.shape).to(m.dtype) for part, m in zip(parts, there, strict=True)]
-    return dx, *gradients, *[None] * (4 - len(gradients))
+    return dx if wanted else None, *gradients, *[None] * (4 - len(gradients))
 
 
 _features.register_autograd(_differentiate, setup_context=_keep)

@@ -120,7 +120,7 @@ def sweep(inputs: Sequence[Tensor], do: Tensor, scale: float) -> dict[str, dict[
                 if kind == "forward":
                     time = microseconds(lambda: features_op._features(inputs[0], *matrices, scale))
                 else:
-                    time = microseconds(lambda: features_op._backward(do, inputs[0], *matrices, scale))
+                    time = microseconds(lambda: features_op._backward(do, inputs[0], *matrices, scale, True))
             found.setdefault(kind, {})[str(tuple(config))] = time
     return found
 

@@ -96,6 +96,16 @@ def test_dimensions_that_the_kernels_do_not_take_are_computed_unless_asked_of_th
     assert max(errors(found, exact(inputs, gradient))) < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
+@pytest.mark.parametrize("trained", [(0,), (1, 2, 3), (2,)])
+def test_what_needs_no_gradient_gets_none(trained, monkeypatch):
+    monkeypatch.setenv("SWAPATTN_KERNELS", "triton")
+    inputs, gradient = make(8, 16, branches=2, dtype=torch.float32)
+    leaves = [x.detach().requires_grad_(i in trained) for i, x in enumerate(inputs)]
+    found = torch.autograd.grad(hedgehog_features(*leaves), [leaves[i] for i in trained], gradient)
+    wanted = exact(inputs, gradient)[1:]
+    assert max(errors(found, [wanted[i] for i in trained])) < 1e-6
+
+
 def test_small_gpus_get_small_tiles(monkeypatch):
     from lightning_attention import features_op
 
@@ -141,7 +151,7 @@ def test_the_operators_keep_the_rules_of_torch_library(monkeypatch):
     leaves = [m.requires_grad_() for m in (x, *matrices)]
     torch.library.opcheck(features_op._features, (*leaves, 0.5), test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(
-        features_op._backward, (gradient, x, *matrices, 0.5), test_utils=("test_schema", "test_faketensor")
+        features_op._backward, (gradient, x, *matrices, 0.5, True), test_utils=("test_schema", "test_faketensor")
     )
 
 
