@@ -14,7 +14,9 @@ from torch import Tensor
 from .feature_kernels import features_kernel, input_kernel, matrices_kernel
 from .launch import processors, shared_memory
 from .shape import addressable, padded, precision
+from .switch import SWITCH
 
+LEAST_MEMORY = 98304  # bytes of shared memory without which there are tiles for up to 64 dimensions alone
 LARGEST_MEMORY = 147456  # bytes of shared memory that the largest of the launch parameters below need (on sm_80)
 _Maybe = Tensor | None
 # Of this copy of the file: the one that travels with a checkpoint may be loaded beside the installed one.
@@ -36,14 +38,24 @@ def features_config(kind: str, dim: int, hidden: int, dtype: torch.dtype, device
 
     In bf16 chosen on an H100 among blocks of 16 to 128, 32 to 128 columns, 4 and 8 warps, 1 to 3 stages and 1 to 4
     programs, each checked against fp64 (README.md).
+
+    Raises:
+        RuntimeError: the device has too little shared memory for so many dimensions.
     """
-    wide, most = padded(dim) > 64, padded(max(hidden, 1))
+    wide, most, memory = padded(dim) > 64, padded(max(hidden, 1)), shared_memory(device)
+    if memory < LEAST_MEMORY:
+        if wide:
+            raise RuntimeError(
+                f"features of {dim} dimensions need {LEAST_MEMORY} bytes of shared memory, the device has {memory}: "
+                f"set {SWITCH}=torch"
+            )
+        return FeaturesConfig(16, 32 if kind == "matrices" else 16, 4, 1, 2)
     if dtype == torch.float32:
         return FeaturesConfig(32, 32, 8, 1, 2)
     if kind == "forward":
         return FeaturesConfig(64, 64, 4, 2, 4) if wide else FeaturesConfig(64, min(most, 128), 4, 2, 3)
     if kind == "input":
-        small = wide or shared_memory(device) < LARGEST_MEMORY
+        small = wide or memory < LARGEST_MEMORY
         return FeaturesConfig(32, 64, 4, 1, 2) if small else FeaturesConfig(128, min(most, 128), 8, 2, 2)
     return FeaturesConfig(64, 64, 4, 2, 3) if wide else FeaturesConfig(64, 64, 4, 3, 2)
 

@@ -109,12 +109,17 @@ def test_what_needs_no_gradient_gets_none(trained, monkeypatch):
 def test_small_gpus_get_small_tiles(monkeypatch):
     from lightning_attention import features_op
 
+    def config(dim):
+        return features_op.features_config("input", dim, 2 * dim, torch.bfloat16, torch.device("cpu"))
+
     blocks = []
-    for memory in (101376, 232448):
+    for memory in (65536, 101376, 232448):
         monkeypatch.setattr(features_op, "shared_memory", lambda device, memory=memory: memory)
-        config = features_op.features_config("input", 64, 128, torch.bfloat16, torch.device("cpu"))
-        blocks.append(config.block)
-    assert blocks == [32, 128]
+        blocks.append(config(64).block)
+    assert blocks == [16, 32, 128]
+    monkeypatch.setattr(features_op, "shared_memory", lambda device: 65536)
+    with pytest.raises(RuntimeError, match=r"features of 128 dimensions need 98304 bytes.*SWAPATTN_KERNELS=torch"):
+        config(128)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
