@@ -82,29 +82,13 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
         self.started, self.first = time.monotonic(), state.global_step
         self.ended = self.started
         if not quiet:
-            self._cut_log()
+            cut_log(self.log, self.run, self.first)
         done = self.history()
         self.before = done[-1]["seconds"] if done else 0.0
 
-    def _records(self) -> list[dict[str, Any]]:
-        found = []
-        for line in self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else ():
-            with contextlib.suppress(ValueError):  # a process was killed, or the disk full, in the middle of a line
-                found.append(json.loads(line))
-        return found
-
-    def _cut_log(self) -> None:
-        """Drop the steps behind the checkpoint that the run goes on from, which are about to come again."""
-        if not self.log.is_file():
-            return
-        kept = [record for record in self._records() if record["run"] != self.run or record["step"] <= self.first]
-        scratch = self.log.with_name(f".{self.log.name}.writing")
-        scratch.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(scratch, self.log)
-
     def history(self) -> list[dict[str, Any]]:
         """The stage's log, by step."""
-        return [record for record in self._records() if record["run"] == self.run]
+        return [record for record in _records(self.log) if record["run"] == self.run]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A loss or gradient that is not finite changes no weight; on a CPU it is known at once and stops."""
@@ -187,6 +171,26 @@ class StageProgress(TrainerCallback):  # type: ignore[misc]
         """Close the line."""
         if self.bar is not None:
             self.bar.close()
+
+
+def cut_log(log: Path, run: str, step: int) -> None:
+    """Drop a stage's steps behind the one that it goes on from: they are about to come again, or never."""
+    if not log.is_file():
+        return
+    kept = [record for record in _records(log) if record["run"] != run or record["step"] <= step]
+    scratch = log.with_name(f".{log.name}.writing")
+    scratch.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(scratch, log)
+    if not kept:
+        log.unlink()  # nothing to draw
+
+
+def _records(log: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        with contextlib.suppress(ValueError):  # a process was killed, or the disk full, in the middle of a line
+            found.append(json.loads(line))
+    return found
 
 
 def immediate(device: torch.device) -> bool:

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from .checkpoint import Checkpoint, write_json
+from .checkpoint import LOG, Checkpoint, write_json
 from .data import sizes
 from .environment import say
 from .errors import UsageError
 from .exclusive import empty, hold
 from .logits import read_manifest
+from .progress import cut_log
 from .recipe import Recipe
 from .stages import text_of, written_logits
 
@@ -92,6 +93,8 @@ def enter(
             else:
                 say(f"{titles[count]} begins anew")
             shutil.rmtree(begun)
+        if not same:
+            cut_log(folder / LOG, begun.name, 0)  # of steps that no stage has taken
         say(f"resuming {folder}: {count} stages done")
         state = {**state, "stages": done}
     elif not overwrite and (done or any(folder.glob("stage-*/checkpoint-*"))):

@@ -439,16 +439,23 @@ def test_a_stage_with_other_settings_begins_anew_and_those_before_it_are_kept(co
     assert [line["step"] for line in log if line["stage"] == "distill"] == [1, 2, 3, 4]
 
 
-def test_a_stage_that_had_begun_may_be_left_out(converted, work, monkeypatch, capsys):
+@pytest.mark.parametrize(("kept", "saved"), [((CALIBRATE, ALIGN), True), ((CALIBRATE,), False)])
+def test_a_stage_that_had_begun_may_be_left_out(converted, work, monkeypatch, capsys, kept, saved):
     crash_at(monkeypatch, "distill", 1)
+    if not saved:
+        monkeypatch.setattr(swapattn.progress, "SAVE_SECONDS", 300)
     with pytest.raises(Crash):
-        distill(converted, recipe=recipe(CALIBRATE, ALIGN, DISTILL), output=work / "out", device="cpu")
+        distill(converted, recipe=recipe(*kept, DISTILL), output=work / "out", device="cpu")
     monkeypatch.undo()
     monkeypatch.chdir(work)
-    found = distill(converted, recipe=recipe(CALIBRATE, ALIGN), output=work / "out", device="cpu")
-    assert [stage["stage"] for stage in found.stages] == ["calibrate", "align"]
-    assert "is left out now is dropped" in capsys.readouterr().err
+    found = distill(converted, recipe=recipe(*kept), output=work / "out", device="cpu")
+    assert [stage["stage"] for stage in found.stages] == [stage["stage"] for stage in kept]
+    assert ("is left out now is dropped" in capsys.readouterr().err) == saved
     assert names(work) == ["c", "out"]
+    log = found.path / "train.jsonl"
+    steps = [json.loads(line)["stage"] for line in log.read_text().splitlines()] if log.exists() else []
+    assert steps == ["align"] * 4 * (ALIGN in kept)
+    assert log.exists() == (found.path / "train.png").exists() == (ALIGN in kept)
 
 
 def test_how_a_stage_is_carried_out_may_change_in_the_middle_of_it(converted, work, monkeypatch, capsys):
