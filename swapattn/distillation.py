@@ -155,7 +155,7 @@ def distill(
     else:
         with stopping_in_order():
             stages = tuple(_Run(start, resolved, target, device, teacher_path, reporting).run(overwrite))
-    text, other = resolved.distill.text.describe(), teacher_path if _other(start, teacher_path) else None
+    text, other = resolved.distill.describe_text(), teacher_path if _other(start, teacher_path) else None
     return DistillResult(target, start.path, start.teacher_note, text, device, stages, dry_run, other)
 
 
@@ -335,7 +335,7 @@ class _Run:
                 overrides=self.start.record.get("overrides", []),
                 parent={"path": str(self.start.path.resolve()), "time": self.start.time},
                 taught_by=place_of(self.teacher, self.target) if _other(self.start, self.teacher) else None,
-                text=self.recipe.distill.text.describe(),
+                text=self.recipe.distill.describe_text(),
                 logits=[read_manifest(wanted.folder) for wanted in wanted_logits(self.recipe)],
                 hardware=f"{processes.count()} x " * (processes.count() > 1) + hardware(self.device),
                 stages=stages,

@@ -18,7 +18,7 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, mo
 
 from .errors import RecipeError
 from .section import Section
-from .stages import CalibrateStage, DistillStage, Stage, written_logits
+from .stages import CalibrateStage, DistillStage, Stage, text_of, written_logits
 from .text import TAGS, Text, TextSpec
 
 SCHEMA_VERSION = 1
@@ -210,6 +210,10 @@ class DistillSpec(Section):
             if folders.count(folder) > 1:
                 raise ValueError(f"two stages have teacher.logits {folder}, but see other windows: name a folder each")
         return self
+
+    def describe_text(self) -> str:
+        """One line that names what the stages read, for tables and provenance."""
+        return "; ".join(dict.fromkeys(text_of(stage, self.text).describe() for stage in self.stages))
 
     @property
     def calibration(self) -> CalibrateStage:

@@ -116,6 +116,14 @@ def test_text_files_are_trained_on(converted, work):
     assert result.text == read(result.path).record["text"] == str(work / "a.txt")
 
 
+def test_the_text_of_each_stage_is_the_one_that_is_recorded(converted, work):
+    (work / "a.txt").write_text("It is a truth universally acknowledged. " * 50)
+    own = {**ALIGN, "text": "a.txt", "tokens": 64}
+    result = distill(converted, recipe=recipe(own, own), device="cpu")
+    assert result.text == read(result.path).record["text"] == "a.txt"
+    assert recipe(own, DISTILL, own).distill.describe_text() == "a.txt; embedded"
+
+
 def test_a_bf16_checkpoint_stays_bf16(tiny_llama, tiny_tokenizer, work):
     tiny_llama().to(torch.bfloat16).save_pretrained(work / "t")
     tiny_tokenizer.save_pretrained(work / "t")
