@@ -107,7 +107,9 @@ class TrainStage(Section):
     def _consistent(self) -> Self:
         if self.batch % (self.micro_batch or self.batch):
             raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
-        own = (rate for group, rate in self.learning_rates.items() if group in OWN_GROUPS)
+        own = [rate for group, rate in self.learning_rates.items() if group in OWN_GROUPS]
+        if self.train == "lora" and dict(self.learning_rates).get("lora") == 0:
+            raise ValueError("train: lora with learning_rates.lora 0 trains no adapter: say train: new")
         if self.train != "new" and not max(self.backbone_learning_rate, *own, 0.0):
             raise ValueError(f"train: {self.train} needs a backbone_learning_rate above 0")
         if self.train != "lora" and self.lora != LoraSpec():

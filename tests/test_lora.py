@@ -131,6 +131,7 @@ def test_targets_are_endings_of_module_names(tiny_family):
         ({"lora": {"r": 8}}, r"unknown key .*lora\.r"),
         ({"train": "all", "lora": {"rank": 4}}, "lora goes with train: lora"),
         ({"backbone_learning_rate": 0}, "train: lora needs a backbone_learning_rate"),
+        ({"learning_rates": {"lora": 0}}, "trains no adapter: say train: new"),
     ],
 )
 def test_what_contradicts_itself_is_refused(values, message):
