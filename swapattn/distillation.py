@@ -206,7 +206,7 @@ class _Run:
                 continue
             found = {n for group in trainable_parameters(model, stage, key) for n in group}
             if stage.train == "lora":
-                found |= {f"{path}.weight" for path in target_paths(model, stage)}
+                found |= {f"{path}.weight" for path in target_paths(model, stage, key)}
             if not found:
                 raise RecipeError(f"distill.stages.{key}: nothing is trainable with these train and learning_rates")
             names |= found

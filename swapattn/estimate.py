@@ -35,7 +35,7 @@ _LOGITS_ON_CPU = 6  # fp32 tensors `[chunk, V]` at a time, see `losses.linear_lo
 
 
 def estimate(
-    config: Any, recipe: Recipe, stage: Stage, device: str, *, own_teacher: bool, teacher: Any = None
+    config: Any, recipe: Recipe, stage: Stage, device: str, *, key: str, own_teacher: bool, teacher: Any = None
 ) -> dict[str, Any]:
     """Figures of one stage of a recipe.
 
@@ -44,6 +44,7 @@ def estimate(
         recipe: its convert section says what is swapped.
         stage: calibrate, align or distill.
         device: "cpu" or "cuda".
+        key: of the stage in `--set distill.stages.KEY`, for messages.
         own_teacher: the teacher is the student's own weights, not a model beside it.
 
     Returns:
@@ -62,8 +63,8 @@ def estimate(
     if not isinstance(stage, CalibrateStage):
         found["steps"] = stage.steps
         if stage.train == "lora":
-            inject_(model, stage)
-        names = [name for group in trainable_parameters(model, stage, stage.stage) for name in group]
+            inject_(model, stage, key=key)
+        names = [name for group in trainable_parameters(model, stage, key) for name in group]
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     found["trainable_parameters"] = sum(sizes[name] for name in names)
     # fp32 weights; of what is trained also gradient and Adam's two moments
@@ -79,7 +80,7 @@ def estimate(
         return found
     if isinstance(stage, CalibrateStage):
         return found | _calibrate(config, recipe, stage, device)
-    return found | _train(config, recipe, stage, device, found["memory_bytes"], own_teacher, teacher)
+    return found | _train(config, recipe, stage, device, key, found["memory_bytes"], own_teacher, teacher)
 
 
 def _free_bytes(device: str) -> int:
@@ -110,12 +111,13 @@ def _train(
     recipe: Recipe,
     stage: AlignStage | DistillStage,
     device: str,
+    key: str,
     fixed: int,
     own_teacher: bool,
     teacher_config: Any,
 ) -> dict[str, Any]:
     count = processes.count()
-    micro, _ = shares(stage, stage.stage, count)
+    micro, _ = shares(stage, key, count)
     windows = min(micro, max(1, CPU_TOKENS // stage.length)) if device == "cpu" else micro
     batch = windows * count
     warmup, steps = _STEPS[device]
@@ -140,6 +142,7 @@ def _train(
                 function,
                 data,
                 title=stage.stage,
+                key=key,
                 folder=folder,
                 log=Path(place) / "log.jsonl",
                 device=device,

@@ -19,10 +19,11 @@ from .stages import TrainStage
 ADAPTER = "default"  # peft's name for the one that it is given
 
 
-def target_paths(model: Any, stage: TrainStage) -> list[str]:
+def target_paths(model: Any, stage: TrainStage, key: str = "stage") -> list[str]:
     """Paths of the matrices that get an adapter, in a model without any.
 
     By default these are all matrices of the attention modules that were swapped, whatever a family calls or fuses.
+    `key` is the stage's in `--set distill.stages.KEY`.
 
     Raises:
         RecipeError: a target of the recipe is no matrix of the model.
@@ -40,19 +41,16 @@ def target_paths(model: Any, stage: TrainStage) -> list[str]:
     for target, ending in zip(stage.lora.targets, endings, strict=True):
         if not any(path.endswith(ending) for path in matrices):
             there = ", ".join(sorted({path.rpartition(".")[2] for path in matrices}))
-            raise RecipeError(f"distill.stages.{_title(stage)}.lora.targets: no matrix {target!r}; there are: {there}")
+            raise RecipeError(f"distill.stages.{key}.lora.targets: no matrix {target!r}; there are: {there}")
     return [path for path in matrices if path.endswith(endings)]
 
 
-def _title(stage: Any) -> str:
-    return str(getattr(stage, "stage", "stage"))
-
-
-def inject_(model: nn.Module, stage: TrainStage, *, seed: int = 0) -> None:
+def inject_(model: nn.Module, stage: TrainStage, *, seed: int = 0, key: str = "stage") -> None:
     """Give a model the stage's adapters, in fp32 on the devices of their matrices; B starts at 0."""
     import peft
 
-    config = peft.LoraConfig(r=stage.lora.rank, lora_alpha=stage.lora.alpha, target_modules=target_paths(model, stage))
+    targets = target_paths(model, stage, key)
+    config = peft.LoraConfig(r=stage.lora.rank, lora_alpha=stage.lora.alpha, target_modules=targets)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it itself, for each matrix
         torch.manual_seed(seed)  # every process starts with the same

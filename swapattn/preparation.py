@@ -153,8 +153,10 @@ def estimates(start: Checkpoint, recipe: Recipe, device: str, teacher: Path) -> 
     config = _shape(start)
     other = read_config(teacher) if (teacher / "config.json").is_file() else config
     own = own_teachers(recipe, start, teacher)
-    stages = zip(recipe.distill.stages, own, strict=True)
-    return tuple(estimate(config, recipe, stage, device, own_teacher=mine, teacher=other) for stage, mine in stages)
+    stages = zip(recipe.distill.stages, stage_keys(recipe.distill.stages), own, strict=True)
+    return tuple(
+        estimate(config, recipe, stage, device, key=key, own_teacher=mine, teacher=other) for stage, key, mine in stages
+    )
 
 
 def _shape(start: Checkpoint) -> Any:

@@ -255,7 +255,7 @@ def prepared(
         teacher = teacher.to(device).eval().requires_grad_(False)
     apply_(model, plan(model.config, recipe.convert))
     if stage.train == "lora":
-        inject_(model, stage)
+        inject_(model, stage, key=kind)
     model.to(device)
     if isinstance(stage, DistillStage):
         return model, functools.partial(distill_loss, stage=stage, teacher=teacher, amp=amp), teacher

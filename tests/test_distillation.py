@@ -659,6 +659,18 @@ def test_a_tied_matrix_that_is_stored_twice_stays_tied(tiny_llama, tiny_tokenize
     assert not torch.equal(after["lm_head.weight"], stored["lm_head.weight"])
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"learning_rates": {"gates": 1e-3}}, {"train": "lora", "lora": {"targets": ["wq"]}}],
+    ids=["learning_rates", "lora"],
+)
+def test_a_stage_that_comes_again_is_named_by_its_number(converted, wrong, dry_run):
+    second = {**DISTILL, "backbone_learning_rate": 1e-3, **wrong}
+    with pytest.raises(RecipeError, match=r"^distill\.stages\.1\.(learning_rates\.gates|lora\.targets): "):
+        distill(converted, recipe=recipe(DISTILL, second), device="cpu", dry_run=dry_run)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

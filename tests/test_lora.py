@@ -120,7 +120,7 @@ def test_targets_are_endings_of_module_names(tiny_family):
     found = target_paths(model, stage(lora={"targets": ["q_proj", "mlp.up_proj"]}))
     assert {path.rpartition(".")[2] for path in found} == {"q_proj", "up_proj"}
     with pytest.raises(RecipeError, match=r"distill\.stages\.distill\.lora\.targets: no matrix 'wq'; there are: down"):
-        target_paths(model, stage(lora={"targets": ["q_proj", "wq"]}))
+        target_paths(model, stage(lora={"targets": ["q_proj", "wq"]}), "distill")
 
 
 @pytest.mark.parametrize(
