@@ -354,8 +354,9 @@ def _json_documents(path: Path, stack: ExitStack, column: str, piece: int) -> It
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SourceError(f"{path}: line {number} is not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # Python reads no number of thousands of digits, nor such depths
+            why = getattr(error, "msg", error)
+            raise SourceError(f"{path}: line {number} is not JSON: {why}") from None
         if not isinstance(row, dict):
             raise SourceError(f"{path}: line {number} is not a JSON object")
         yield from _cell(row, column, f"{path}: line {number}")

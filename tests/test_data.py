@@ -183,6 +183,12 @@ class TestRows:
         with pytest.raises(SourceError, match=re.escape(f"{file}: line 17 is not JSON")):
             list(documents(spec(file)))
 
+    @pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000 + "]" * 100_000], ids=["digits", "depth"])
+    def test_a_line_that_python_does_not_read_is_named(self, tmp_path, value):
+        file = write(tmp_path / "a.jsonl", f'{{"text": "x", "id": {value}}}\n')
+        with pytest.raises(SourceError, match=re.escape(f"{file}: line 1 is not JSON: ")):
+            list(documents(spec(file)))
+
     def test_a_line_that_is_no_object_is_named(self, tmp_path):
         file = write(tmp_path / "a.jsonl", '\n["text"]\n')
         with pytest.raises(SourceError, match="line 2 is not a JSON object"):
