@@ -57,10 +57,12 @@ def model_card(record: Mapping[str, Any], block: Mapping[str, Any], kept: list[i
     name = f"{record['name']}-swapattn"
     local = f"softmax over {spec.local.window} tokens and {spec.local.sinks} sinks" if spec.local else "none"
     swapped = ", ".join(str(shape["layer_idx"]) for shape in block["layers"].values())
+    written = [manifest["teacher"] for manifest in record.get("logits", ())]
+    taught = dict.fromkeys([(record.get("taught_by") or {}).get("path"), *written])
     rows = [
         ("teacher", f"[{base}](https://huggingface.co/{base})" if base else str(record["name"])),
         ("note on the teacher", str(teacher.get("note") or "")),
-        ("taught by", Path((record.get("taught_by") or {}).get("path", "")).name),
+        ("taught by", ", ".join(Path(path).name for path in taught if path and path != teacher.get("path"))),
         ("layers swapped", f"{len(block['layers'])}: {swapped}"),
         ("layers kept softmax", ", ".join(map(str, kept)) or "none" if kept is not None else ""),
         ("linear branch", spec.linear_branch()),

@@ -312,6 +312,7 @@ def test_a_larger_teacher_of_the_same_tokens_can_be_learnt_from(converted, tiny_
     other = distill(converted, recipe=offline, output=tmp_path / "b", device="cpu")
     assert losses(other.path) == pytest.approx(losses(found.path), rel=2e-2)
     assert losses(found.path)[0] > 0.5, "it is another model"
+    assert all("| taught by | large |" in (made.path / "README.md").read_text() for made in (found, other))
 
 
 def test_a_teacher_of_other_tokens_is_refused(converted, tiny_llama, tiny_tokenizer, tmp_path):
