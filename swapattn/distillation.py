@@ -338,6 +338,8 @@ class _Run:
                 text=self.recipe.distill.describe_text(),
                 logits=[read_manifest(wanted.folder) for wanted in wanted_logits(self.recipe)],
                 hardware=f"{processes.count()} x " * (processes.count() > 1) + hardware(self.device),
+                calibrated=bool(self.start.record.get("calibrated")),
+                earlier=[*self.start.record.get("earlier", ()), *self.start.record.get("stages", ())],
                 stages=stages,
                 trained=sorted(trained | set(self.start.record.get("trained", ()))),
                 decay=decays(dict(model.named_parameters())),

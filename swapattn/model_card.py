@@ -100,5 +100,6 @@ or, with swapattn installed, `swapattn.load(FOLDER)`. The whole recipe is in `sw
 def _trained(record: Mapping[str, Any]) -> str:
     if record["kind"] == "converted":
         return "nothing: start values, calibrated" if record.get("calibrated") else "nothing: start values"
-    stages = [stage for stage in record.get("stages", ()) if isinstance(stage, Mapping)]
-    return ", ".join(f"{stage.get('stage')} {stage.get('tokens', 0):,} tokens" for stage in stages)
+    stages = [stage for key in ("earlier", "stages") for stage in record.get(key, ()) if isinstance(stage, Mapping)]
+    start = ["calibrated while converting"] if record.get("calibrated") else []
+    return ", ".join([*start, *(f"{stage.get('stage')} {stage.get('tokens', 0):,} tokens" for stage in stages)])

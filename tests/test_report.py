@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from swapattn.cli import main
 from swapattn.errors import CheckpointError, UsageError
-from swapattn.recipe import load_recipe
+from swapattn.recipe import load_recipe, parse_recipe
 from swapattn.report import ReportFiles, build, plots
 from swapattn.report.collection import _curves, collect
 from swapattn.report.document import Node, Part, perplexity, ranges, size, with_error
@@ -530,6 +530,25 @@ class TestCollection:
         assert plan["kept_parameters"] == result.kept_parameters
         assert plan["state_bytes"] == result.plan.state_bytes()
         assert plan["kv_bytes_per_token"] == result.plan.kv_bytes_per_token()
+
+    def test_what_made_a_run_is_said_in_full(self, tiny_teacher, tiny_llama, tiny_tokenizer, tmp_path):
+        from swapattn.conversion import convert
+        from swapattn.distillation import distill
+
+        tiny_llama(seed=1).save_pretrained(tmp_path / "other")
+        tiny_tokenizer.save_pretrained(tmp_path / "other")
+        stage = {"stage": "distill", "tokens": 32, "length": 32, "batch": 1, "learning_rate": 1e-3}
+        what = parse_recipe({"name": "x", "distill": {"stages": [stage]}})
+        start = convert(tiny_teacher, tmp_path / "c", recipe=what, calibrate=True).path
+        first = distill(start, recipe=what, output=tmp_path / "a", device="cpu", teacher=tmp_path / "other").path
+        second = distill(first, recipe=what, output=tmp_path / "b", device="cpu").path
+        assert collect([second], "c")["runs"][0]["commands"] == [
+            f"swapattn convert {tiny_teacher} --recipe a.yaml --calibrate -o c",
+            f"swapattn distill c --recipe a.yaml --teacher {tmp_path}/other -o a",
+            "swapattn distill a --recipe b.yaml -o b",
+        ]
+        card = (second / "README.md").read_text()
+        assert "| trained | calibrated while converting, distill 32 tokens, distill 32 tokens |" in card
 
 
 class TestErrors:

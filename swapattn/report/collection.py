@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -346,19 +347,30 @@ def _provenance(path: Path, record: Mapping[str, Any] | None, evaluation: Mappin
 
 def _commands(path: Path, record: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> list[str]:
     """What makes the folder again, from the recorded teacher on."""
-    commands = []
-    if record is not None:
-        recipe = shlex.quote(_recipe_argument(path, record["recipe"]))
-        distilled = record["kind"] == "distilled"
-        parent = (record.get("parent") or {}).get("path")
-        converted = shlex.quote(Path(parent).name if distilled and parent else path.name)
-        given = shlex.quote(str(record["teacher"].get("given") or record["teacher"].get("path")))
-        calibrate = " --calibrate" if record.get("calibrated") else ""
-        commands.append(f"swapattn convert {given} --recipe {recipe}{calibrate} -o {converted}")
-        if distilled:
-            commands.append(f"swapattn distill {converted} --recipe {recipe} -o {shlex.quote(path.name)}")
+    commands = _made_by(path, record) if record is not None else []
     if evaluation is not None:
         commands += [file["command"] for file in evaluation["files"]]
+    return commands
+
+
+def _made_by(path: Path, record: Mapping[str, Any]) -> list[str]:
+    recipe = shlex.quote(_recipe_argument(path, record["recipe"]))
+    distilled = record["kind"] == "distilled"
+    known = record.get("parent") or {}
+    parent = known.get("path")
+    start = shlex.quote(Path(parent).name if distilled and parent else path.name)
+    given = shlex.quote(str(record["teacher"].get("given") or record["teacher"].get("path")))
+    calibrate = " --calibrate" if record.get("calibrated") else ""
+    commands = [f"swapattn convert {given} --recipe {recipe}{calibrate} -o {start}"]
+    if distilled and parent:
+        with contextlib.suppress(SwapattnError):  # gone, or damaged
+            before = read(Path(parent))
+            if before.kind == "distilled" and before.time == known.get("time"):
+                commands = _made_by(before.path, before.record)
+    if distilled:
+        teacher = (record.get("taught_by") or {}).get("path")
+        other = f" --teacher {shlex.quote(teacher)}" if teacher else ""
+        commands.append(f"swapattn distill {start} --recipe {recipe}{other} -o {shlex.quote(path.name)}")
     return commands
 
 
