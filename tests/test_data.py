@@ -242,11 +242,11 @@ class FakeRows:
         self.seeds.append(seed)
         return self
 
-    def __iter__(self):
+    def iter(self, batch_size):
         for row in self.rows:
             if isinstance(row, Exception):
                 raise row
-            yield row
+            yield {key: [value] for key, value in row.items()}
 
 
 class TestHub:
@@ -292,6 +292,16 @@ class TestHub:
         with pytest.raises(SourceError, match="the hub cannot be reached"):
             documents(TextSpec(hub="some/set"))
         assert not calls
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_processes_that_tokenise_see_what_one_would(self, tiny_tokenizer, tmp_path, workers):
+        (tmp_path / "rows").mkdir()
+        write(tmp_path / "rows" / "a.jsonl", "".join(f'{{"text": "document {i}"}}\n' for i in range(50)))
+        packed = PackedTokens(TextSpec(hub=str(tmp_path / "rows")), tiny_tokenizer, 16)
+        loader = DataLoader(packed, batch_size=None, num_workers=workers)
+        expected = [window["input_ids"] for window in itertools.islice(packed, 8)]
+        given = [window["input_ids"] for window in itertools.islice(loader, 8)]
+        assert torch.equal(torch.stack(given), torch.stack(expected))
 
 
 class TestPacking:
