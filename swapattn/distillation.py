@@ -175,6 +175,12 @@ class _Run:
         model, tokenizer = load(self.start.path, dtype=torch.float32)
         if tokenizer is None:
             raise CheckpointError(f"{self.start.path} has no tokenizer, which distillation needs")
+        end, known = tokenizer.eos_token_id, model.get_input_embeddings().num_embeddings
+        if end is not None and end >= known:
+            raise CheckpointError(
+                f"{self.start.path}: its tokenizer ends texts by token {end}, and the model knows {known} tokens: name "
+                "another one in its tokenizer_config.json"
+            )
         self._check_names(model)
         if is_first_process():
             titles = [self._title(index) for index in range(len(self.keys))]

@@ -659,6 +659,17 @@ def test_a_tied_matrix_that_is_stored_twice_stays_tied(tiny_llama, tiny_tokenize
     assert not torch.equal(after["lm_head.weight"], stored["lm_head.weight"])
 
 
+def test_an_end_of_text_token_that_the_model_does_not_know_is_named(converted, work):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.save_pretrained(converted)
+    with pytest.raises(CheckpointError, match="ends texts by token 320, and the model knows 320 tokens"):
+        distill(converted, recipe=recipe(CALIBRATE), device="cpu")
+    assert names(work) == ["c"]
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 @pytest.mark.parametrize(
     "wrong",
