@@ -34,5 +34,5 @@ def draw_curves(log: Path, target: Path, title: str) -> None:
             axes.set_yscale("log")
         axes.set(title=f"{name.partition('|')[2]}: {losses[0]:.4g} to {losses[-1]:.4g}", xlabel="step", ylabel="loss")
         axes.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a folder's name, which may have dollars
     figure.savefig(target, dpi=120)

@@ -394,6 +394,7 @@ def _chart(found: Selection, name: str) -> None:
     axes.set_xlabel("attention layer (blue: kept softmax)")
     unit = "nats a token" if len(found.on) == 1 else f"mean share of {' and '.join(found.on)}"
     axes.set_ylabel(f"KL saved, {unit}" if found.restore else f"KL, {unit}")
-    axes.set_title(f"{name}: each layer {'restored' if found.restore else 'swapped'} alone", fontsize=10)
+    title = f"{name}: each layer {'restored' if found.restore else 'swapped'} alone"
+    axes.set_title(title, fontsize=10, parse_math=False)
     axes.tick_params(axis="x", labelsize=7)
     figure.savefig(found.folder / CHART, dpi=120)

@@ -124,6 +124,11 @@ def test_the_text_of_each_stage_is_the_one_that_is_recorded(converted, work):
     assert recipe(own, DISTILL, own).distill.describe_text() == "a.txt; embedded"
 
 
+def test_a_folder_may_have_dollars_in_its_name(converted, work):
+    result = distill(converted, recipe=recipe({**ALIGN, "tokens": 64}), output=work / "cost$^$", device="cpu")
+    assert (result.path / "train.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_bf16_checkpoint_stays_bf16(tiny_llama, tiny_tokenizer, work):
     tiny_llama().to(torch.bfloat16).save_pretrained(work / "t")
     tiny_tokenizer.save_pretrained(work / "t")
