@@ -91,4 +91,5 @@ def merge_(model: nn.Module) -> list[str]:
             half.weight = nn.Parameter(whole(half.weight), requires_grad=False)
         base.weight += as_shard_of(base.weight, module.get_delta_weight(ADAPTER))
         model.set_submodule(path, base)
+    vars(model).pop("peft_config", None)  # or peft warns of those of the next stage
     return [f"{path}.weight" for path in adapted]

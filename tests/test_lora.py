@@ -92,6 +92,16 @@ def test_merged_the_model_computes_what_it_did_with_adapters(tiny_family, name):
     assert merge_(model) == []
 
 
+def test_what_is_merged_is_gone_for_the_next_adapters(tiny_family, recwarn):
+    model = swapped(tiny_family("llama"))
+    before = set(vars(model))
+    for _ in range(2):
+        inject_(model, stage())
+        merge_(model)
+    assert set(vars(model)) == before
+    assert not any("peft_config" in str(warning.message) for warning in recwarn)
+
+
 def test_the_teacher_is_the_model_without_adapters(tiny_family):
     model, teacher = swapped(tiny_family("llama")), tiny_family("llama")
     inject_(model, stage())
