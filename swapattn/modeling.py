@@ -187,6 +187,8 @@ class ConfigMixin(_Known, Made):
 class SwapMixin(_Known, GeneratesMixin):
     """What the model classes of swapattn add to their base class."""
 
+    base: type  # of which this is the swapped form
+
     # Slopes, scales and mixes lose too much in 16 bits; a few thousand numbers cost nothing.
     _keep_in_fp32_modules_strict = ("swap",)
 
@@ -200,6 +202,11 @@ class SwapMixin(_Known, GeneratesMixin):
             )
         assert isinstance(self, nn.Module)
         attach(self, block["layers"], block["spec"], nope=block.get("nope", ()))
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As the base type's own class: transformers reads it off the file of the class, which here is ours."""
+        return bool(cls.base._can_set_experts_implementation())  # type: ignore[attr-defined]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -233,7 +240,7 @@ def swap_classes(base_model_type: str) -> tuple[type, type]:
     config_name, model_name = class_names(base_model_type)
     own: dict[str, Any] = {"model_type": model_type, "made_by": (_config_class, base_model_type)}
     config = type(config_name, (ConfigMixin, base_config), {**own, "__module__": __name__})
-    own = {"config_class": config, "made_by": (_model_class, base_model_type)}
+    own = {"config_class": config, "base": base_model, "made_by": (_model_class, base_model_type)}
     model = type(model_name, (SwapMixin, base_model), {**own, "__module__": __name__})
     AutoConfig.register(model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model, exist_ok=True)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from swapattn.conversion import convert
 from swapattn.errors import CheckpointError
 from swapattn.loading import load
+from swapattn.verification import verify
 
 HIDDEN, INNER, EXPERTS, LAYERS = 32, 16, 3, 2
 SIZES = {
@@ -130,3 +131,22 @@ def test_a_missing_or_unexpected_tensor_is_named(tmp_path, change):
     folder = convert(write_teacher(tmp_path / "t", "mixtral", tensors), tmp_path / "c", recipe="smoke").path
     with pytest.raises(CheckpointError, match=f"1 {change} keys, first {name}"):
         load(folder)
+
+
+def test_experts_are_computed_as_in_the_teacher_whichever_was_loaded_first(tmp_path, monkeypatch):
+    folder = convert(write_teacher(tmp_path / "t", "mixtral", hub_tensors("mixtral")), tmp_path / "c", recipe="smoke")
+    known = "_can_set_experts_implementation_cached_value"  # what an earlier model of the process left
+    model, _ = load(folder.path)
+    for kind in type(model).__mro__:
+        if known in vars(kind):
+            monkeypatch.delattr(kind, known)
+    model, _ = load(folder.path)
+    assert model.config._experts_implementation == "grouped_mm"
+    model.set_experts_implementation("eager")
+    assert model.config._experts_implementation == "eager"
+
+
+def test_a_good_checkpoint_with_experts_passes(tmp_path):
+    teacher = write_teacher(tmp_path / "t", "qwen3_moe", hub_tensors("qwen3_moe"))
+    folder = convert(teacher, tmp_path / "c", recipe="smoke", overrides=["convert.local={window: 5, sinks: 2}"]).path
+    assert verify(folder, reload=False).failed == []
