@@ -95,8 +95,9 @@ def to_table(student: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> s
 
 
 def _reason_to_skip(model: Any, length: int, beyond: bool, long_on_cpu: bool) -> str | None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    rotary = getattr(model.config, "rope_parameters", None) is not None
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None) is not None
     if positions is not None and length > positions and not (beyond and rotary):
         return f"the model has {positions:,} positions"
     if next(model.parameters()).device.type == "cpu" and length > CPU_LENGTH and not long_on_cpu:
@@ -107,7 +108,8 @@ def _reason_to_skip(model: Any, length: int, beyond: bool, long_on_cpu: bool) ->
 def _row(model: Any, length: int, new_tokens: int) -> dict[str, Any]:
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(parameter.device)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (1, length), generator=generator).to(parameter.device)
     prompt = tokens[:, : length - new_tokens]
     # Kernels are compiled and memory is taken on first use: a first piece, one that continues it, single tokens.
     warm = min(prompt.shape[1], 2 * _CHUNK)

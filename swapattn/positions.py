@@ -172,7 +172,7 @@ def positions_of(model: Any) -> int:
 
 def positions_in(config: Any) -> int:
     """The same of its config alone."""
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from .errors import SwapattnError
 from .integrity import altered_files, damaged_shards, foreign_code, pickled_files, rewritten
 from .loading import load
 from .modeling import swap_classes
+from .positions import positions_of
 from .remote_code import use_own_code
 from .shards import INDEX, decays, read_config, read_weight_map
 from .surgery import SwapPlan, plan
@@ -283,10 +284,10 @@ class _Verifier:
     def _inputs(self, rows: int = 1) -> torch.Tensor:
         """Token ids `[rows, T]`, longer than the local window."""
         window = max((swap.window + swap.sinks for swap in swaps(self.model).values()), default=0)
-        limit = getattr(self.model.config, "max_position_embeddings", None) or 10**6
-        length = min(window + 41, limit)
+        length = min(window + 41, positions_of(self.model))
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(3, self.model.config.vocab_size, (rows, length), generator=generator)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return torch.randint(3, vocabulary, (rows, length), generator=generator)
 
     def _double(self) -> torch.dtype:
         if sum(p.numel() for p in self.model.parameters()) <= DOUBLE_LIMIT:

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
+from every_type import tiny_model
 from safetensors.torch import load_file, save_file
 
 from swapattn.audit import beyond_linear
@@ -76,6 +77,12 @@ def test_a_good_checkpoint_passes(tiny_teacher, tmp_path, overrides):
 def test_a_family_with_softcap_and_sliding_windows_passes(tiny_family, tmp_path):
     tiny_family("gemma2").save_pretrained(tmp_path / "teacher")
     convert(tmp_path / "teacher", tmp_path / "c", recipe="smoke", overrides=[*SPEC, "convert.keep_softmax=[1]"])
+    assert failed(tmp_path / "c") == []
+
+
+def test_a_model_whose_sizes_stand_in_a_section_of_its_config_passes(tmp_path):
+    tiny_model("gemma3").float().save_pretrained(tmp_path / "teacher")
+    convert(tmp_path / "teacher", tmp_path / "c", recipe="smoke", overrides=SPEC)
     assert failed(tmp_path / "c") == []
 
 
