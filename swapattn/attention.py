@@ -61,13 +61,28 @@ def _dispatcher(base: str) -> Callable[..., Any]:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         swap: LightningSwap | None = getattr(module, "swap", None)
         if swap is None or swap.observer is not None:
-            output, weights = _softmax_function(base, module)(module, query, key, value, attention_mask, **kwargs)
+            mask = _additive(attention_mask, query, key) if base == "eager" else attention_mask
+            output, weights = _softmax_function(base, module)(module, query, key, value, mask, **kwargs)
             if swap is not None and swap.observer is not None:
                 swap.observer(swap, swap.call(query, key, value, attention_mask, 0, kwargs), output)
             return output, weights
         return compute(swap, query, key, value, attention_mask, kwargs), None
 
     return attention
+
+
+def _additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The numbers that eager adds to the scores, of sdpa's mask.
+
+    That is None for a single token, which sees all keys, and for the first tokens, where it would be causal.
+    """
+    if mask is None:
+        length, keys = query.shape[-2], key.shape[-2]
+        mask = torch.ones(length, keys, dtype=torch.bool, device=query.device)
+        mask = mask.tril() if length > 1 else mask
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, torch.zeros((), dtype=query.dtype, device=query.device), torch.finfo(query.dtype).min)
 
 
 def _mask_function(base: str) -> Callable[..., Any]:
@@ -95,10 +110,13 @@ def _padding_only(base: str) -> Callable[..., Any]:
 
 
 def register() -> None:
-    """Register the dispatcher and its mask for each stock implementation that kept layers may use; idempotent."""
+    """Register the dispatcher and its mask for each stock implementation that kept layers may use; idempotent.
+
+    The mask is sdpa's for eager too, whose own is a number for each pair of tokens, also where no layer is kept.
+    """
     for base in BASES:
         AttentionInterface.register(PREFIX + base, _dispatcher(base))
-        AttentionMaskInterface.register(PREFIX + base, _mask_function(base))
+        AttentionMaskInterface.register(PREFIX + base, _mask_function("sdpa"))
         AttentionMaskInterface.register(PADDING_ONLY + base, _padding_only(base))
 
 

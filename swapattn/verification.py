@@ -247,8 +247,6 @@ class _Verifier:
         outside = {
             path: why for path, why in found.items() if not any(path == k or path.startswith(f"{k}.") for k in kept)
         }
-        if kept:  # the additive mask of kept layers is made outside of them
-            outside.pop(self.model.base_model_prefix, None)
         if outside:
             path, why = min(outside.items())
             raise _Failed(f"{path}: {why}")
