@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -35,6 +36,7 @@ PROBE = "swapattn_probe"
 INDEXER_FIELDS = ("index_topk", "index_topk_blocks", "indexer_n_heads")  # of configs with a sparse-attention indexer
 _OUTSIDE = "computes softmax attention outside transformers' AttentionInterface{where}: it cannot be swapped"
 _INDEXED = "picks the tokens it attends to with a sparse-attention indexer, which a swapped layer has no use for"
+_OWN_MASK = "adds numbers of each head's own to the scores of attention, of which a swapped layer knows nothing"
 _OWN_KEYS = "attends to keys other than those of its tokens (compressed or kept by the model), which no swap can cache"
 
 
@@ -148,7 +150,7 @@ def attention_sites(config: Any) -> list[AttentionSite]:
     _check_config(config)
     kind = config.model_type
     calls: list[tuple[nn.Module, AttentionSite]] = []
-    foreign: list[nn.Module] = []
+    unfit: list[str] = []
     widths: dict[nn.Module, int] = {}
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -163,13 +165,12 @@ def attention_sites(config: Any) -> list[AttentionSite]:
         attention_mask: Any,
         **kwargs: Any,
     ) -> Any:
-        if key.shape[2] != query.shape[2]:
-            foreign.append(module)
+        unfit.extend(_unfit(query, key, attention_mask))
         calls.append((module, _site(module, query, key, value, kwargs)))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
-    def probe_adapted(module: nn.Module, q: Any, k: Any, v: Any, mask: Any, options: dict[str, Any]) -> Any:
-        return probe(module, q, k, v, mask, **options)[0]
+    def probe_adapted(module: nn.Module, q: Any, k: Any, v: Any, _mask: Any, options: dict[str, Any]) -> Any:
+        return probe(module, q, k, v, None, **options)[0]  # adapters know what is in the mask
 
     AttentionInterface.register(PROBE, probe)
     AttentionMaskInterface.register(PROBE, lambda *args, **kwargs: None)
@@ -193,12 +194,20 @@ def attention_sites(config: Any) -> list[AttentionSite]:
     names = {id(module): name for name, module in model.named_modules()}
     sites = [replace(site, path=names[id(module)], hidden_size=widths.get(module, 0)) for module, site in calls]
     _check_sites(kind, sites, outside)
-    if foreign:
-        raise _refusal(kind, _OWN_KEYS)
+    if unfit:
+        raise _refusal(kind, unfit[0])
     _check_cache(kind, model, {module: site.layer_idx for module, site in calls})
-    if foreign:
-        raise _refusal(kind, _OWN_KEYS)
+    if unfit:
+        raise _refusal(kind, unfit[0])
     return sites
+
+
+def _unfit(query: torch.Tensor, key: torch.Tensor, mask: Any) -> Iterator[str]:
+    """Why a call of the attention interface is none that a swap could stand for."""
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
+        yield _OWN_MASK
+    if key.shape[2] != query.shape[2]:
+        yield _OWN_KEYS
 
 
 def _refusal(kind: str, reason: str) -> UnsupportedModelError:

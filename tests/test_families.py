@@ -119,6 +119,7 @@ def reason_for(kind, **overrides):
         ("gemma3n_text", "shares keys and values"),
         ("mamba", "no softmax attention"),
         ("diffllama", "more than once in a layer"),
+        ("doge", "numbers of each head's own"),
         ("zaya", "convolution state"),
         ("recurrent_gemma", "returns no cache"),
         ("xglm", "outside transformers' AttentionInterface"),
@@ -154,4 +155,4 @@ def test_every_supported_type_computes_one_result_however_the_tokens_arrive():
         if error > 1e-6 and error > 10 * cache_error(tiny_model(kind)):
             wrong[kind] = error
     assert not wrong
-    assert len(supported) >= 132
+    assert len(supported) >= 131
