@@ -119,14 +119,14 @@ def beyond_linear(model: nn.Module, *, window: int = 0, device: str = "meta") ->
         window: tokens that a local branch may look at; the lengths are chosen well above it.
         device: of the token ids; on the meta device nothing is computed.
     """
-    short = _prime(max(PRIME, 4 * window + 1))
-    long = _prime(4 * short)
+    short, long = lengths(window)
     runs = []
     for length in (short, long):
         mode = _SizesOf(length, [])
         _run(model, length, device, mode)
         runs.append(mode)
-    found = {path: f"{name} over all pairs of tokens" for path, name in {**runs[0].sites, **runs[1].sites}.items()}
+    # At the long one alone: blocks of a linear attention may be longer than the short one.
+    found = {path: f"{name} over all pairs of tokens" for path, name in runs[1].sites.items()}
     before, after = runs[0].sizes, runs[1].sizes
     for path in sorted({*before.softmax, *after.softmax}):
         few, many = before.softmax.get(path, set()), after.softmax.get(path, set())
@@ -138,6 +138,12 @@ def beyond_linear(model: nn.Module, *, window: int = 0, device: str = "meta") ->
         if path and size > 2 * (long / short) * before.largest.get(path, size):
             found.setdefault(path, f"a tensor of {before.largest[path]} numbers at {short} tokens, {size} at {long}")
     return found
+
+
+def lengths(window: int) -> tuple[int, int]:
+    """The lengths at which `beyond_linear` runs a model."""
+    short = _prime(max(PRIME, 4 * window + 1))
+    return short, _prime(4 * short)
 
 
 def _prime(least: int) -> int:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from . import sources
 from .attention import swaps
-from .audit import beyond_linear
+from .audit import beyond_linear, lengths
 from .cache import CACHE
 from .call import AttentionCall
 from .checkpoint import Checkpoint, find
@@ -238,8 +238,12 @@ class _Verifier:
         window = local["window"] + local["sinks"] if local else 0
         kept = [site.path for site in self._plan().keep]
         model_class: Any = swap_classes(config.swapattn["base_model_type"])[1]
+        roomy = type(config).from_dict(config.to_dict())
+        text = roomy.get_text_config()
+        if getattr(text, "max_position_embeddings", None):  # without values positions cost nothing
+            text.max_position_embeddings = max(text.max_position_embeddings, 2 * lengths(window)[1])
         with torch.device("meta"):
-            empty = model_class._from_config(type(config).from_dict(config.to_dict()), dtype=torch.bfloat16)
+            empty = model_class._from_config(roomy, dtype=torch.bfloat16)
         try:
             found = beyond_linear(empty.eval(), window=window)
         except Exception:  # masks of some families ask for values, which the meta device lacks

@@ -81,8 +81,10 @@ def test_a_family_with_softcap_and_sliding_windows_passes(tiny_family, tmp_path,
     assert failed(tmp_path / "c") == []
 
 
-def test_a_model_whose_sizes_stand_in_a_section_of_its_config_passes(tmp_path):
-    tiny_model("gemma3").float().save_pretrained(tmp_path / "teacher")
+@pytest.mark.parametrize("kind", ["gemma3", "bert", "minimax"])
+def test_a_family_with_oddities_passes(tmp_path, kind):
+    """Sizes in a section of the config; few positions; a linear attention of its own, in blocks of 256."""
+    tiny_model(kind).float().save_pretrained(tmp_path / "teacher")
     convert(tmp_path / "teacher", tmp_path / "c", recipe="smoke", overrides=SPEC)
     assert failed(tmp_path / "c") == []
 
