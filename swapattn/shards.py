@@ -35,6 +35,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NEW_SHARD = "swap.safetensors"
 COPIES = 4  # at a time
+_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 # Files of a model folder that go along: tokenizer, generation settings, licence. Never weights or code.
 CARRIED = (
     "generation_config.json",
@@ -143,6 +144,8 @@ def write_checkpoint(
     data, config = json.loads((teacher / "config.json").read_text(encoding="utf-8")), read_config(teacher)
     if data["model_type"] != config.model_type:  # the text model of a teacher that has other parts too
         data = {"dtype": data.get("dtype", data.get("torch_dtype")), **json.loads(config.to_json_string())}
+    if data.get("dtype", data.get("torch_dtype")) is None:  # else transformers takes that of the first file, our own
+        data["dtype"] = stored_dtype(teacher, weight_map)
     auto_map = write_runtime(folder, plan.base_model_type)
     data.update(
         model_type=MODEL_TYPE_PREFIX + plan.base_model_type,
@@ -173,6 +176,13 @@ def decays(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
     return {
         k.removesuffix(ending): t.detach().double().exp().tolist() for k, t in tensors.items() if k.endswith(ending)
     }
+
+
+def stored_dtype(folder: Path, weight_map: Mapping[str, str]) -> str | None:
+    """The dtype in which transformers loads a model whose config names none: of the first floats in the first file."""
+    with safe_open(folder / min(weight_map.values()), framework="pt") as shard:
+        kinds = (_FLOATS.get(shard.get_slice(key).get_dtype()) for key in shard.keys())  # noqa: SIM118 - no mapping
+        return next(filter(None, kinds), None)
 
 
 def count(tensors: dict[str, torch.Tensor]) -> int:

@@ -106,6 +106,16 @@ def test_a_bf16_teacher_gives_a_bf16_model_with_fp32_swaps(tiny_family, tmp_path
     assert {p.dtype for n, p in model.named_parameters() if ".swap." not in n} == {torch.bfloat16}
 
 
+def test_a_teacher_whose_config_names_no_dtype_gives_a_model_in_its_own(tiny_family, tmp_path):
+    tiny_family("llama").to(torch.bfloat16).save_pretrained(tmp_path / "t")
+    config = json.loads((tmp_path / "t" / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "t" / "config.json").write_text(json.dumps(config))
+    folder = convert(tmp_path / "t", tmp_path / "c", recipe="smoke").path
+    for model in (load(folder)[0], AutoModelForCausalLM.from_pretrained(folder, dtype="auto")):
+        assert {p.dtype for n, p in model.named_parameters() if ".swap." not in n} == {torch.bfloat16}
+
+
 def test_slopes_are_learnable_only_where_the_recipe_says_so(tiny_teacher, checkpoint, tmp_path):
     learnable = convert(tiny_teacher, tmp_path / "c", recipe="smoke", overrides=["convert.decay.learnable=true"]).path
     for folder, expected in ((checkpoint, False), (learnable, True)):
