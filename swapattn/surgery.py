@@ -315,7 +315,8 @@ def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
     Args:
         config: a transformers config of a causal LM.
         spec: the recipe's convert section; `keep_softmax` holds positions in the order of the attention layers,
-            negative ones from the end, or says how many there are; the plan's own spec holds the positions.
+            negative ones from the end, or says how many there are; the plan's own spec holds the positions, from 0
+            and each once.
 
     Raises:
         UnsupportedModelError: see `attention_sites`.
@@ -332,6 +333,7 @@ def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
         if not -count <= index < count:
             raise RecipeError(f"convert.keep_softmax: {index} is out of range, the model has {count} attention layers")
         kept.add(index % count)
+    spec = spec.model_copy(update={"keep_softmax": tuple(sorted(kept))})
     if len(kept) == count:
         raise RecipeError(f"convert.keep_softmax names all {count} attention layers: nothing is left to swap")
     swapped = tuple(site for i, site in enumerate(sites) if i not in kept)

@@ -89,7 +89,7 @@ def test_measurements_of_another_text_are_not_taken_for_those_of_this_one(teache
 
 
 def test_a_checkpoint_is_ranked_beside_what_it_keeps(teacher, tmp_path):
-    convert(teacher, tmp_path / "c", recipe="smoke", overrides=[*SET, "convert.keep_softmax=[-1]"])
+    convert(teacher, tmp_path / "c", recipe="smoke", overrides=[*SET, "convert.keep_softmax=[-1, 3]"])
     found = select(tmp_path / "c", tmp_path / "s", share=0.5, **SMALL)
     assert set(found.costs) == {0, 1, 2}
     assert found.kept == (2, 3)
