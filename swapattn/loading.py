@@ -134,6 +134,7 @@ def from_folder(model_class: Any, path: Path, dtype: torch.dtype | None) -> Any:
                 "one is missing, unexpected or of another shape"
             ) from error
         raise CheckpointError(f"{path} does not load: {' '.join(str(error).split())[:300]}") from error
+    info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not _computed(model, key)]
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         found = sorted(map(str, info.get(kind) or ()))
         if found:
@@ -143,3 +144,9 @@ def from_folder(model_class: Any, path: Path, dtype: torch.dtype | None) -> Any:
         for parameter in swap.parameters():
             parameter.data = parameter.data.clone()
     return model
+
+
+def _computed(model: Any, key: str) -> bool:
+    """Whether older versions of transformers stored what later ones compute, such as the masks of gpt_neo."""
+    buffers = {name for name, _ in model.named_buffers()}
+    return bool(buffers & {key, f"{model.base_model_prefix}.{key}"}) or key.endswith(".masked_bias")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_type import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -152,6 +153,17 @@ def refusal(folder):
     assert "\n" not in message
     assert str(folder) in message or folder.name in message
     return message
+
+
+def test_masks_that_older_versions_stored_are_no_extra_tensors(tmp_path):
+    folder = tmp_path / "t"
+    tiny_model("gpt_neo").float().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    names = [f"transformer.h.{i}.attn.attention.{name}" for i in range(4) for name in ("bias", "masked_bias")]
+    save_file(tensors | {name: torch.zeros(1) for name in names}, folder / "model.safetensors", metadata={"format": "pt"})
+    load_teacher(folder)
+    model, _ = load(convert(folder, tmp_path / "c", recipe="smoke").path)
+    assert torch.isfinite(logits_of(model)).all()
 
 
 def test_a_missing_tensor_is_an_error(copied):
