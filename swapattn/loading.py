@@ -19,6 +19,8 @@ from .integrity import rewritten
 from .modeling import swap_classes
 from .remote_code import use_own_code
 
+TOKENIZER = "tokenizer_config.json"
+
 
 def load(
     path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
@@ -102,7 +104,7 @@ def know(folder: Path) -> None:
 
 def tokenizer_in(folder: Path) -> Any | None:
     """The tokenizer of a folder whose model type is known; None if it has none, or one that is code of its own."""
-    if not (folder / "tokenizer_config.json").is_file():
+    if not any((folder / name).is_file() for name in (TOKENIZER, "tokenizer.json")):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it transformers asks on stdin

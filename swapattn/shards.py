@@ -26,6 +26,7 @@ from .checkpoint import RECORD, write_json
 from .environment import umask
 from .errors import CheckpointError, SourceError, UnsupportedModelError
 from .integrity import check_shards, samples
+from .loading import TOKENIZER, tokenizer_in
 from .model_card import CARD, model_card
 from .modeling import MODEL_TYPE_PREFIX, write_runtime
 from .remote_code import use_own_code
@@ -46,7 +47,9 @@ CARRIED = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
+    "tekken.json",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "LICENSE*",
 )
 
@@ -141,6 +144,7 @@ def write_checkpoint(
     size = sum((folder / name).stat().st_size for name in set(merged.values()))
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": merged})
     copy_companions(teacher, folder)
+    name_tokenizer(teacher, folder)
     data, config = json.loads((teacher / "config.json").read_text(encoding="utf-8")), read_config(teacher)
     if data["model_type"] != config.model_type:  # the text model of a teacher that has other parts too
         data = {"dtype": data.get("dtype", data.get("torch_dtype")), **json.loads(config.to_json_string())}
@@ -195,7 +199,24 @@ def copy_companions(source: Path, folder: Path) -> None:
     for pattern in CARRIED:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.suffix != ".py":
-                shutil.copyfile(path, folder / path.name)
+                target = folder / path.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def name_tokenizer(teacher: Path, folder: Path) -> None:
+    """Write down the class of the teacher's tokenizer, where transformers chose it by the model type, which changes."""
+    try:
+        tokenizer = tokenizer_in(teacher)
+    except Exception:  # whatever a tokenizer lacks here; it goes along as it is
+        return
+    path = folder / TOKENIZER
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if tokenizer is None or "auto_map" in settings:
+        return
+    kind = type(tokenizer).__name__
+    if str(settings.get("tokenizer_class")).removesuffix("Fast") != kind.removesuffix("Fast"):
+        write_json(path, {**settings, "tokenizer_class": kind})
 
 
 def link_or_copy(source: Path, target: Path) -> None:

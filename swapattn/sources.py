@@ -25,9 +25,11 @@ SOURCE_FILE = "swapattn-source.json"  # beside config.json of a folder that was 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PROBE_SECONDS = 2.0
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*"]
-# Some repositories repeat the weights in another layout: subfolders (original/, onnx/) and consolidated files.
 _CODE = ["*.py"]
-_UNWANTED = ["*/*", "consolidated*", "params.json", "training_args*", "optimizer*"]
+# Some repositories repeat the weights in another layout: subfolders (original/, onnx/) and consolidated files. What is
+# wanted of subfolders are further chat templates.
+_UNWANTED = [*(f"*/{name}" for name in (*_WANTED, *_CODE) if name != "*.jinja"), "consolidated*"]
+_UNWANTED += ["params.json", "training_args*", "optimizer*"]
 
 
 @dataclass(frozen=True)

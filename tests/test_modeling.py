@@ -15,7 +15,10 @@ import pytest
 import torch
 from every_type import tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swapattn.attention import only_branch, swaps
 from swapattn.checkpoint import find
@@ -70,6 +73,39 @@ def test_the_tokenizer_comes_along(checkpoint, tiny_tokenizer, copied):
     for path in copied.glob("tokenizer*"):
         path.unlink()
     assert load(copied)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "found"),
+    [
+        ("phi3", {"tokenizer_class": "LlamaTokenizerFast", "eos_token": "<eos>"}, "TokenizersBackend"),  # as on the hub
+        ("gpt2", {"model_max_length": 1024}, "GPT2Tokenizer"),
+        ("gpt2", None, "GPT2Tokenizer"),
+    ],
+    ids=["of-another-class", "of-no-class", "without-settings"],
+)
+def test_the_tokenizer_is_of_the_class_that_the_teachers_type_gives_it(tiny_family, tmp_path, kind, settings, found):
+    tiny_family(kind).save_pretrained(tmp_path / "t")
+    words = Tokenizer(WordLevel({"<eos>": 0, "<unk>": 1, "call": 2, "me": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    words.save(str(tmp_path / "t" / "tokenizer.json"))
+    if settings is not None:
+        (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(settings))
+    teacher = AutoTokenizer.from_pretrained(tmp_path / "t")
+    _, tokenizer = load(convert(tmp_path / "t", tmp_path / "c", recipe="smoke").path)
+    assert type(tokenizer) is type(teacher)
+    assert type(tokenizer).__name__ == found
+    assert tokenizer("call me").input_ids == teacher("call me").input_ids
+    assert tokenizer.eos_token == teacher.eos_token is not None
+
+
+def test_all_chat_templates_come_along(tiny_family, tiny_tokenizer, tmp_path):
+    tiny_family("llama").save_pretrained(tmp_path / "t")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "t")
+    found = load(convert(tmp_path / "t", tmp_path / "c", recipe="smoke").path)[1]
+    assert found.chat_template == tokenizer.chat_template
 
 
 def test_a_shard_that_is_none_is_a_checkpoint_error(checkpoint, tmp_path):
@@ -160,7 +196,9 @@ def test_masks_that_older_versions_stored_are_no_extra_tensors(tmp_path):
     tiny_model("gpt_neo").float().save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     names = [f"transformer.h.{i}.attn.attention.{name}" for i in range(4) for name in ("bias", "masked_bias")]
-    save_file(tensors | {name: torch.zeros(1) for name in names}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        tensors | {name: torch.zeros(1) for name in names}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
     load_teacher(folder)
     model, _ = load(convert(folder, tmp_path / "c", recipe="smoke").path)
     assert torch.isfinite(logits_of(model)).all()
