@@ -115,8 +115,7 @@ def convert(
     if dry_run:
         return _planned(target, source, resolved, trust_remote_code)
     teacher = sources.materialize(source, code=trust_remote_code)
-    if target.resolve() == teacher.path.resolve():
-        raise UsageError(f"{target} is the model itself: choose another folder with -o")
+    _check_apart(target, teacher.path)
     from . import footprint, shards, surgery
     from .model_card import teacher_licence
 
@@ -160,13 +159,19 @@ def of_convert(overrides: Sequence[str]) -> list[str]:
     return [override for override in overrides if override.partition("=")[0].partition(".")[0] == "convert"]
 
 
+def _check_apart(target: Path, teacher: Path) -> None:
+    """Refuse a target whose replacement would take the teacher away."""
+    if target.resolve() in (teacher.resolve(), *teacher.resolve().parents):
+        relation = "is" if target.resolve() == teacher.resolve() else "holds"
+        raise UsageError(f"{target} {relation} the model itself: choose another folder with -o")
+
+
 def _planned(target: Path, source: sources.Source, recipe: Recipe, trust_remote_code: bool) -> ConvertResult:
     """The dry run: the config is enough; weights that are there anyway are checked and counted."""
     from . import footprint, shards, surgery
 
     teacher = sources.describe(source, code=trust_remote_code)
-    if target.resolve() == teacher.path.resolve():
-        raise UsageError(f"{target} is the model itself: choose another folder with -o")
+    _check_apart(target, teacher.path)
     config = shards.read_config(teacher.path, trust_remote_code=trust_remote_code)
     plan = surgery.plan(config, recipe.convert)
     whole = teacher.hub_id is None and any(teacher.path.glob("*.safetensors"))

@@ -233,6 +233,15 @@ def test_the_model_itself_is_never_overwritten(tiny_teacher, tmp_path):
     AutoModelForCausalLM.from_pretrained(teacher)
 
 
+def test_a_folder_that_holds_the_model_is_never_overwritten(tiny_teacher, tmp_path):
+    folder = convert(tiny_teacher, tmp_path / "c", recipe="smoke").path
+    teacher = Path(shutil.copytree(tiny_teacher, folder / "original" / "teacher"))
+    for dry_run in (False, True):
+        with pytest.raises(UsageError, match="holds the model itself"):
+            convert(teacher, folder, recipe="smoke", overwrite=True, dry_run=dry_run)
+    AutoModelForCausalLM.from_pretrained(teacher)
+
+
 @pytest.mark.parametrize("where", ["save_file", "copyfile", "write_json"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_a_full_disk_or_ctrl_c_leaves_nothing_half_written(tiny_teacher, tmp_path, monkeypatch, where, error):
