@@ -81,9 +81,12 @@ def test_a_family_with_softcap_and_sliding_windows_passes(tiny_family, tmp_path,
     assert failed(tmp_path / "c") == []
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "bert", "minimax"])
+@pytest.mark.parametrize("kind", ["gemma3", "bert", "minimax", "bamba", "bart"])
 def test_a_family_with_oddities_passes(tmp_path, kind):
-    """Sizes in a section of the config; few positions; a linear attention of its own, in blocks of 256."""
+    """Sizes in a section of the config; few positions; a linear attention of its own, in blocks of 256.
+
+    Mamba layers that do not go on with a chunk, and positions that count padding: as in their teachers.
+    """
     tiny_model(kind).float().save_pretrained(tmp_path / "teacher")
     convert(tmp_path / "teacher", tmp_path / "c", recipe="smoke", overrides=SPEC)
     assert failed(tmp_path / "c") == []
