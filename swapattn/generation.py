@@ -103,6 +103,7 @@ def answer(
         raise UsageError("the prompt is empty")
     settings: dict[str, Any] = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     settings |= {"use_cache": True, "num_beams": 1, "num_return_sequences": 1}  # the model's own may say otherwise
+    settings["tokenizer"] = tokenizer  # by which the model's own stop strings are found
     if temperature > 0:
         settings["temperature"] = temperature
     if tokenizer.eos_token_id is not None:

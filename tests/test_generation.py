@@ -54,6 +54,16 @@ def test_settings_of_the_model_that_a_stream_cannot_have_are_passed_over(model, 
     assert (found.text, found.stats.state_bytes) == (expected.text, expected.stats.state_bytes)
 
 
+def test_stop_strings_of_the_model_end_the_text(model, tiny_tokenizer, monkeypatch):
+    whole = answer(model, tiny_tokenizer, PROMPT, max_new_tokens=16).text
+    stop = next(letter for letter in whole[2:] if letter.isalpha())
+    monkeypatch.setattr(model.generation_config, "stop_strings", [stop])
+    found = answer(model, tiny_tokenizer, PROMPT, max_new_tokens=16).text
+    assert stop in found
+    assert whole.startswith(found)
+    assert len(found) < len(whole)
+
+
 def test_text_comes_in_pieces(model, tiny_tokenizer):
     pieces = []
     answer(model, tiny_tokenizer, PROMPT, show=pieces.append, max_new_tokens=150, temperature=2.0)
