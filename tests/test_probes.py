@@ -12,6 +12,7 @@ import torch
 import zstandard
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from swapattn import positions, probes, recall
@@ -57,7 +58,7 @@ class ByHand(nn.Module):
         self.function = function
         self.vocabulary = vocabulary
         self.place = nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(max_position_embeddings=8192)
+        self.config = PreTrainedConfig(max_position_embeddings=8192)
 
     def forward(self, input_ids, use_cache=False, **given):
         past = given.get(CACHE)
