@@ -57,11 +57,23 @@ def _halves(y, dims, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def _held(weight, up, down, dims, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, dtype: tl.constexpr):
+    """The matrices of a head that stay on the chip; a and b only where all hidden dimensions fit one tile (F <= BF)."""
+    w = _matrix(weight, dims, dims, D, D, dtype)
+    a, b = w, w  # not read
+    if F > 0:
+        if F <= BF:
+            columns = tl.arange(0, BF)
+            a, b = _matrix(up, dims, columns, D, F, dtype), _matrix(down, columns, dims, F, D, dtype)
+    return w, a, b
+
+
+@triton.jit
 def _projected(
     tile, w, a, b, up, down, scale, dims,
     D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y of a tile of x; a and b are the matrices of all hidden dimensions where these fit one tile (F <= BF)."""
+    """y of a tile of x; w, a and b as from `_held`."""
     y = tl.dot(tile, w, input_precision=PRECISION) * scale
     if F > 0:
         if F <= BF:
@@ -84,15 +96,11 @@ def features_kernel(
 ):  # fmt: skip
     """The features `[N, H, 2 D]`."""
     head, part = tl.program_id(0) % heads, tl.program_id(0) // heads
-    dims, columns = tl.arange(0, BD), tl.arange(0, BF)
+    dims = tl.arange(0, BD)
     dtype: tl.constexpr = x.dtype.element_ty
     x += (head % heads_x).to(tl.int64) * strides[2]
     up, down = up + head * D * F, down + head * D * F
-    w = _matrix(weight + head * D * D, dims, dims, D, D, dtype)
-    a, b = w, w
-    if F > 0:
-        if F <= BF:
-            a, b = _matrix(up, dims, columns, D, F, dtype), _matrix(down, columns, dims, F, D, dtype)
+    w, a, b = _held(weight + head * D * D, up, down, dims, D, F, BF, dtype)
     for block in range(part, tl.cdiv(tokens, BM), tl.num_programs(0) // heads):
         i = block * BM + tl.arange(0, BM)
         valid = i < tokens
@@ -111,16 +119,12 @@ def input_kernel(
 ):  # fmt: skip
     """dx and dy `[N, H, D]`; the former of each head, also where several read the same one of x."""
     head, part = tl.program_id(0) % heads, tl.program_id(0) // heads
-    dims, columns = tl.arange(0, BD), tl.arange(0, BF)
+    dims = tl.arange(0, BD)
     dtype: tl.constexpr = x.dtype.element_ty
     x += (head % heads_x).to(tl.int64) * strides[2]
     do += head.to(tl.int64) * strides_do[2]
     up, down = up + head * D * F, down + head * D * F
-    w = _matrix(weight + head * D * D, dims, dims, D, D, dtype)
-    a, b = w, w
-    if F > 0:
-        if F <= BF:
-            a, b = _matrix(up, dims, columns, D, F, dtype), _matrix(down, columns, dims, F, D, dtype)
+    w, a, b = _held(weight + head * D * D, up, down, dims, D, F, BF, dtype)
     for block in range(part, tl.cdiv(tokens, BM), tl.num_programs(0) // heads):
         i = block * BM + tl.arange(0, BM)
         valid = i < tokens
