@@ -384,9 +384,8 @@ def _hub_documents(text: TextSpec, name: str, seed: int) -> Iterator[str]:
 
     def read() -> Iterator[str]:
         try:
-            for batch in rows.iter(
-                batch_size=1
-            ):  # row by row a process of the data loader sees others, in its own order
+            # Row by row, a process of the data loader would see other rows, in an order of its own.
+            for batch in rows.iter(batch_size=1):
                 row = {key: values[0] for key, values in batch.items()}
                 yield from _cell(row, text.column, f"hub dataset {name}")
         except SwapattnError:

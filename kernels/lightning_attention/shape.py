@@ -86,7 +86,7 @@ def shape_of(
     )  # fmt: skip
     alone = uncut._replace(shared=heads)
     if heads != uncut.shared and suits_hopper(alone, q.dtype, q.device):
-        uncut = alone  # that sweep has a state for each head of k, and reads repeated ones in less time than it saves
+        uncut = alone  # that sweep has a state for each head of k
     parts = 1
     if segment is None:
         if CUT_FOR_HOPPER and not uncut.packed and suits_hopper(uncut, q.dtype, q.device):
