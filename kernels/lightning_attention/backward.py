@@ -249,8 +249,10 @@ def backward(
         scale=scale, reverse=True, factor=factor, delta=delta,
     )  # fmt: skip
     dim, value_dim, heads = shape.dim, shape.value_dim, shape.heads
-    # A gradient shared by several states is summed afterwards, so it is kept in fp32 until then.
-    kept = torch.float32 if heads != shape.shared else k.dtype
+    # dk and dv, which have no place there for the gradient of the initial state; dq
+    on_hopper = [hopper and not first, hopper]
+    # A gradient shared by several states is summed afterwards, so it is kept in fp32 until then; not by bulk copies.
+    kept = torch.float32 if heads != shape.shared and not on_hopper[0] else k.dtype
     dq = torch.empty(shape.rows, shape.length, shape.query_heads, dim, dtype=q.dtype, device=q.device)
     dk = torch.empty(shape.rows, shape.length, heads, dim, dtype=kept, device=q.device)
     dv = torch.empty(shape.rows, shape.length, heads, value_dim, dtype=kept, device=q.device)
@@ -260,8 +262,6 @@ def backward(
         if first and shape.normalize
         else None
     )
-    # dk and dv, which have no place there for the gradient of the initial state; dq
-    on_hopper = [hopper and not first, hopper]
     configs = [config, sweep_config("dq", dim, value_dim, q.dtype, shape.normalize, shape.narrow)]
     dots_k, dots_q = (
         torch.empty(

@@ -64,7 +64,7 @@ def suits_hopper(shape: Shape, dtype: torch.dtype, device: torch.device) -> bool
         return False
     if shape.per_token and shape.split and shape.segment % CHUNK:
         return False
-    if (shape.dim, shape.value_dim) not in TAKEN or shape.heads != shape.shared or shape.group > 8:
+    if (shape.dim, shape.value_dim) not in TAKEN or shape.group > 8:
         return False
     large = shape.rows * shape.length * shape.query_heads * shape.dim >= SMALLEST
     return large and dtype == torch.bfloat16 and available(device)
@@ -112,7 +112,7 @@ def consumers(
 
 
 def chunk_sums(log_decay: Tensor) -> Tensor | None:
-    """What a sweep wants to know of a decay for every token, `[B, T, Hkv]`; None of a fixed one."""
+    """What a sweep wants to know of a decay for every token, `[B, T, Hs]`; None of a fixed one."""
     return running_sums(log_decay, CHUNK) if log_decay.dim() == 3 else None
 
 
@@ -127,23 +127,24 @@ def hopper_sweep(
 
     Args:
         first, second: a, b, c of a sweep, and where its output goes. With `reverse` a has the key/value heads, b and c
-            the query heads; else a has the query heads.
-        log_decay: fp32 `[Hkv]`; not read where there are `sums`.
+            the query heads, and the output has the heads of the state; else a and the output have the query heads.
+        log_decay: fp32 `[Hs]`; not read where there are `sums`.
         scale: factor of the output.
-        entering: state `[items, Hkv, D, Dv]` and sum state `[items, Hkv, D]`, fp32, before each segment in the order of
+        entering: state `[items, Hs, D, Dv]` and sum state `[items, Hs, D]`, fp32, before each segment in the order of
             the walk; None: 0.
         shape: sizes of the call.
         into: "v" if out has the Dv columns of v (o, dv), "k" if it has the D columns of k (dq, dk).
         reverse: tokens from the last to the first.
-        leaving: where a sweep for o puts the state `[N, Hkv, D, Dv]` and sum state `[N, Hkv, D]` behind the last token.
+        leaving: where a sweep for o puts the state `[N, Hs, D, Dv]` and sum state `[N, Hs, D]` behind the last token.
         cu_seqlens: `[N + 1]` integers.
         sums: `chunk_sums`.
         made: where 1/z goes, fp32 `[Hq, B, T]`, if the output is to be normalised.
         given: 1/z and -(do . o) of a normalised output, fp32 `[Hq, B, T]`; a sweep into v reads the first only.
-        other, dots: `[B, T, H, D]` as out; the products of both go into dots, fp32 `[blocks of 64 columns, B, H, T]`.
+        other, dots: `[B, T, H, D]` as a; the products of it and the output go into dots, fp32
+            `[blocks of 64 columns, B, H, T]` with the heads of the output.
     """
     dim, columns, device = first[0].shape[3], first[3].shape[3], first[0].device
-    pieces = shape.items * (shape.shared if reverse else shape.query_heads) * (1 if second is None else 2)
+    pieces = shape.items * (shape.heads if reverse else shape.query_heads) * (1 if second is None else 2)
     config = consumers(
         dim, columns, pieces, device,
         group=1 if reverse or shape.packed or leaving[0] is not None else shape.group,  # else not measured
@@ -179,8 +180,9 @@ def hopper_sweep(
         works, heads, shape.length, shape.rows * shape.length, shape.segment, shape.segments, 0,
         *((columns, 1) if into == "v" else (1, dim)),  # of a's features and of the columns, in the state
         0 if dots is None else dots.stride(0),
-        A=dim, V=columns, GROUP=shape.group, HEADS=together, STAGES=config.stages, CONSUMERS=config.number,
-        PAIR=second is not None, REVERSED=reverse, ENTERING=entering[0] is not None, LEAVING=leaving[0] is not None,
+        A=dim, V=columns, GROUP=shape.group, READERS=shape.heads // shape.shared, HEADS=together,
+        STAGES=config.stages, CONSUMERS=config.number, PAIR=second is not None, REVERSED=reverse,
+        ENTERING=entering[0] is not None, LEAVING=leaving[0] is not None,
         PER_TOKEN=sums is not None, DOTS=dots is not None, PACKED=shape.packed, SUM=role.value,
         num_warps=4, maxnreg=config.registers,
     )  # fmt: skip

@@ -14,6 +14,7 @@ the sum of b, A numbers, or of c, one for each column.
 
 Dimensions: A features of a and b, V columns of c and out, GROUP query heads that share a key/value head and its state,
 of which a program has HEADS: all in reversed time, where they add up, else as many as there are programs enough for.
+READERS states read one key/value head where each query head has its own (GROUP is 1); dk and dv are then of each state.
 Chunks have 64 tokens. Numbers as in `sweep.py`; a NaN in a packed sequence may reach the last chunk of its neighbour.
 
 Source: Lightning Attention-2, arXiv 2401.04658; the division of labour is that of FlashAttention-3, arXiv 2407.08608.
@@ -70,9 +71,9 @@ def fill(descs, rings, full, stage, row, token, head_a, head, column, CONSUMERS:
 @gluon.jit
 def produce(
     first, second, sums, numbers, rings, bars, cu_seqlens, sizes,
-    A: gl.constexpr, BLOCKS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr, PAIR: gl.constexpr, REVERSED: gl.constexpr, PER_TOKEN: gl.constexpr, DOTS: gl.constexpr,
-    PACKED: gl.constexpr, SUM: gl.constexpr,
+    A: gl.constexpr, BLOCKS: gl.constexpr, GROUP: gl.constexpr, READERS: gl.constexpr, HEADS: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PAIR: gl.constexpr, REVERSED: gl.constexpr, PER_TOKEN: gl.constexpr,
+    DOTS: gl.constexpr, PACKED: gl.constexpr, SUM: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches: all work of the program, chunk after chunk, as far ahead as the ring allows.
 
@@ -97,9 +98,9 @@ def produce(
             token = chunk_start(n, start, stop, REVERSED, PER_TOKEN)
             for g in gl.static_range(HEADS):
                 if REVERSED:
-                    head_a, other = head, head * HEADS + g
+                    own, head_a, other = head, head // READERS, head * HEADS + g
                 else:
-                    head_a, other = head * HEADS + g, head * HEADS // GROUP
+                    own, head_a, other = head * HEADS // GROUP, head * HEADS + g, head * HEADS // GROUP // READERS
                 mbarrier.wait(empty.index(stage), phase)
                 here = full.index(stage)
                 mbarrier.expect(here, columns * 64 * 2 + (64 * 4 if PER_TOKEN else 0))
@@ -111,7 +112,6 @@ def produce(
                 else:
                     fill(first, rings, here, stage, row, token, head_a, other, column, CONSUMERS, DOTS)
                 if PER_TOKEN:
-                    own = head if REVERSED else other
                     line = rings[4].index(stage).reshape([1, 1, 64])
                     bulk_load(sums, [row, own, token], here, line)
                 slot = stage
@@ -409,9 +409,9 @@ def hopper_kernel(
     a, b, c, out, a_second, b_second, c_second, out_second, other, sums, out_pointer, second_pointer,
     entering, entering_sum, leaving, leaving_sum, log_decay, made, inverse, bias, dots, cu_seqlens, scale,
     works, heads, length, tokens, segment, segments, first_stage, stride_a, stride_c, stride_dots,
-    A: gl.constexpr, V: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr, PAIR: gl.constexpr, REVERSED: gl.constexpr, ENTERING: gl.constexpr, LEAVING: gl.constexpr,
-    PER_TOKEN: gl.constexpr, DOTS: gl.constexpr, PACKED: gl.constexpr, SUM: gl.constexpr,
+    A: gl.constexpr, V: gl.constexpr, GROUP: gl.constexpr, READERS: gl.constexpr, HEADS: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PAIR: gl.constexpr, REVERSED: gl.constexpr, ENTERING: gl.constexpr,
+    LEAVING: gl.constexpr, PER_TOKEN: gl.constexpr, DOTS: gl.constexpr, PACKED: gl.constexpr, SUM: gl.constexpr,
 ):  # fmt: skip
     """One sweep, or (PAIR) two that read two tensors in common, over `works` pieces of work.
 
@@ -487,8 +487,8 @@ def hopper_kernel(
                            1, A, V, blocks, GROUP, HEADS, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, LEAVING,
                            PER_TOKEN, DOTS, PACKED, SUM)),
                 (produce, (first, second, sums, numbers, rings, bars, cu_seqlens, sizes,
-                           A, blocks, GROUP, HEADS, STAGES, CONSUMERS, PAIR, REVERSED, PER_TOKEN, DOTS, PACKED,
-                           SUM)),
+                           A, blocks, GROUP, READERS, HEADS, STAGES, CONSUMERS, PAIR, REVERSED, PER_TOKEN, DOTS,
+                           PACKED, SUM)),
             ],
             [4, 1],
             # Registers of a thread: the second consumer, the producer; the first has the rest.
@@ -501,8 +501,8 @@ def hopper_kernel(
                            0, A, V, blocks, GROUP, HEADS, STAGES, CONSUMERS, PAIR, REVERSED, ENTERING, LEAVING,
                            PER_TOKEN, DOTS, PACKED, SUM)),
                 (produce, (first, second, sums, numbers, rings, bars, cu_seqlens, sizes,
-                           A, blocks, GROUP, HEADS, STAGES, CONSUMERS, PAIR, REVERSED, PER_TOKEN, DOTS, PACKED,
-                           SUM)),
+                           A, blocks, GROUP, READERS, HEADS, STAGES, CONSUMERS, PAIR, REVERSED, PER_TOKEN, DOTS,
+                           PACKED, SUM)),
             ],
             [1],
             [24 if SUM < GIVEN_SUM else 40],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backward import backward
 from .forward import forward
-from .shape import addressable, repeated, shape_of
+from .shape import addressable, shape_of
 
 Maybe = Tensor | None
 # Of this copy of the file: the one that travels with a checkpoint may be loaded beside the installed one.
@@ -35,7 +35,7 @@ def _forward(
     """o, 1/z `[Hq, B, T]`, final state and sum state, entering states and sums; an empty tensor where there is none."""
     shape = shape_of(q, k, v, log_decay, cu_seqlens, mask is not None, normalize, segment or None)
     o, inverse, leaving, entering = forward(
-        q, *repeated(k, v, shape), log_decay, shape,
+        q, k, v, log_decay, shape,
         scale=scale, initial=(state, sums), final=final, cu_seqlens=cu_seqlens, mask=mask,
     )  # fmt: skip
     kept = entering if shape.split else (None, None)  # else they are the initial state, an input
@@ -95,13 +95,11 @@ def _backward(
     """dq, dk, dv, gradients of the initial state and sum state, and that of the log decay of every token."""
     shape = shape_of(q, k, v, log_decay, cu_seqlens, mask is not None, inverse is not None, segment or None)
     dq, dk, dv, *others = backward(
-        q, *repeated(k, v, shape), do, log_decay, shape,
+        q, k, v, do, log_decay, shape,
         scale=scale, entering=(entering, entering_sum), behind=(behind, behind_sum),
         output=(o, inverse) if o is not None and inverse is not None else None, d_inverse=d_inverse,
         first=first, decay=decay, at_end=at_end, cu_seqlens=cu_seqlens, mask=mask,
     )  # fmt: skip
-    if dk.shape[2] != k.shape[2]:
-        dk, dv = (torch.unflatten(x, 2, (k.shape[2], -1)).sum(3) for x in (dk, dv))
     return [dq, dk, dv, *(q.new_empty(0, dtype=torch.float32) if x is None else x for x in others)]
 
 

@@ -18,7 +18,7 @@ class Shape(NamedTuple):
     rows: int
     length: int
     query_heads: int
-    shared: int  # key/value heads, more than k has where these are to be repeated, see `repeated`
+    shared: int  # key/value heads
     heads: int  # of the decay and of the state
     dim: int
     value_dim: int
@@ -84,33 +84,21 @@ def shape_of(
         rows, length, query_heads, k.shape[2], heads, dim, v.shape[3], sequences, length, 1, 1,
         cu_seqlens is not None, log_decay.dim() == 3, masked, normalize, False,
     )  # fmt: skip
-    alone = uncut._replace(shared=heads)
-    if heads != uncut.shared and suits_hopper(alone, q.dtype, q.device):
-        uncut = alone  # that sweep has a state for each head of k
     parts = 1
     if segment is None:
         if CUT_FOR_HOPPER and not uncut.packed and suits_hopper(uncut, q.dtype, q.device):
             together = 1 if normalize or dim != v.shape[3] else 2  # dk and dv, side by side
-            pieces = rows * min(query_heads, together * uncut.shared) * (min(dim, v.shape[3]) // 64)
+            pieces = rows * min(query_heads, together * heads) * (min(dim, v.shape[3]) // 64)
             forward = rows * query_heads * (v.shape[3] // 64)
             segment, parts = hopper_cut(length, pieces, forward, narrow, rows * heads, q.device)
         else:
             segment = segment_length(length, programs, narrow, 1 if cu_seqlens is None else sequences, q.device)
     cut = -(-length // segment)
     segments = cut if cu_seqlens is None else (sequences if segment >= length else cut + sequences)
-    shape = uncut._replace(
+    return uncut._replace(
         segment=segment, segments=segments, parts=parts,
         narrow=segment >= length and narrow > 0 and programs <= processors(q.device),
     )  # fmt: skip
-    if shape.shared != k.shape[2] and not suits_hopper(shape, q.dtype, q.device):
-        shape = shape._replace(shared=k.shape[2])  # packed sequences that are cut are not for that sweep
-    return shape
-
-
-def repeated(k: Tensor, v: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """k and v with as many heads as the shape says."""
-    times = shape.shared // k.shape[2]
-    return (k, v) if times == 1 else (k.repeat_interleave(times, 2), v.repeat_interleave(times, 2))
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -48,11 +48,13 @@ def shape(rows=4, length=512, heads=32, shared=32, dim=128, value_dim=None, dtyp
         ({"dim": 256, "value_dim": 128, "normalize": True}, True),
         ({"dim": 128, "value_dim": 256}, False),
         ({"dim": 256, "value_dim": 64}, False),
-        ({"shared": 8, "states": 32}, True),  # k and v are repeated
+        ({"shared": 8, "states": 32}, True),
         ({"shared": 8, "states": 32, "masked": True}, False),
         ({"rows": 1, "length": 65536, "packed": True, "per_token": True}, False),
         ({"rows": 1, "length": 65536, "per_token": True, "segment": 16384}, True),
         ({"rows": 1, "length": 65536, "per_token": True, "segment": 1000}, False),
+        ({"rows": 1, "length": 65536, "shared": 8, "states": 32, "packed": True}, True),
+        ({"rows": 1, "length": 65536, "heads": 16, "shared": 4, "states": 16, "packed": True}, False),  # cut
         ({"length": 64}, False),  # too small to be worth its descriptors
     ],
 )
@@ -64,25 +66,6 @@ def test_what_it_takes(monkeypatch, options, taken):
     assert hopper.fits_hopper(sizes, *tensors) is taken
     monkeypatch.setattr(hopper, "available", lambda device: False)
     assert not hopper.fits_hopper(sizes, *tensors)
-
-
-@pytest.mark.parametrize(
-    ("options", "repeated"),
-    [
-        ({}, True),
-        ({"rows": 1, "length": 65536, "heads": 32, "packed": True}, True),
-        ({"rows": 1, "length": 65536, "packed": True}, False),  # cut into segments
-        ({"rows": 1, "length": 65536, "per_token": True, "segment": 1000}, False),
-        ({"masked": True}, False),
-    ],
-)
-def test_what_it_does_not_take_reads_k_and_v_as_they_are(monkeypatch, options, repeated):
-    """And sums their gradients in fp32."""
-    monkeypatch.setenv(hopper.SWITCH, "1")
-    monkeypatch.setattr(hopper, "available", lambda device: True)
-    heads = options.get("heads", 16)
-    sizes, _ = shape(**{"heads": heads, "shared": 4, "states": heads, **options})
-    assert sizes.shared == (heads if repeated else 4)
 
 
 @pytest.mark.parametrize(
@@ -295,11 +278,19 @@ def test_source_heads_of_a_group_with_one_state(on_cpu, monkeypatch, together, o
     check_on_cpu(on_cpu, **sizes)
 
 
-def test_source_state_for_each_query_head(on_cpu, monkeypatch):
-    """Of heads that share k and v: these are repeated, and their gradients summed."""
-    monkeypatch.setattr(hopper, "suits_hopper", lambda *_: True)
-    options = {"heads": 4, "shared": 2, "states": "own", "normalize": True, "per_token": True, "decay": True}
-    check_on_cpu(on_cpu, 130, sweeps=4, value_dim=64, **options)
+@pytest.mark.parametrize(
+    ("options", "sweeps"),
+    [
+        ({"value_dim": 64, "normalize": True, "per_token": True, "decay": True}, 4),
+        ({"rows": 2, "segment": 128, "per_token": True, "decay": True}, 3),  # dk and dv side by side
+        ({"segment": 64, "normalize": True, "started": True}, 2),
+        ({"final": True}, 3),
+        ({"bounds": [0, 0, 1, 65, 129, 129, 130], "decay": True, "slopes": (0.1,)}, 3),
+    ],
+)
+def test_source_state_for_each_query_head(on_cpu, options, sweeps):
+    """Of heads that share k and v, whose gradients are summed."""
+    check_on_cpu(on_cpu, 130, sweeps=sweeps, **{"heads": 6, "shared": 2, "states": "own", **options})
 
 
 def test_source_normalized_takes_up_states(on_cpu):
