@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .cache import LightningCacheLayer
 from .call import AttentionCall
@@ -229,7 +230,7 @@ class LightningSwap(nn.Module):
         assert self.merge is not None
         assert self.merge_query is not None
         assert log_sum is not None
-        of_query = of_queries(q[:, :, None], self.merge_query) + self.merge
+        of_query = of_queries(q, self.merge_query) + self.merge
         batch, length, heads = q.shape[:3]
         sums = log_sum.view(batch, length, -1, heads)
         sums = torch.cat((sums[:, :, :1], sums[:, :, 1:] + of_query), 2)
@@ -357,11 +358,34 @@ class LightningSwap(nn.Module):
         assert log_sum is not None
         # An ALiBi bias in further channels of q stays out.
         q = call.q[..., : self.mix_query.shape[1]]
-        of_query = of_queries(q, self.mix_query)
+        of_query = of_queries(q, self.mix_query[None])[:, :, 0]
         weight = self.mix + self.mix_sum * log_sum + of_query
         return torch.where(some[..., None], weight if call.lift is None else weight + call.lift, -torch.inf)
 
 
 def of_queries(q: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """w·q of each head, `[..., D]` to `[...]`: not as the product of matrices that it is, whose one column is slow."""
-    return (q * weights.to(q.dtype)).sum(-1)
+    """w_i·q of each head: q `[B, T, H, D]` and w `[n, H, D]` to `[B, T, n, H]` in the dtype of q."""
+    return _OfQueries.apply(q, weights)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _OfQueries(torch.autograd.Function):
+    """As products of matrices, one a head, these would have n columns, which is slow: they are sums.
+
+    The gradient of w is one product of the rows of all heads with the queries of all, of which the blocks on the
+    diagonal are wanted: a sum over the tokens, fused with all that its terms are made of, takes many times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(q, weights)
+        return (q[:, :, None] * weights.to(q.dtype)).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        q, weights = ctx.saved_tensors
+        number, heads, dim = weights.shape
+        of_q = (grad[..., None] * weights.to(q.dtype)).sum(2) if ctx.needs_input_grad[0] else None
+        rows = F.pad(grad.flatten(2).flatten(0, 1), (0, -number * heads % 8))  # of 16 bytes, or the product is slow
+        every = rows.T @ q.flatten(2).flatten(0, 1)
+        blocks = every[: number * heads].view(number, heads, heads, dim).diagonal(dim1=1, dim2=2)
+        return of_q, blocks.movedim(-1, 1).to(weights.dtype)

@@ -20,7 +20,7 @@ from swapattn.norms import HeadNorm
 from swapattn.objectives import align_loss
 from swapattn.recipe import ConvertSpec, parse_recipe
 from swapattn.surgery import AttentionSite, _check_options, apply_, plan, revert_
-from swapattn.swap import LightningSwap
+from swapattn.swap import LightningSwap, of_queries
 
 LOCAL = {"window": 5, "sinks": 2, "share": 0.4}
 OPTIONS = {
@@ -295,6 +295,18 @@ def test_further_half_lives_are_attentions_under_one_denominator():
         above = above + factor * plain(q, k, call.v, slopes, 1.0)
         below = below + factor * plain(q, k, torch.ones_like(call.v), slopes, 1.0)
     assert torch.allclose(swap(call), above / below, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_what_queries_weigh_has_the_gradients_of_a_product(number):
+    q = filled(torch.zeros(2, 5, 4, 6, dtype=torch.double)).requires_grad_()
+    weights = filled(torch.zeros(number, 4, 6, dtype=torch.double), seed=8).requires_grad_()
+    assert torch.allclose(of_queries(q, weights), torch.einsum("bthd,nhd->btnh", q, weights))
+    assert torch.autograd.gradcheck(of_queries, (q, weights))
+    half = of_queries(q.detach().bfloat16(), weights.float())
+    assert half.dtype == torch.bfloat16
+    (found,) = torch.autograd.grad(half.sum(), weights)
+    assert torch.allclose(found, q.sum((0, 1)).expand(number, -1, -1), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("values", [{"decay": {"gate": True}}, {"output_gate": "head"}, {"output_gate": "channel"}])
