@@ -364,7 +364,7 @@ class LightningSwap(nn.Module):
 
 
 def of_queries(q: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """w_i·q of each head: q `[B, T, H, D]` and w `[n, H, D]` to `[B, T, n, H]` in the dtype of q."""
+    """w_i·q of each head: q `[B, T, H, D]` and w `[n, H, D]` to `[B, T, n, H]` in fp32 (fp64)."""
     return _OfQueries.apply(q, weights)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -378,12 +378,13 @@ class _OfQueries(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(q, weights)
-        return (q[:, :, None] * weights.to(q.dtype)).sum(-1)
+        return (q[:, :, None] * weights.to(q.dtype)).sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         q, weights = ctx.saved_tensors
         number, heads, dim = weights.shape
+        grad = grad.to(q.dtype)
         of_q = (grad[..., None] * weights.to(q.dtype)).sum(2) if ctx.needs_input_grad[0] else None
         rows = F.pad(grad.flatten(2).flatten(0, 1), (0, -number * heads % 8))  # of 16 bytes, or the product is slow
         every = rows.T @ q.flatten(2).flatten(0, 1)
