@@ -65,10 +65,10 @@ def documents(text: TextSpec, *, seed: int = 0, piece: int = 8000) -> Iterator[s
 
 
 class PackedTokens(IterableDataset[dict[str, Tensor]]):
-    """Endless windows of tokens: documents tokenised, each followed by the end-of-text token, and cut.
+    """Endless windows of tokens: documents tokenised, set apart by special tokens (`borders`), and cut.
 
     Every element is `{"input_ids": LongTensor[length]}`, full and without padding; documents run on from one window
-    to the next. Documents and windows begin with what the tokenizer puts in front of a text, see `beginning`. The
+    to the next. Windows, too, begin with what the tokenizer puts in front of a text, see `beginning`. The
     sequence depends only on the arguments. Of a mixture the next document always comes from the source that is furthest
     behind its share of the tokens, so that the shares hold at any time to within a document; a source that ends begins
     again, in another order.
@@ -82,7 +82,7 @@ class PackedTokens(IterableDataset[dict[str, Tensor]]):
 
     Args:
         text: where the documents come from, see `documents`.
-        tokenizer: a transformers tokenizer; without an end-of-text token documents follow each other directly.
+        tokenizer: a transformers tokenizer; without such tokens documents follow each other directly.
         length: tokens a window. Text files are cut into pieces of about twice that.
         seed: of the order of the documents.
         skip: windows to leave out at the start, to resume; they are tokenised but not built.
@@ -140,8 +140,7 @@ class PackedTokens(IterableDataset[dict[str, Tensor]]):
 
     def _documents(self, text: TextSpec) -> Iterator[list[int]]:
         """Token ids of the documents of one source, epoch after epoch."""
-        opening = beginning(self.tokenizer)
-        ending = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        opening, ending = borders(self.tokenizer)
         epoch = 0
         while True:
             stream = documents(text, seed=self.seed * _EPOCH_STRIDE + epoch, piece=8 * self.length)
@@ -163,6 +162,19 @@ def beginning(tokenizer: Any) -> list[int]:
     """
     first = list(tokenizer("")["input_ids"][:1])
     return first if first == [tokenizer.bos_token_id] else []
+
+
+def borders(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What stands in front of a document and behind it, where documents follow each other.
+
+    In front `beginning`, behind the end-of-text token. A tokenizer that has a token of its own to begin a text with,
+    but does not put it there by itself (SmolLM2's), has it in front and nothing behind: an instruct model's
+    end-of-text token often ends a turn of a chat, not a document (what this is worth: recipes/README.md, Recall).
+    """
+    opening, begin, end = beginning(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
+    if not opening and begin is not None and begin != end:
+        return [begin], []
+    return opening, [] if end is None else [end]
 
 
 def no_words(text: TextSpec) -> SourceError:

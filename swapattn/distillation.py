@@ -22,7 +22,7 @@ from .calibration import calibrate_stage
 from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, check_target, find, new_record, place_of, write_json
 from .compilation import align_function
 from .curves import CURVES, draw_curves
-from .data import PackedTokens
+from .data import PackedTokens, borders
 from .environment import default_device, hardware, is_first_process, say
 from .errors import CheckpointError, RecipeError, TrainingError, UsageError
 from .estimate import table
@@ -175,11 +175,12 @@ class _Run:
         model, tokenizer = load(self.start.path, dtype=torch.float32)
         if tokenizer is None:
             raise CheckpointError(f"{self.start.path} has no tokenizer, which distillation needs")
-        end, known = tokenizer.eos_token_id, model.get_input_embeddings().num_embeddings
-        if end is not None and end >= known:
+        known = model.get_input_embeddings().num_embeddings
+        beyond = [token for tokens in borders(tokenizer) for token in tokens if token >= known]
+        if beyond:
             raise CheckpointError(
-                f"{self.start.path}: its tokenizer ends texts by token {end}, and the model knows {known} tokens: name "
-                "another one in its tokenizer_config.json"
+                f"{self.start.path}: its tokenizer sets texts apart by token {beyond[0]}, and the model knows {known} "
+                "tokens: name another one in its tokenizer_config.json"
             )
         self._check_names(model)
         if is_first_process():

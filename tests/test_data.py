@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import itertools
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from swapattn import data
-from swapattn.data import PackedTokens, boundaries, documents, heldout_windows
+from swapattn.data import PackedTokens, borders, boundaries, documents, heldout_windows
 from swapattn.errors import SourceError, UsageError
 from swapattn.text import TextMixture, TextSpec
 
@@ -338,6 +339,24 @@ class TestPacking:
         assert all(document.count("<pad>") == 1 for document in read)
         plain = PackedTokens(text, opening_tokenizer, 64, skip=7)
         assert torch.equal(next(iter(plain))["input_ids"], windows[7]["input_ids"])
+
+    def test_documents_begin_with_a_token_for_that_and_then_have_none_behind(self, tiny_tokenizer, tmp_path):
+        """Where the tokenizer has one, but does not put it there; windows do not begin with it."""
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.bos_token = "<pad>"
+        rows = ["x" * 150, "<pad>" + "x" * 70]
+        text = spec(write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": row}) for row in rows)))
+        packed = PackedTokens(text, tokenizer, 64, document_mask=True)
+        windows = list(itertools.islice(packed, 60))
+        read = tokenizer.decode(torch.cat([window["input_ids"] for window in windows]))
+        assert "<eos>" not in read
+        assert {len(document) for document in read.split("<pad>")[1:-1]} == {150, 70}
+        assert sum(int(window["input_ids"][0]) == 1 for window in windows) < 20
+        for window in windows:
+            begins = (window["input_ids"] == 1).nonzero().flatten().tolist()
+            assert all(int(window["position_ids"][i]) == 0 for i in begins if i >= data.SHORTEST)
+        tokenizer.bos_token = tokenizer.eos_token
+        assert borders(tokenizer) == ([], [0])
 
     def test_it_is_deterministic_and_the_seed_counts(self, tiny_tokenizer):
         first = self.windows(tiny_tokenizer, 30, seed=3)

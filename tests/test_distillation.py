@@ -670,7 +670,7 @@ def test_an_end_of_text_token_that_the_model_does_not_know_is_named(converted, w
     tokenizer = AutoTokenizer.from_pretrained(converted)
     tokenizer.add_special_tokens({"eos_token": "<end>"})
     tokenizer.save_pretrained(converted)
-    with pytest.raises(CheckpointError, match="ends texts by token 320, and the model knows 320 tokens"):
+    with pytest.raises(CheckpointError, match="sets texts apart by token 320, and the model knows 320 tokens"):
         distill(converted, recipe=recipe(CALIBRATE), device="cpu")
     assert names(work) == ["c"]
 
