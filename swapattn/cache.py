@@ -30,6 +30,8 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         norm: fp32 `[B, Hs, D]` or None, the sum of decayed φ(k).
         ring_k, ring_v: `[B, sinks + window + 1, Hkv, D or Dv]` or None: the first `sinks` and the last `window`
             tokens of the local branch; the last slot takes what need not be kept.
+        ring_linear: as ring_k, or None: the same keys as the linear branch takes them over, where that goes without
+            their rotary embedding.
         ring_position: int64 `[B, sinks + window + 1]`, position among the row's real tokens, −1 = empty.
         count: int64 `[B]`, real tokens seen by each row.
 
@@ -47,7 +49,7 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
     is_compileable = True  # else kept static layers would get no mask, and would attend to tokens taken back
     is_croppable = True
     is_sliding = False
-    TENSORS = ("state", "norm", "ring_k", "ring_v", "ring_position", "count")
+    TENSORS = ("state", "norm", "ring_k", "ring_v", "ring_linear", "ring_position", "count")
 
     def __init__(self) -> None:
         CacheLayerMixin.__init__(self)
@@ -63,6 +65,7 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
     norm: torch.Tensor | None
     ring_k: torch.Tensor | None
     ring_v: torch.Tensor | None
+    ring_linear: torch.Tensor | None
     ring_position: torch.Tensor | None
     count: torch.Tensor | None
 
@@ -229,29 +232,45 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         self.count.copy_(running[:, -1])
         return torch.where(tokens, running - 1, -1)
 
-    def in_order(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """ring_k, ring_v and ring_position in the order of positions, empty slots first."""
-        assert self.ring_k is not None
+    @property
+    def leaving_keys(self) -> torch.Tensor | None:
+        """The ring of keys as the linear branch takes them over."""
+        return self.ring_k if self.ring_linear is None else self.ring_linear
+
+    def in_order(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A ring of keys, ring_v and ring_position in the order of positions, empty slots first."""
         assert self.ring_v is not None
         assert self.ring_position is not None
         position, order = self.ring_position.sort(dim=1)
         rows = torch.arange(order.shape[0], device=order.device)[:, None]
-        return self.ring_k[rows, order], self.ring_v[rows, order], position
+        return keys[rows, order], self.ring_v[rows, order], position
 
     def match(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Hold the ring in the dtypes of new keys and values: what came before may have been read under autocast."""
-        for name, new in (("ring_k", k), ("ring_v", v)):
+        for name, new in (("ring_k", k), ("ring_v", v), ("ring_linear", k)):
             held = getattr(self, name)
             if held is not None and held.dtype != new.dtype:
                 setattr(self, name, self._at_fixed_address(held.to(new.dtype)))
 
-    def remember(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, window: int, sinks: int) -> None:
-        """Keep of new tokens k, v `[B, T, Hkv, D]` at `positions` `[B, T]` what later tokens attend to locally."""
+    def remember(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        window: int,
+        sinks: int,
+        linear: torch.Tensor | None = None,
+    ) -> None:
+        """Keep of new tokens k, v `[B, T, Hkv, D]` at `positions` `[B, T]` what later tokens attend to locally.
+
+        `linear` are the keys as the linear branch takes them over, where those are others.
+        """
         batch = k.shape[0]
         slots = sinks + window
         if self.ring_k is None or self.ring_v is None or self.ring_position is None:
             self._put("ring_k", k.new_zeros(batch, slots + 1, *k.shape[2:]))
             self._put("ring_v", v.new_zeros(batch, slots + 1, *v.shape[2:]))
+            self._put("ring_linear", None if linear is None else linear.new_zeros(batch, slots + 1, *linear.shape[2:]))
             self._put("ring_position", positions.new_full((batch, slots + 1), -1))
         assert self.ring_k is not None
         assert self.ring_v is not None
@@ -263,6 +282,9 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         rows = torch.arange(batch, device=k.device)[:, None]
         self.ring_k[rows, slot] = k
         self.ring_v[rows, slot] = v
+        if linear is not None:
+            assert self.ring_linear is not None
+            self.ring_linear[rows, slot] = linear
         self.ring_position[rows, slot] = positions
         self.ring_position[:, slots] = -1
 

@@ -160,8 +160,9 @@ class _Measurement:
             known = seen.some[..., None] & wanted.isfinite()  # a sliding window of the teacher's may hide it all
             weight = (mass * (1 - mass) + LEAST_WEIGHT) * known
             wanted = wanted if part.lift is None else wanted - part.lift
-            q = part.q[..., : swap.mix_query.shape[1]]
-            features = torch.cat((q.float(), torch.ones_like(lse)[..., None], log_sum[..., None].float()), -1)
+            features = torch.cat(
+                (part.linear_q.float(), torch.ones_like(lse)[..., None], log_sum[..., None].float()), -1
+            )
             self.sums.add(features, wanted.masked_fill(~known, 0), weight)
 
     def set_sum(self) -> None:

@@ -73,15 +73,19 @@ def leaving_cache(
     window: int,
     sinks: int,
 ) -> Leaving:
-    """For new tokens k, v at `positions` `[B, T]` (−1 for padding) that go on from a cache which holds some."""
+    """For new tokens at `positions` `[B, T]` (−1 for padding) that go on from a cache which holds some.
+
+    k are the keys as the linear branch takes them over, as those of the ring that go before them.
+    """
+    keys = cache.leaving_keys
+    assert keys is not None
     some = positions >= window + sinks
     rows = torch.arange(k.shape[0], device=k.device)[:, None]
     if k.shape[1] <= window:  # all of them come from the ring, each from the slot that its successor will take
         slot = sinks + (positions - sinks) % window
-        assert cache.ring_k is not None
         assert cache.ring_v is not None
-        return Leaving(cache.ring_k[rows, slot], cache.ring_v[rows, slot], some, some)
-    past_k, past_v, position = cache.in_order()
+        return Leaving(keys[rows, slot], cache.ring_v[rows, slot], some, some)
+    past_k, past_v, position = cache.in_order(keys)
     past = position.shape[1]
     tokens = torch.cat((position >= 0, positions >= 0), 1)
     found = leaving(torch.cat((past_k, k), 1), torch.cat((past_v, v), 1), window, sinks, tokens=tokens)

@@ -164,16 +164,8 @@ class ConvertSpec(Section):
 
     @model_validator(mode="after")
     def _joint_needs_one_denominator(self) -> Self:
-        if self.local is not None and self.local.mix == "joint":
-            if self.normalizer != "sum":
-                raise ValueError(
-                    f"local.mix: joint needs the sum of weights, normalizer 'sum', not {self.normalizer!r}"
-                )
-            if self.rope.linear == "drop":
-                raise ValueError(
-                    "local.mix: joint takes the keys from the window, which has them rotated: not with "
-                    "rope.linear: drop"
-                )
+        if self.local is not None and self.local.mix == "joint" and self.normalizer != "sum":
+            raise ValueError(f"local.mix: joint needs the sum of weights, normalizer 'sum', not {self.normalizer!r}")
         return self
 
     @model_validator(mode="after")

@@ -255,23 +255,29 @@ class LightningSwap(nn.Module):
             key_positions = torch.cat((cache.ring_position, positions), 1)
             found = local_attention_cached(q, keys, values, k_positions=key_positions, q_positions=positions, **sizes)
         else:  # a long continuation: the ring in the order of positions goes before the new tokens, O(T·window)
-            past_k, past_v, position = cache.in_order()
+            past_k, past_v, position = cache.in_order(cache.ring_k)
             keys, values = torch.cat((past_k, k), 1), torch.cat((past_v, v), 1)
             past = position.shape[1]
             q = torch.cat((q.new_zeros(q.shape[0], past, *q.shape[2:]), q), 1)
             mask = torch.cat((position >= 0, positions >= 0), 1)
             o, lse = local_attention(q, keys, values, mask=mask, **sizes)
             found = o[:, past:], lse[:, past:]
-        cache.remember(call.in_rows(k), call.in_rows(v), positions, self.window, self.sinks)
+        self.remember(call, cache, positions)
         return found
+
+    def remember(self, call: AttentionCall, cache: LightningCacheLayer, positions: torch.Tensor) -> None:
+        """Put the new tokens into the cache's ring."""
+        linear = call.in_rows(call.linear_k) if self.joint and self.rotary_dims else None
+        cache.remember(call.in_rows(call.k), call.in_rows(call.v), positions, self.window, self.sinks, linear)
 
     def outside(
         self, call: AttentionCall, cache: LightningCacheLayer | None = None, positions: torch.Tensor | None = None
     ) -> Leaving:
         """What the linear branch of a joint layer sees: what leaves the window. Before the ring takes new tokens."""
+        k = call.linear_k if self.rotary_dims else call.k
         if cache is None or positions is None or cache.ring_k is None:
-            return leaving(call.k, call.v, self.window, self.sinks, tokens=call.tokens, cu_seqlens=call.cu_seqlens)
-        return leaving_cache(cache, call.k, call.v, positions, self.window, self.sinks)
+            return leaving(k, call.v, self.window, self.sinks, tokens=call.tokens, cu_seqlens=call.cu_seqlens)
+        return leaving_cache(cache, k, call.v, positions, self.window, self.sinks)
 
     def forward(
         self, call: AttentionCall, cache: LightningCacheLayer | None = None, *, record: bool = True
@@ -329,7 +335,7 @@ class LightningSwap(nn.Module):
             mask=call.tokens,
         )
         if cache is not None and positions is not None:
-            cache.remember(call.in_rows(call.k), call.in_rows(call.v), positions, self.window, self.sinks)
+            self.remember(call, cache, positions)
         return o
 
     def parts(self, call: AttentionCall, cache: LightningCacheLayer | None = None) -> Parts:
@@ -356,9 +362,7 @@ class LightningSwap(nn.Module):
         assert self.mix_query is not None
         assert self.mix_sum is not None
         assert log_sum is not None
-        # An ALiBi bias in further channels of q stays out.
-        q = call.q[..., : self.mix_query.shape[1]]
-        of_query = of_queries(q, self.mix_query[None])[:, :, 0]
+        of_query = of_queries(call.linear_q, self.mix_query[None])[:, :, 0]
         weight = self.mix + self.mix_sum * log_sum + of_query
         return torch.where(some[..., None], weight if call.lift is None else weight + call.lift, -torch.inf)
 

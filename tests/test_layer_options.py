@@ -41,6 +41,7 @@ OPTIONS = {
         "decay": {"gate": True, "per": "query_head", "half_lives": [2.5]},
         "local": {**LOCAL, "mix": "joint"},
     },
+    "joint_rope": {"feature_map": "elu1", "rope": {"linear": "drop"}, "local": {**LOCAL, "mix": "joint"}},
     "rope_linear": {"feature_map": "elu1", "rope": {"linear": "drop"}, "local": LOCAL},
     "rope_both": {
         "feature_map": "elu1",
@@ -408,6 +409,16 @@ def test_a_linear_layer_without_rope_sees_what_was_not_rotated(name, tiny_family
     dropped = swapped(model, {**values, "rope": {"linear": "drop"}}, dtype)
     assert torch.allclose(logits_of(dropped, ids), expected, rtol=0, atol=near)
     assert not torch.allclose(logits_of(kept, ids), expected, rtol=0, atol=1e-3)
+
+
+def test_beside_a_window_the_linear_branch_takes_over_what_was_not_rotated(llama):
+    values, ids = {"feature_map": "elu1", "local": {**LOCAL, "mix": "joint"}}, ids_of(2, 14)
+    kept, dropped = (swapped(llama, {**values, "rope": {"linear": how}}) for how in ("keep", "drop"))
+    with only_branch(kept, "linear"), only_branch(dropped, "linear"):
+        with rotated_by_nothing(kept, [0, 1, 2]):
+            expected = logits_of(kept, ids)
+        assert torch.allclose(logits_of(dropped, ids), expected, rtol=0, atol=1e-9)
+        assert not torch.allclose(logits_of(kept, ids), expected, rtol=0, atol=1e-3)
 
 
 def test_the_window_beside_it_keeps_its_rope(llama):
