@@ -84,6 +84,7 @@ def measure(
 
 
 _BEGIN = {"windows begin": "as the tokenizer begins a text"}  # what was kept of windows that did not is not taken
+_TOLD_APART = {**_BEGIN, "windows told apart by": "their tokens"}  # nor what does not say which tokens they hold
 
 
 class _Measurement:
@@ -162,7 +163,7 @@ class _Measurement:
             path, longest = extras.text, extras.longest
             self._remember(
                 "text",
-                {"text": text, "longest": longest, **_BEGIN},
+                {"text": text, "longest": longest, **_TOLD_APART},
                 lambda: perplexity_of_file(*self._loaded, path, longest=longest),
             )
             # kept by content: an earlier run may have known the text by another path
@@ -176,7 +177,7 @@ class _Measurement:
                 "documents": extras.documents,
                 "generation": extras.generation,
             }
-            self._remember("probes", {**options, **_BEGIN}, lambda: collect(*self._loaded, **options))
+            self._remember("probes", {**options, **_TOLD_APART}, lambda: collect(*self._loaded, **options))
         if extras.cost:
             from .cost import measure as measure_cost
 

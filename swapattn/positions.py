@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,9 +78,9 @@ def perplexity_of_text(
 
     Returns:
         Over windows of 1,024 tokens: "tokens" predicted, "nats", "perplexity", the same in "far" over the positions
-        from 256 on, and "window_nats", "window_far_nats", the mean of each window. Over windows of up to 8,192
-        tokens (as `longest`, the model's positions and the text allow, with `windows` no more than 1,024): "bins" by
-        position.
+        from 256 on, "window_nats", "window_far_nats", the mean of each window, and "ids", a hash of all their tokens.
+        Over windows of up to 8,192 tokens (as `longest`, the model's positions and the text allow, with `windows` no
+        more than 1,024): "bins" by position.
     """
     tokens, opening = heldout_tokens(tokenizer, text), beginning(tokenizer)
     if tokens.numel() + len(opening) < 2:
@@ -89,8 +90,9 @@ def perplexity_of_text(
     long_window = (
         min(limit, max(longest or LONGEST, window)) if windows is None else window
     )  # few windows were asked for: do not read 8 times as much
+    cut = windows_of(tokens, window, windows, opening)
     with measuring(model):
-        short = _nats(model, windows_of(tokens, window, windows, opening))
+        short = _nats(model, cut)
         long = short if long_window == window else _nats(model, windows_of(tokens, long_window, None, opening))
     far = short[:, FAR - 1 :]
     edges = [edge for edge in EDGES if edge < long_window] + [long_window]
@@ -98,6 +100,7 @@ def perplexity_of_text(
         "text": "embedded" if text is None else "given",
         "window": window,
         "windows": short.shape[0],
+        "ids": hashlib.sha256(cut.numpy().tobytes()).hexdigest()[:16],
         **_figures(short),
         "far": {"start": FAR, "end": window, **_figures(far)} if far.numel() else None,
         "long_window": long_window,
@@ -259,7 +262,8 @@ def side_by_side(
 
 
 def _same_windows(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> bool:
-    return all(student[key] == teacher[key] for key in ("text", "window", "windows", "tokens", "long_window"))
+    # two tokenizers may well make as many windows of a text, but then of other stretches of it
+    return all(student[key] == teacher[key] for key in ("text", "window", "windows", "tokens", "ids", "long_window"))
 
 
 def _ratio(student: Sequence[float | None], teacher: Sequence[float | None]) -> tuple[float | None, float | None]:

@@ -441,6 +441,13 @@ class TestTogether:
         assert compared["ratio"] is compared["far_ratio"] is compared["bins"][0]["ratio"] is None
         assert compared["teacher"]["windows"] == 9
 
+    def test_as_many_windows_of_another_tokenizer_have_no_ratio(self, tiny_llama, tiny_tokenizer, word_tokenizer, text):
+        model = tiny_llama(vocab_size=1000)
+        found = [probes.perplexity_of_text(model, t, text, windows=1) for t in (tiny_tokenizer, word_tokenizer)]
+        assert found[0]["tokens"] == found[1]["tokens"]
+        compared = probes.compare_perplexity(*found)
+        assert compared["ratio"] is compared["ratio_stderr"] is compared["far_ratio"] is None
+
     def test_without_a_teacher(self, results):
         compared = probes.compare(results[0], None)
         json.dumps(compared, allow_nan=False)
