@@ -63,6 +63,6 @@ def push(folder: Path, repository: str) -> str:
 
 def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
     """A conversion's record with the teacher's name on the hub, or its folder's, in the place of its path here."""
-    teacher = record["teacher"]
+    teacher = {key: value for key, value in record["teacher"].items() if key != "relative"}  # a path as well
     public = teacher.get("hub_id") or Path(teacher["path"]).name
     return {**record, "teacher": {**teacher, "path": public, "given": public}}

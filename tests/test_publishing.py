@@ -124,6 +124,7 @@ def test_a_whole_checkpoint_is_uploaded(tiny_teacher, tmp_path, hub):
     assert public["teacher"]["path"] == tiny_teacher.name
     assert str(tmp_path) not in json.dumps(public)
     assert str(tiny_teacher) not in json.dumps(public)
+    assert record["teacher"]["relative"] not in json.dumps(public), "whoever loads it has other folders around it"
     assert public["recipe"] == record["recipe"]
 
 
