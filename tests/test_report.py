@@ -440,6 +440,15 @@ class TestCollection:
             ("distill", list(range(1, 41))),
         ]
 
+    def test_what_a_parent_was_trained_on_counts(self, run):
+        before = collect([run], "c")["runs"][0]["training"]
+        record = json.loads((run / "swapattn.json").read_text())
+        record["earlier"] = [{"stage": "align", "tokens": 1000, "seconds": 2.5}, {"stage": "calibrate"}]
+        (run / "swapattn.json").write_text(json.dumps(record))
+        found = collect([run], "c")["runs"][0]["training"]
+        assert (found["tokens"], found["seconds"]) == (before["tokens"] + 1000, before["seconds"] + 2.5)
+        assert found["stages"] == before["stages"]
+
     def test_stages_of_a_kind_are_told_apart_by_their_run(self, run):
         losses = [("distill-1", 1), ("distill-2", 1), ("distill-2", 2)]
         lines = [{"stage": "distill", "run": name, "step": step, "loss": 1.0} for name, step in losses]

@@ -243,10 +243,11 @@ def _training(record: Mapping[str, Any] | None, curves: list[dict[str, Any]]) ->
     if not stages and not curves:
         return None
     trained = [stage for stage in stages if stage.get("steps")]
+    every = [*(record or {}).get("earlier", ()), *stages]  # what a parent was trained on is in its child as well
     return {
         "stages": stages,
-        "tokens": sum(stage.get("tokens") or 0 for stage in stages) if stages else None,
-        "seconds": round(sum(stage.get("seconds") or 0.0 for stage in stages), 2) if stages else None,
+        "tokens": sum(stage.get("tokens") or 0 for stage in every) if stages else None,
+        "seconds": round(sum(stage.get("seconds") or 0.0 for stage in every), 2) if stages else None,
         "curves": _whole(curves, trained),
     }
 
