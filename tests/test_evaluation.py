@@ -677,7 +677,7 @@ def test_exit_code_of_a_missed_figure(found: Any, mirror: Path) -> None:
 def test_examples_from_another_split_are_said() -> None:
     rows = [
         EvalRow(dataclasses.replace(result(0.6, task=task), num_fewshot=shots))
-        for task, shots in (("piqa", 5), ("boolq", 0), ("mmlu", 5))
+        for task, shots in (("piqa", 5), ("boolq", 0), ("mmlu", 5), ("lambada_openai", 5))
     ]
     note = evaluation._fewshot_note("wheel x", rows)
     assert note.startswith("; few-shot examples of piqa from the validation split")
