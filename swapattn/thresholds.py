@@ -49,9 +49,9 @@ def check_keys(keys: Iterable[str], metrics: Mapping[str, Iterable[str]]) -> Non
     from lm_eval.api.registry import HIGHER_IS_BETTER_REGISTRY  # of lm-eval's own metrics; tasks may define others
 
     for key in keys:
+        if not metrics:
+            raise UsageError(f"--fail-under {key}: no task is scored, and without one there is no such figure")
         if key == "kept":
-            if not metrics:
-                raise UsageError("--fail-under kept: no task is scored, and without one there is no kept share")
             continue
         task, metric = _split(key, metrics)
         if task is None:
