@@ -33,7 +33,7 @@ def _leave_the_libraries_of_this_process_alone(monkeypatch):
     monkeypatch.setattr(common, "_calm_progress", lambda stream: None)
 
 
-def run(*arguments: str, stdin: str | None = None):
+def run(*arguments: str, stdin: str | bytes | None = None):
     return CliRunner().invoke(main, list(arguments), input=stdin)
 
 
@@ -373,6 +373,11 @@ class TestGenerate:
     def test_the_prompt_may_come_from_stdin(self, asked):
         assert run("generate", stdin="Call me\n").exit_code == 0
         assert asked[1][0] == "Call me"
+
+    def test_a_prompt_of_other_bytes_is_a_usage_error(self, asked):
+        for result in (run("generate", stdin=b"caf\xe9"), run("generate", "--prompt", "caf\udce9")):
+            assert (result.exit_code, result.stderr) == (2, "Error: the prompt is not UTF-8\n")
+        assert not asked
 
     def test_json_is_one_document(self, asked):
         result = run("generate", "--prompt", "What?", "--json")

@@ -46,7 +46,7 @@ def generate_command(
     """
     from swapattn.generation import answer, open_model
 
-    text = _read_prompt() if prompt is None else prompt
+    text = _checked_prompt(prompt)
     model, tokenizer, name = open_model(checkpoint, teacher=teacher, device=device)
     say(f"generating with {name}")
     made = answer(
@@ -65,6 +65,17 @@ def generate_command(
     else:
         click.echo(file=result_stream())
     say(made.stats.to_line())
+
+
+def _checked_prompt(prompt: str | None) -> str:
+    from swapattn.errors import UsageError
+
+    try:
+        text = _read_prompt() if prompt is None else prompt
+        text.encode()  # where Python lets other bytes in, as in the locale C.UTF-8, a tokenizer does not take them
+    except UnicodeError:
+        raise UsageError("the prompt is not UTF-8") from None
+    return text
 
 
 def _read_prompt() -> str:
