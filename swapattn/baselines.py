@@ -80,8 +80,9 @@ def subjects(
         name = folder.resolve().name
         if not (folder / "config.json").is_file():
             raise UsageError(f"--against {folder}: no model there")
-        if name in {"teacher", found.kind, *(subject.role for subject in chosen)}:
-            raise UsageError(f"--against {folder}: another model here is called {name} as well; rename the folder")
+        # the branches' names are taken even where none is switched off: the tables say what they stand for
+        if name in {"teacher", found.kind, *_TITLES, *(subject.role for subject in chosen)}:
+            raise UsageError(f"--against {folder}: another model is called {name} as well; rename the folder")
         loader = functools.partial(_other, folder, device=device, dtype=dtype)
         chosen.append(Subject(name, folder, loader, others, **common))
     return chosen

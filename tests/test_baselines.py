@@ -142,9 +142,12 @@ def test_other_models_are_set_beside(student: Path, tiny_teacher: Path, mirror: 
 
 def test_models_that_are_none(student: Path, tmp_path: Path, mirror: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "x" / "teacher").mkdir(parents=True)
-    (tmp_path / "x" / "teacher" / "config.json").write_text("{}")
-    for folder, message in (("empty", "no model there"), ("x/teacher", "is called teacher as well")):
+    names = ("teacher", "window-only")
+    for name in names:
+        (tmp_path / "x" / name).mkdir(parents=True)
+        (tmp_path / "x" / name / "config.json").write_text("{}")
+    taken = [(f"x/{name}", f"is called {name} as well") for name in names]
+    for folder, message in (("empty", "no model there"), *taken):
         with pytest.raises(UsageError, match=message):
             evaluate(student, tasks=["piqa"], data=str(mirror), against=[tmp_path / folder])
 
