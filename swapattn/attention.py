@@ -42,7 +42,7 @@ def compute(
     swap: LightningSwap, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, given: Mapping[str, Any]
 ) -> torch.Tensor:
     """What a swapped layer puts out, `[B, T, Hq, Dv]`, for q `[B, Hq, T, D]`, k and v; see `LightningSwap.call`."""
-    cache, swap.cache_layer = swap.cache_layer, None
+    cache, swap.found.cache_layer = swap.found.cache_layer, None
     seen = cache.seen_before(q.shape[-2]) if cache is not None else 0
     count = cache.count if cache is not None else None
     output: torch.Tensor = swap(swap.call(q, k, v, mask, seen, given, count), cache)
@@ -128,10 +128,10 @@ def find_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     swap = module.swap
     assert isinstance(swap, LightningSwap)
     if swap.reads_inputs:
-        swap.inputs = layer_inputs(args, kwargs)
+        swap.found.inputs = layer_inputs(args, kwargs)
     if swap.observer is None:
         cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
-        swap.cache_layer = adopt(cache, swap.layer_idx) if cache is not None else None
+        swap.found.cache_layer = adopt(cache, swap.layer_idx) if cache is not None else None
 
 
 def swaps(model: nn.Module) -> dict[str, LightningSwap]:

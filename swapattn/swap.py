@@ -6,6 +6,7 @@ A file of the checkpoint runtime: it imports torch and its neighbours only.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -53,6 +54,20 @@ class _WindowSizes(TypedDict):
     return_lse: Literal[True]
 
 
+class Found(threading.local):
+    """What the pre-hook of an attention module found for the attention that follows.
+
+    Each thread has its own: a server may answer several requests by one model at a time.
+    """
+
+    inputs: LayerInputs | None = None
+    cache_layer: LightningCacheLayer | None = None
+
+    def __reduce__(self) -> tuple[type[Found], tuple[()]]:
+        """A copy has found nothing."""
+        return Found, ()
+
+
 class Parts(NamedTuple):
     """What a swapped layer mixes: both branches `[B, T, Hq, Dv]`, and the share of the local one, which broadcasts."""
 
@@ -92,7 +107,7 @@ class LightningSwap(nn.Module):
 
     Attributes:
         branch: "both", or one branch at full weight ("linear", "local") for baselines and ablations.
-        inputs: what the pre-hook found for the attention that follows, where the layer needs it.
+        found: what the pre-hook found for the attention that follows: the cache, and inputs where the layer needs them.
         rotate: the model's own rotation, where the linear branch goes without.
         observer: when set, the layer computes the teacher's softmax and shows each call to the observer.
     """
@@ -133,13 +148,12 @@ class LightningSwap(nn.Module):
         gate = spec.get("output_gate", "none")
         channels = shape["value_dim"] if gate == "channel" else 1
         self.output_gate = OutputGate(shape["hidden_size"], heads, channels) if gate != "none" else None
-        self.inputs: LayerInputs | None = None
+        self.found = Found()
         dropped = spec.get("rope", {}).get("linear") == "drop"
         self.rotary_dims: int = shape["rotary"] if dropped else 0
         self.rotate: Rotate | None = None
         self.branch: Literal["both", "linear", "local"] = "both"
         self.observer: Observer | None = None
-        self.cache_layer: LightningCacheLayer | None = None
 
     @property
     def log_decay(self) -> torch.Tensor:
@@ -167,7 +181,7 @@ class LightningSwap(nn.Module):
         head) and `cu_seq_lens_q` where the caller packed sequences. `count` `[B]` are the real tokens of each row that
         came before.
         """
-        inputs, self.inputs = self.inputs, None
+        inputs, self.found.inputs = self.found.inputs, None
         hidden = inputs.hidden if inputs is not None else None
         linear = None
         if self.rotary_dims:

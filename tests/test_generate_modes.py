@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -443,3 +444,29 @@ def test_one_mask_for_all_rows(window_model):
     mask[0, 0] = True
     found, expected = (window_model(ids, attention_mask=mask.expand(n, 1, 9, 9)).logits for n in (1, 2))
     assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_two_threads_share_a_model_and_no_state(tiny_family):
+    """As a server does that answers each request in a thread of its own: one comes in the middle of another's layer."""
+    model, ids = build(tiny_family, "window", decay={"gate": True}), ids_of(1, 12)
+    expected = logits_of(model, ids)
+    cache, found = DynamicCache(config=model.config), []
+
+    def other():
+        found.append(logits_of(model, ids_of(2, 7)))
+
+    def come(*_):
+        if not found:  # the other comes by here as well
+            found.append(None)
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    model(ids[:, :8], past_key_values=cache)
+    path = next(iter(swaps(model)))
+    handle = model.get_submodule(path).q_proj.register_forward_hook(come)
+    second = model(ids[:, 8:], past_key_values=cache).logits
+    handle.remove()
+    assert torch.allclose(second, expected[:, 8:], rtol=0, atol=1e-9)
+    assert torch.equal(found[1], logits_of(model, ids_of(2, 7)))

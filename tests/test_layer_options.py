@@ -126,7 +126,7 @@ def test_aligning_trains_the_gates_on_the_teachers_inputs(llama):
         for swap in swaps(model).values():
             for gate in (swap.decay_gate, swap.output_gate):
                 assert gate.weight.grad.abs().sum() > 0
-            assert swap.inputs is None
+            assert swap.found.inputs is None
 
 
 def test_recomputed_activations_give_the_same_gradients(llama):
@@ -346,7 +346,7 @@ def test_under_autocast_the_decay_is_as_exact_as_without(llama):
 def test_the_module_does_not_hold_on_to_its_input(llama):
     model = swapped(llama, OPTIONS["head_gate"])
     logits_of(model, ids_of(1, 5))
-    assert all(swap.inputs is None for swap in swaps(model).values())
+    assert all(swap.found.inputs is None for swap in swaps(model).values())
 
 
 def test_a_gate_is_refused_where_the_input_is_not_shown():

@@ -93,7 +93,7 @@ def as_swapped(attention, layer):
         q, k, v = (x.transpose(1, 2) for x in packed.split(dim, 3))
         swap.out_scale = attention.norm.weight.view(heads, dim) / 2  # our gate is twice the sigmoid
         swap.output_gate.weight = attention.output_gate.weight
-        swap.inputs = LayerInputs(hidden_states, None)
+        swap.found.inputs = LayerInputs(hidden_states, None)
         out = swap(swap.call(q, k, F.silu(v), mask, 0, {"scaling": 1.0}))
         return attention.out_proj(out.flatten(2)), None
 
