@@ -46,7 +46,6 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
             CUDA graph knows no more of them than their addresses.
     """
 
-    is_compileable = True  # else kept static layers would get no mask, and would attend to tokens taken back
     is_croppable = True
     is_sliding = False
     TENSORS = ("state", "norm", "ring_k", "ring_v", "ring_linear", "ring_position", "count")
@@ -68,6 +67,14 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
     ring_linear: torch.Tensor | None
     ring_position: torch.Tensor | None
     count: torch.Tensor | None
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` makes whole masks: kept static layers would attend to tokens taken back without.
+
+        Beside dynamic layers, or alone, the layer has no use for one, and it would grow with every token.
+        """
+        return self.static_length is not None
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the attention layer knows the shapes and allocates."""

@@ -83,6 +83,18 @@ def test_a_users_own_cache_is_converted_in_place(model):
         assert any(isinstance(layer, LightningCacheLayer) for layer in cache.layers)
 
 
+def test_generate_hands_a_padding_mask_on_as_it_does_for_the_teacher(model):
+    """No mask of all keys for every step; libraries that change the inputs, as peft's prompt tuning, know no other."""
+    shapes, mask = [], torch.ones(2, 5, dtype=torch.long)
+    mask[0, :2] = 0
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["attention_mask"].shape)), with_kwargs=True
+    )
+    generate(model, ids_of(2, 5), new=3, attention_mask=mask)
+    handle.remove()
+    assert shapes == [(2, 5), (2, 6), (2, 7)]
+
+
 def test_drafts_of_a_model_that_was_swapped_in_memory(model):
     ids = ids_of(1, 6).repeat(1, 3)
     found = generate(model, ids, prompt_lookup_num_tokens=3, return_dict_in_generate=True)
