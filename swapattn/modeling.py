@@ -193,6 +193,8 @@ class SwapMixin(_Known, GeneratesMixin):
     _keep_in_fp32_modules_strict = ("swap",)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if str(config._attn_implementation).startswith(PADDING_ONLY):  # of another model: the base knows its own only
+            config._attn_implementation = config._attn_implementation.removeprefix(PADDING_ONLY)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         block = config.swapattn
         if block["version"] > SCHEMA_VERSION:

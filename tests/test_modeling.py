@@ -173,6 +173,15 @@ def test_choosing_another_base_implementation_keeps_the_swaps(checkpoint):
     assert torch.allclose(logits_of(eager), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+def test_a_model_is_made_from_the_config_of_another(tmp_path, kind):
+    tiny_model(kind).float().save_pretrained(tmp_path / "t")
+    model, _ = load(convert(tmp_path / "t", tmp_path / "c", recipe="smoke", overrides=SPEC).path)
+    expected, held = logits_of(model), model.config._attn_implementation
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "c", config=model.config)), expected)
+    assert type(model)(model.config).config._attn_implementation == held
+
+
 def broken(copied, change):
     tensors = load_file(copied / NEW_SHARD)
     weight_map = json.loads((copied / INDEX).read_text())
