@@ -248,9 +248,7 @@ class _Verifier:
             found = beyond_linear(empty.eval(), window=window)
         except Exception:  # masks of some families ask for values, which the meta device lacks
             found = beyond_linear(self.model, window=window, device="cpu")
-        outside = {
-            path: why for path, why in found.items() if not any(path == k or path.startswith(f"{k}.") for k in kept)
-        }
+        outside = {path: why for path, why in found.items() if not any(_in_line(path, k) for k in kept)}
         if outside:
             path, why = min(outside.items())
             raise _Failed(f"{path}: {why}")
@@ -450,6 +448,11 @@ def _close(found: list[float], wanted: list[float]) -> bool:
 
 def _short(values: list[float]) -> str:
     return "[" + ", ".join(f"{value:.4g}" for value in values[:4]) + (", …]" if len(values) > 4 else "]")
+
+
+def _in_line(path: str, kept: str) -> bool:
+    """Whether a module is a kept layer, a part of it, or above it: the whole model makes the mask of kept layers."""
+    return f"{path}.".startswith(f"{kept}.") or f"{kept}.".startswith(f"{path}.")
 
 
 def _misread_heads(
