@@ -376,7 +376,7 @@ def test_a_compiled_prefill_wants_packed_sequences_to_be_named(window_model):
 
 @torch.no_grad()
 def test_packing_is_looked_for_once_in_a_forward_pass_and_never_where_it_cannot_be(window_model, monkeypatch):
-    looks, ask = [], torch.Tensor.any
+    looks, ask = [], torch.Tensor.all
     monkeypatch.setattr("swapattn.masks._READ", "_swapattn_read_in_test")
 
     def counting(self, *args, **kwargs):
@@ -386,7 +386,7 @@ def test_packing_is_looked_for_once_in_a_forward_pass_and_never_where_it_cannot_
     ids, mask = ids_of(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[0, :4] = 0
     positions = torch.cat((torch.arange(5), torch.arange(7)))[None].repeat(2, 1)
-    monkeypatch.setattr(torch.Tensor, "any", counting)
+    monkeypatch.setattr(torch.Tensor, "all", counting)
     cases = [({"attention_mask": mask}, 0), ({"position_ids": positions}, 1), ({}, 0)]
     for given, expected in cases:
         looks.clear()
