@@ -17,6 +17,7 @@ from .cache import CACHE
 from .cells import aligned
 from .environment import hardware
 from .errors import UsageError
+from .positions import positions_in
 
 CPU_LENGTH = 1024  # longer contexts take minutes on a CPU
 _CHUNK = 2048  # tokens a forward pass of the prefill, so that activations and logits stay bounded
@@ -96,9 +97,9 @@ def to_table(student: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> s
 
 def _reason_to_skip(model: Any, length: int, beyond: bool, long_on_cpu: bool) -> str | None:
     config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions_in(config)
     rotary = getattr(config, "rope_parameters", None) is not None
-    if positions is not None and length > positions and not (beyond and rotary):
+    if length > positions and not (beyond and rotary):
         return f"the model has {positions:,} positions"
     if next(model.parameters()).device.type == "cpu" and length > CPU_LENGTH and not long_on_cpu:
         return "too slow on a CPU"

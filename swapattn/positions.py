@@ -22,6 +22,7 @@ from .errors import SourceError, UsageError
 
 EDGES = (0, 64, 256, 1024, 2048, 4096, 8192)  # of the position bins
 LONGEST = 8192  # tokens of a window
+LIMITS = ("max_position_embeddings", "max_seq_len")  # names of the most tokens in a config; the latter is mpt's
 WINDOW = 1024  # of the perplexity that is compared between models
 FAR = 256  # the first position that a small window of softmax cannot help with
 CPU_CHUNK = 2048  # tokens whose logits exist at a time: 0.4 GB in fp32 at a vocabulary of 49152
@@ -175,7 +176,8 @@ def positions_of(model: Any) -> int:
 
 def positions_in(config: Any) -> int:
     """The same of its config alone."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    text = config.get_text_config()
+    return next(filter(None, (getattr(text, name, None) for name in LIMITS)), sys.maxsize)
 
 
 @contextmanager

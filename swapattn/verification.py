@@ -28,7 +28,7 @@ from .errors import SwapattnError
 from .integrity import altered_files, damaged_shards, foreign_code, pickled_files, rewritten
 from .loading import load, load_teacher
 from .modeling import swap_classes
-from .positions import positions_of
+from .positions import LIMITS, positions_of
 from .remote_code import use_own_code
 from .shards import INDEX, decays, read_config, read_weight_map
 from .surgery import SwapPlan, plan
@@ -240,8 +240,9 @@ class _Verifier:
         model_class: Any = swap_classes(config.swapattn["base_model_type"])[1]
         roomy = type(config).from_dict(config.to_dict())
         text = roomy.get_text_config()
-        if getattr(text, "max_position_embeddings", None):  # without values positions cost nothing
-            text.max_position_embeddings = max(text.max_position_embeddings, 2 * lengths(window)[1])
+        for name in LIMITS:
+            if getattr(text, name, None):  # without values positions cost nothing
+                setattr(text, name, max(getattr(text, name), 2 * lengths(window)[1]))
         with torch.device("meta"):
             empty = model_class._from_config(roomy, dtype=torch.bfloat16)
         try:

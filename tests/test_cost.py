@@ -112,8 +112,13 @@ def test_what_is_left_out_is_named(model, tiny_llama):
     assert len(cost.measure(short, lengths=(128,), new_tokens=2, beyond=True)["rows"]) == 1
 
 
-def test_learned_positions_are_never_passed(tiny_family):
-    model = tiny_family("gpt2", n_positions=64, max_position_embeddings=64)
+GPT2 = {"n_positions": 64, "max_position_embeddings": 64}
+MPT = {"n_layers": 1, "n_heads": 4, "d_model": 32, "max_seq_len": 64, "max_position_embeddings": None}
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("gpt2", GPT2), ("mpt", MPT)])
+def test_learned_positions_are_never_passed(tiny_family, kind, settings):
+    model = tiny_family(kind, **settings)
     found = cost.measure(model, lengths=(64, 128), new_tokens=2, beyond=True)
     assert [row["length"] for row in found["rows"]] == [64]
     assert found["skipped"][0]["reason"] == "the model has 64 positions"

@@ -162,6 +162,12 @@ class TestPerplexity:
         assert found["bins"][-1]["end"] == tokens
         assert sum(row["tokens"] for row in found["bins"]) == found["tokens"] == tokens - 1
 
+    def test_mpt_names_its_positions_in_its_own_way(self, tiny_family, tiny_tokenizer, text):
+        settings = {"d_model": 32, "n_heads": 4, "n_layers": 1, "max_position_embeddings": None}
+        model = tiny_family("mpt", max_seq_len=64, **settings)
+        found = probes.perplexity_of_text(model, tiny_tokenizer, text[:1000])
+        assert found["window"] == found["long_window"] == 64
+
     def test_few_windows_are_spread_and_not_long(self, model, tiny_tokenizer, text):
         found = probes.perplexity_of_text(model, tiny_tokenizer, text, windows=2)
         assert (found["windows"], found["long_windows"], found["long_window"]) == (2, 2, 1024)

@@ -92,7 +92,7 @@ def test_a_family_with_oddities_passes(tmp_path, kind):
     assert failed(tmp_path / "c") == []
 
 
-@pytest.mark.parametrize("kind", ["bloom", "gpt_neo"])
+@pytest.mark.parametrize("kind", ["bloom", "gpt_neo", "mpt"])
 def test_a_kept_layer_may_have_a_mask_of_all_pairs(tmp_path, kind):
     tiny_model(kind).float().save_pretrained(tmp_path / "teacher")
     convert(tmp_path / "teacher", tmp_path / "c", recipe="smoke", overrides=[*SPEC, "convert.keep_softmax=[0]"])
