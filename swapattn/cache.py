@@ -83,11 +83,7 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         """Count the new tokens and hand keys and values `[B, Hkv, T, D]` back; nothing is appended."""
         if self.static_length is not None and not isinstance(self.seen, torch.Tensor):
             self.seen = self._at_fixed_address(torch.zeros((), dtype=torch.long, device=key_states.device))
-        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-            for name in self.TENSORS:  # what inference mode made cannot be changed in place outside of it
-                tensor = getattr(self, name)
-                if tensor is not None and tensor.is_inference():
-                    setattr(self, name, self._at_fixed_address(tensor.clone()))
+        self._leave_inference_mode()
         self._count(key_states.shape[-2])
         self.is_initialized = True
         return key_states, value_states
@@ -99,6 +95,15 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
     def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **_: Any) -> torch.Tensor:
         """Refuse: the layer's own recurrence lives elsewhere (a model that mixes both in one layer)."""
         raise TypeError("a swapped attention layer keeps its own state; this model type mixes both in one layer")
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what inference mode made, where it is over: that cannot be changed in place outside of it."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        for name in (*self.TENSORS, "seen"):
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor) and value.is_inference():
+                setattr(self, name, self._at_fixed_address(value.clone()))
 
     def _count(self, tokens: int) -> None:
         if isinstance(self.seen, torch.Tensor):
@@ -149,6 +154,7 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         if tokens_to_remove > 0:
             raise ValueError(f"crop: expected minus the number of tokens to remove, found {tokens_to_remove}")
         tokens_to_remove = int(tokens_to_remove)  # a tensor in transformers 5.17
+        self._leave_inference_mode()
         self.rollback.take_back(-tokens_to_remove, self)
         self._count(tokens_to_remove)
 
@@ -160,6 +166,7 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         """Take over what `tensors()` gave."""
         for name in self.TENSORS:
             self._put(name, tensors[name])
+        self._leave_inference_mode()
 
     def reset(self) -> None:
         """Forget everything."""
@@ -184,6 +191,7 @@ class LightningCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # t
         return tensor
 
     def _map(self, function: Any) -> None:
+        self._leave_inference_mode()
         self.rollback.map(function)
         for name in self.TENSORS:
             tensor = getattr(self, name)

@@ -245,6 +245,25 @@ def test_a_cache_of_inference_mode_is_gone_on_from_outside_of_it(model):
     assert torch.equal(found, expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_of_inference_mode_is_taken_back_and_reordered_outside_of_it(linear_model, static):
+    ids = ids_of(2, 20)
+    expected = linear_model(input_ids=ids, use_cache=False).logits
+    config = linear_model.config
+    cache = StaticCache(config=config, max_cache_len=30) if static else DynamicCache(config=config)
+    with torch.inference_mode():
+        linear_model(input_ids=ids[:, :5], past_key_values=cache)
+        cache.activate_past_recording()
+        linear_model(input_ids=ids[:, 5:15], past_key_values=cache)
+    cache.crop(-4)
+    with torch.inference_mode():
+        linear_model(input_ids=ids[:, 11:13], past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    found = linear_model(input_ids=ids[:, 13:].flip(0), past_key_values=cache).logits
+    assert torch.allclose(found.flip(0), expected[:, 13:], rtol=0, atol=1e-9)
+
+
 def test_rows_are_kept_by_number_or_by_truth(linear_model):
     ids = ids_of(3, 9)
     caches = [DynamicCache(config=linear_model.config) for _ in range(2)]
