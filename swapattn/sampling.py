@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from . import sources
 from .checkpoint import RECORD, check_folder, find, write_json
-from .data import PackedTokens, borders, documents, no_words, sizes
+from .data import PackedTokens, beginning, borders, documents, no_words, sizes
 from .environment import check_device, default_device, hardware, say, versions
 from .errors import CheckpointError, UsageError
 from .exclusive import empty, hold
@@ -159,7 +159,7 @@ def sample(
     rows = begin.rows(writer.config, tokenizer, seed)
     run = _Run(plan, begin, overwrite)
     try:
-        hidden = int(begin.start == "bos") if begin.text is None else len(borders(tokenizer)[0])
+        hidden = int(begin.start == "bos") if begin.text is None else len(beginning(tokenizer))
         return run.go(writer, tokenizer, rows, hidden=hidden)
     finally:
         run.leave()
@@ -263,11 +263,12 @@ def _starts(tokenizer: Any, start: Start, seed: int) -> Iterator[list[int]]:
 
 def _prompted(text: Text, tokenizer: Any, count: int, length: int, seed: int) -> Iterator[list[int]]:
     """The first tokens of document after document, behind what begins a text; those that are shorter left out."""
-    opening, ending = borders(tokenizer)
-    count += len(opening)
+    own, (opening, ending) = len(beginning(tokenizer)), borders(tokenizer)
+    count += own
     short = 0
-    for tokens in PackedTokens(text, tokenizer, length, seed=seed).token_lists():
-        if len(tokens) - len(ending) >= count:
+    for document in PackedTokens(text, tokenizer, length, seed=seed).token_lists():
+        tokens = document[len(opening) - own : len(document) - len(ending)]  # as the tokenizer begins a text by itself
+        if len(tokens) >= count:
             short = 0
             yield tokens[:count]
         elif (short := short + 1) == _PATIENCE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -242,6 +243,19 @@ def test_prompts_begin_as_the_tokenizer_begins_a_text(tiny_llama, opening_tokeni
     sample("t", "s.jsonl", **SMALL, prompts="p.jsonl", prompt_tokens=3)
     assert all(len(ids) == 4 and ids[0] == 1 for ids in seen)
     assert all(text[:2] in {f"{i} " for i in range(10)} for text in texts(work / "s.jsonl"))
+
+
+def test_prompts_do_not_begin_with_what_the_tokenizer_leaves_out(tiny_llama, tiny_tokenizer, work, monkeypatch):
+    tiny_llama().save_pretrained(work / "t")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.bos_token = "<pad>"
+    tokenizer.save_pretrained(work / "t")
+    (work / "p.jsonl").write_text(json.dumps({"text": "abcdefgh"}))
+    seen, written = [], sampling._written
+    monkeypatch.setattr(sampling, "_written", lambda model, ids, *rest: seen.extend(ids) or written(model, ids, *rest))
+    sample("t", "s.jsonl", **SMALL, prompts="p.jsonl", prompt_tokens=3)
+    assert all(list(ids) == tokenizer("abcdefgh")["input_ids"][:3] for ids in seen)
+    assert all(text.startswith(tokenizer.decode(seen[0])) for text in texts(work / "s.jsonl"))
 
 
 def test_special_tokens_survive_the_way_through_the_file(tiny_llama, tiny_tokenizer, work):
