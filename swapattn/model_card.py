@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .recipe import parse_recipe
+from .recipe import ConvertSpec
 from .sources import ALIASES
 
 CARD = "README.md"
@@ -47,8 +47,7 @@ def model_card(record: Mapping[str, Any], block: Mapping[str, Any], kept: list[i
         kept: indices of the layers that stay softmax, where they are known.
     """
     teacher = record["teacher"]
-    recipe = parse_recipe(record["recipe"], label="of the checkpoint")
-    spec = recipe.convert
+    spec = ConvertSpec.model_validate(block["spec"])  # of this model: the recipe's may leave something to be found out
     base = teacher.get("hub_id")
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= {"base_model": base} if base else {}

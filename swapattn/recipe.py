@@ -58,9 +58,11 @@ class RopeSpec(Section):
 
     The softmax window of a swapped layer always keeps it. Dropped on the linear branch: Liger (arXiv 2503.01496); HALO
     (arXiv 2601.22156) and RADLADS (arXiv 2505.03005) compare it. Dropped on kept layers: NoPE, as in HALO.
+
+    linear: `auto` becomes `drop` where the model's rotation can be undone, and `keep` where it cannot or there is none.
     """
 
-    linear: Literal["keep", "drop"] = "keep"
+    linear: Literal["keep", "drop", "auto"] = "keep"
     kept: Literal["keep", "drop"] = "keep"
 
 

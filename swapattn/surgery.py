@@ -298,6 +298,21 @@ def _check_options(kind: str, spec: ConvertSpec, swapped: tuple[AttentionSite, .
         )
 
 
+def _without_auto(
+    config: Any, spec: ConvertSpec, swapped: tuple[AttentionSite, ...], keep: tuple[AttentionSite, ...]
+) -> ConvertSpec:
+    """The spec with `rope.linear: auto` replaced by what becomes of it on this model."""
+    if spec.rope.linear != "auto":
+        return spec
+    drop, leave = (
+        spec.model_copy(update={"rope": spec.rope.model_copy(update={"linear": how})}) for how in ("drop", "keep")
+    )
+    try:
+        return drop if any(site.rotary for site in _with_rotary(config, drop, swapped, keep)) else leave
+    except UnsupportedModelError:
+        return leave
+
+
 def _with_rotary(
     config: Any, spec: ConvertSpec, swapped: tuple[AttentionSite, ...], keep: tuple[AttentionSite, ...]
 ) -> tuple[AttentionSite, ...]:
@@ -317,7 +332,7 @@ def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
         config: a transformers config of a causal LM.
         spec: the recipe's convert section; `keep_softmax` holds positions in the order of the attention layers,
             negative ones from the end, or says how many there are; the plan's own spec holds the positions, from 0
-            and each once.
+            and each once, and has no `auto`.
 
     Raises:
         UnsupportedModelError: see `attention_sites`.
@@ -340,6 +355,7 @@ def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
     swapped = tuple(site for i, site in enumerate(sites) if i not in kept)
     _check_options(config.model_type, spec, swapped)
     keep = tuple(site for i, site in enumerate(sites) if i in kept)
+    spec = _without_auto(config, spec, swapped, keep)
     return SwapPlan(
         base_model_type=config.model_type,
         swap=_with_rotary(config, spec, swapped, keep),

@@ -485,6 +485,26 @@ def test_dropping_rope_is_refused_where_there_is_none_to_drop(name, rope, tiny_f
         plan(tiny_family(name).config, spec)
 
 
+@pytest.mark.parametrize(
+    ("name", "becomes"),
+    [("llama", "drop"), ("smollm3", "drop"), ("gpt2", "keep"), ("bloom", "keep"), ("opt", "keep")],
+)
+def test_auto_drops_rope_where_that_can_be_done(name, becomes, tiny_family):
+    config = tiny_family(name).config
+    auto, said = (
+        plan(config, ConvertSpec.model_validate({"rope": {"linear": how}, "local": None})) for how in ("auto", becomes)
+    )
+    assert auto == said
+    assert auto.config_block()["spec"]["rope"] == {"linear": becomes, "kept": "keep"}
+
+
+def test_auto_keeps_the_rope_that_cannot_be_undone(tiny_family, monkeypatch):
+    monkeypatch.setattr("swapattn.rotary_check._tried", lambda *_: None)
+    found = plan(tiny_family("llama").config, ConvertSpec.model_validate({"rope": {"linear": "auto"}}))
+    assert found.spec.rope.linear == "keep"
+    assert not any(site.rotary for site in found.swap)
+
+
 def test_a_rotation_that_is_not_undone_is_refused(tiny_family, monkeypatch):
     def turned_at_the_end(q, k, cos, sin, unsqueeze_dim=1):
         cos, sin = (x.unsqueeze(unsqueeze_dim)[..., :4] for x in (cos, sin))

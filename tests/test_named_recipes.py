@@ -43,7 +43,9 @@ NAMES = [
 def test_every_named_recipe_runs(name, tiny_teacher, tmp_path):
     recipe = tiny(name)
     made = convert(tiny_teacher, tmp_path / "c", recipe=recipe)
-    assert made.plan.spec == load_recipe(name).convert.model_copy(update={"keep_softmax": made.plan.spec.keep_softmax})
+    settled = {"keep_softmax": made.plan.spec.keep_softmax, "rope": made.plan.spec.rope}
+    assert made.plan.spec == load_recipe(name).convert.model_copy(update=settled)
+    assert (made.plan.spec.rope.linear == "drop") == (load_recipe(name).convert.rope.linear != "keep")
     assert (made.plan.spec.local is None) == (name.endswith("-pure") or name in ("radlads", "halo"))
     assert bool(made.plan.keep) == (name.endswith("-hybrid") or name == "halo")
     found = distill(made.path, recipe=recipe, output=tmp_path / "d", device="cpu")

@@ -86,6 +86,11 @@ def test_the_card_says_what_was_done(tiny_teacher, tmp_path):
     assert str(tmp_path) not in (folder / CARD).read_text(), "paths of this machine are nobody's business"
 
 
+def test_the_card_says_what_became_of_what_the_recipe_left_open(tiny_teacher, tmp_path):
+    auto = convert(tiny_teacher, tmp_path / "c", recipe="smoke", overrides=["convert.rope.linear=auto"])
+    assert "no RoPE" in front_matter(auto.path)[1]
+
+
 def test_a_teacher_of_the_hub_is_the_base_model(tiny_teacher, tmp_path):
     origin = {"path": str(tiny_teacher), "hub_id": "a/b", "note": "4-bit", "licence": teacher_licence(tmp_path, None)}
     front, body = front_matter(convert(tiny_teacher, tmp_path / "c", recipe="smoke", origin=origin).path)
@@ -95,7 +100,7 @@ def test_a_teacher_of_the_hub_is_the_base_model(tiny_teacher, tmp_path):
 
 
 def test_a_distilled_card_says_on_how_much_it_was_trained(tiny_teacher, tmp_path):
-    block = {"layers": {"model.layers.0.self_attn": {"layer_idx": 0}}}
+    block = {"layers": {"model.layers.0.self_attn": {"layer_idx": 0}}, "spec": {}}
     stages = [{"stage": "align", "tokens": 32768}, {"stage": "distill", "tokens": 8192}]
     record = new_record("distilled", "tiny", load_recipe("smoke"), {"hub_id": None}, stages=stages)
     text = model_card(record, block)
