@@ -118,12 +118,13 @@ def answer(
     streamer = _Streamer(tokenizer, show)
     output = model.generate(**settings, streamer=streamer, return_dict_in_generate=True)
     start, first, *_, last = streamer.times if len(streamer.times) > 2 else (*streamer.times, streamer.times[-1])
+    _, at_first, *later = streamer.counts
     stats = GenerationStats(
         prompt_tokens=inputs["input_ids"].shape[1],
-        tokens=len(streamer.times) - 1,
+        tokens=at_first + sum(later),
         seconds=last - start,
         prefill_seconds=first - start,
-        tokens_per_second=(len(streamer.times) - 2) / (last - first) if last > first else 0.0,
+        tokens_per_second=sum(later) / (last - first) if last > first else 0.0,
         state_bytes=state_bytes(output[CACHE]),
         compile_seconds=compile_seconds,
     )
@@ -165,7 +166,8 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
     """Shows the text as soon as its words are whole, and notes when tokens came.
 
     Attributes:
-        times: when the prompt was handed over, then one for each new token.
+        times: when the prompt was handed over, then when new tokens came: one, or with drafts several at a time.
+        counts: how many came each time; first the prompt's.
         pieces: the text so far.
     """
 
@@ -173,10 +175,12 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.show = show
         self.times: list[float] = []
+        self.counts: list[int] = []
         self.pieces: list[str] = []
 
     def put(self, value: Tensor) -> None:
         self.times.append(time.perf_counter())
+        self.counts.append(value.numel())
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

@@ -45,6 +45,23 @@ def test_the_pieces_are_what_generate_gives(model, tiny_tokenizer):
     assert "".join(pieces) == made.text == greedy(model, tiny_tokenizer, PROMPT, 24)
 
 
+def test_tokens_that_come_several_at_a_time_are_all_counted(model, tiny_tokenizer, monkeypatch):
+    times = []
+    monkeypatch.setattr(generation._Streamer, "put", _noting(generation._Streamer.put, times))
+    monkeypatch.setattr(model.generation_config, "prompt_lookup_num_tokens", 4)
+    made = answer(model, tiny_tokenizer, "one two one two one two", max_new_tokens=96)
+    assert made.stats.tokens == 96
+    assert len(times) < 97, "no draft was taken"
+
+
+def _noting(put, times):
+    def noting(self, value):
+        times.append(value.numel())
+        put(self, value)
+
+    return noting
+
+
 @pytest.mark.parametrize("own", [{"use_cache": False}, {"num_beams": 3}])
 def test_settings_of_the_model_that_a_stream_cannot_have_are_passed_over(model, tiny_tokenizer, monkeypatch, own):
     expected = answer(model, tiny_tokenizer, PROMPT, show=lambda _: None, max_new_tokens=6)
