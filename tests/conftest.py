@@ -32,6 +32,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_real_model.py")
 
 
+@pytest.fixture(autouse=True)
+def gpu_memory_is_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Many processes test on one GPU, and what one of them keeps for its next test the others lack."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """A byte-level BPE tokenizer of 320 tokens that can encode any text; `<eos>` is 0, `<pad>` is 1."""

@@ -126,7 +126,8 @@ def test_eager_as_the_base_implementation_gives_the_same(name, tiny_family):
     stock.set_attn_implementation("eager")
     eager = swapped(stock, keep=(1,))
     assert eager.config._attn_implementation == "swapattn_eager"
-    assert torch.allclose(logits_of(eager, ids, attention_mask=mask)[mask.bool()], expected, rtol=0, atol=1e-6)
+    found = logits_of(eager, ids, attention_mask=mask)[mask.bool()]
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5)  # of transformers 5.24 the softmax is float32's
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     found = [m.generate(ids, **options, cache_implementation=c) for m in (model, eager) for c in (None, "static")]
     assert all(torch.equal(tokens, found[0]) for tokens in found)
