@@ -62,7 +62,8 @@ def test_a_wrong_peer_is_told_and_not_timed(monkeypatch):
 def test_without_peers_only_the_kernels_are_timed():
     table = measure_kernels(["forward", "decode"], device="cpu", peers=False)
     assert set(table.errors) == {"swapattn", "swapattn step"}
-    assert {name for row in table.rows for name in row["peers"]} == {"softmax over 512", "state scaled in place"}  # yardsticks
+    yardsticks = {"softmax over 512", "state scaled in place"}
+    assert {name for row in table.rows for name in row["peers"]} == yardsticks
 
 
 def test_after_the_time_is_up_rows_are_told_as_not_run():
