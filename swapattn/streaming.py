@@ -1,8 +1,8 @@
 """A teacher that runs without being loaded: each block reads its weights from the shards when it is called.
 
 What is in memory is one block (a decoder layer, an embedding) and the hidden states of the batch. Nothing depends on
-names of modules: a block is whatever holds an attention site, up to its number (`model.layers.3`), and around the
-blocks every module that owns parameters.
+names of modules: a block is whatever holds an attention site, up to its number (`model.layers.3`), and each of its
+neighbours (`model.layers.4`, also of another kind); around the blocks every module that owns parameters.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from . import surgery
 from .errors import SwapattnError
 from .shards import read_config
 
-_BLOCK = re.compile(r"(.*?\.\d+)(\.|$)")
+_BLOCK = re.compile(r"((.*?)\.\d+)(\.|$)")
 
 
 class NotStreamableError(SwapattnError):
@@ -62,15 +64,20 @@ def streamed_teacher(
         model.get_submodule(path).swap.to(device)
     for block, parameters in stored:
         _stream(model, block, [name for name, _ in parameters], shards)
+    _watch(model.base_model)
     return model.eval()
 
 
 def _blocks(model: nn.Module, plan: surgery.SwapPlan) -> dict[str, dict[str, nn.Parameter]]:
     """Path of each block -> its parameters by their full names; every parameter of the model is in one block."""
-    paths = set()
+    paths, neighbours = set(), set()
     for site in (*plan.swap, *plan.keep):
         found = _BLOCK.match(site.path)
         paths.add(found.group(1) if found else site.path)
+        neighbours |= {found.group(2)} if found else set()
+    for name, _ in model.named_modules():  # layers without attention read each other's weights no less
+        found = _BLOCK.match(name)
+        paths |= {found.group(1)} if found and found.group(2) in neighbours else set()
     blocks: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner = name.rpartition(".")[0]
@@ -96,6 +103,33 @@ def _stream(model: nn.Module, block: str, names: list[str], shards: _Shards) -> 
     module = model.get_submodule(block)
     module.register_forward_pre_hook(fill)
     module.register_forward_hook(drop, always_call=True)
+
+
+class _Present(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets nothing be computed with weights of a block that does not run.
+
+    By itself torch takes a convolution's or a product's weight on the meta device, and returns memory as it was.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(x, torch.Tensor) and x.is_meta for x in tree_leaves((args, kwargs))):
+            raise NotStreamableError("a module reads weights of another one that does not run")
+        return func(*args, **(kwargs or {}))
+
+
+def _watch(model: nn.Module) -> None:
+    """Let whatever the model reads while it runs be there."""
+    watch: Any = _Present
+    entered: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        entered.append(watch().__enter__())
+
+    def leave(*_: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)
 
 
 class _Shards:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from every_type import tiny_model
 
 from swapattn.calibration import CALIBRATED, calibrate_, calibrate_stage
 from swapattn.conversion import convert
@@ -137,3 +138,22 @@ def test_gates_and_dropped_rope_are_calibrated_block_by_block_too(tiny_family, t
     assert figures["error_after"] == pytest.approx(expected["error_after"], rel=1e-5)
     found, wanted = streamed.state_dict(), whole.state_dict()
     assert all(torch.allclose(found[key], wanted[key], rtol=1e-5, atol=1e-5) for key in expected["trained"])
+
+
+@pytest.mark.parametrize("name", ["bamba", "qwen3_5_text"])
+def test_weights_that_another_module_reads_are_there(tmp_path, name):
+    tiny_model(name).float().save_pretrained(tmp_path / "t")  # the convolution's weight is read beside its module
+    streamed, whole = both(tmp_path / "t", ConvertSpec.model_validate(JOINT))
+    ids = torch.arange(5, 29)[None]
+    with torch.no_grad():
+        found, wanted = (model.base_model(ids, use_cache=False).last_hidden_state for model in (streamed, whole))
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_nothing_is_computed_with_weights_that_are_not_there(tiny_family, tmp_path):
+    streamed, _ = both(saved(tiny_family, tmp_path / "t", "llama"))
+    streamed.model.norm.forward = lambda hidden: torch.nn.functional.linear(hidden, streamed.lm_head.weight)
+    ids = torch.arange(5, 29)[None]
+    with torch.no_grad(), pytest.raises(NotStreamableError, match="weights of another one"):
+        streamed.base_model(ids)
+    assert torch.ones(1, device="meta").add(1).is_meta  # what runs besides is not watched
