@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from every_type import tiny_model
 from safetensors.torch import load_file, save_file
 
+from swapattn import verification
 from swapattn.audit import beyond_linear
 from swapattn.cache import LightningCacheLayer
 from swapattn.cli import common, main
@@ -97,6 +98,14 @@ def test_a_kept_layer_may_have_a_mask_of_all_pairs(tmp_path, kind):
     tiny_model(kind).float().save_pretrained(tmp_path / "teacher")
     convert(tmp_path / "teacher", tmp_path / "c", recipe="smoke", overrides=[*SPEC, "convert.keep_softmax=[0]"])
     assert failed(tmp_path / "c") == []
+
+
+def test_a_checkpoint_little_beyond_the_tolerance_is_held_to_a_teacher_little_within(checkpoint, monkeypatch):
+    """The fp32 layers of qwen3_next, seen by chance from both sides."""
+    for theirs, wanted in ((5.8e-6, []), (1e-7, ["cached = uncached"])):
+        found = iter((1.04e-5, theirs))
+        monkeypatch.setattr(verification, "_difference", lambda *_, found=found: next(found, 0.0))
+        assert failed(checkpoint) == wanted
 
 
 def test_a_calibrated_checkpoint_passes_and_records_its_decay(tiny_teacher, tmp_path):
