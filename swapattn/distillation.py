@@ -29,17 +29,16 @@ from .estimate import table
 from .integrity import samples
 from .loading import load, load_teacher
 from .logits import LogitWindows, read_manifest, wanted_logits
-from .lora import inject_, merge_, target_paths
+from .lora import inject_, merge_
 from .model_card import CARD, model_card
-from .objectives import check_document_mask, check_head, distill_loss, stage_flops
-from .optimizer import trainable_parameters
+from .objectives import check_document_mask, check_stages, distill_loss, stage_flops
 from .positions import positions_of
-from .preparation import as_converted, check_request, estimates, own_teachers, with_convert_section
+from .preparation import as_converted, check_names, check_request, estimates, own_teachers, with_convert_section
 from .recipe import Recipe, load_recipe
 from .reporting import Reporting
 from .resumption import enter, new_state, write_state
 from .sharding import gathered, is_sharded
-from .shards import NEW_SHARD, decays, trained_keys, write_trained
+from .shards import NEW_SHARD, decays, write_trained
 from .stages import AlignStage, CalibrateStage, DistillStage, Stage, stage_keys, stage_title, text_of, written_logits
 from .stopping import stopping_in_order
 from .training import LossFunction, out_of_memory, run_stage
@@ -182,12 +181,13 @@ class _Run:
                 f"{self.start.path}: its tokenizer sets texts apart by token {beyond[0]}, and the model knows {known} "
                 "tokens: name another one in its tokenizer_config.json"
             )
-        self._check_names(model)
+        check_names(self.recipe, model, self.start.path)
         if is_first_process():
             titles = [self._title(index) for index in range(len(self.keys))]
             self.state, held = enter(self.work, self.state, titles, overwrite=overwrite)
         self.state = processes.from_first(self.state)
         model = self._restored(model)
+        check_stages(model, self.recipe.distill.stages[len(self.state["stages"]) :])
         for index, stage in enumerate(self.recipe.distill.stages):
             if index < len(self.state["stages"]):
                 continue
@@ -204,20 +204,6 @@ class _Run:
             shutil.rmtree(self.work)
         processes.from_first(None)  # nobody leaves before the result is there
         return list(self.state["stages"])
-
-    def _check_names(self, model: Any) -> None:
-        """Before anything is trained: every stage trains something, each tensor stored under its own name."""
-        names: set[str] = set()
-        for stage, key in zip(self.recipe.distill.stages, self.keys, strict=True):
-            if isinstance(stage, CalibrateStage):
-                continue
-            found = {n for group in trainable_parameters(model, stage, key) for n in group}
-            if stage.train == "lora":
-                found |= {f"{path}.weight" for path in target_paths(model, stage, key)}
-            if not found:
-                raise RecipeError(f"distill.stages.{key}: nothing is trainable with these train and learning_rates")
-            names |= found
-        trained_keys(self.start.path, model, names)
 
     def _title(self, index: int) -> str:
         return stage_title(self.recipe.distill.stages[index].stage, self.keys[index])
@@ -262,10 +248,8 @@ class _Run:
             loss, teacher = self._distill_loss(index, stage, model)
         if stage.train == "lora":
             inject_(model, stage, seed=seed)
-        if apart:
-            check_document_mask(model)
-            if teacher is not None:
-                check_document_mask(teacher)
+        if apart and teacher is not None:
+            check_document_mask(teacher)
         if stage.length > (known := positions_of(teacher or model)):
             say(f"{stage.stage}: windows of {stage.length} tokens, the teacher was made for {known}")
         alone = isinstance(stage, DistillStage) and stage.branch == "local"
@@ -291,7 +275,6 @@ class _Run:
 
     def _distill_loss(self, index: int, stage: DistillStage, model: Any) -> tuple[LossFunction, Any | None]:
         """The teacher is the student itself where it can be, else a separate model, if any."""
-        check_head(model)
         own = own_teachers(self.recipe, self.start, self.teacher)[index]
         if own or not stage.runs_teacher:
             return functools.partial(distill_loss, stage=stage, teacher=None, amp=self.device != "cpu"), None

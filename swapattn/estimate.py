@@ -21,7 +21,7 @@ from .environment import say
 from .logits import LogitWindows
 from .lora import inject_
 from .losses import chunk_tokens
-from .objectives import stage_flops
+from .objectives import check_stages, stage_flops
 from .optimizer import trainable_parameters
 from .recipe import Recipe
 from .stages import AlignStage, CalibrateStage, DistillStage, Stage, TrainStage
@@ -54,6 +54,7 @@ def estimate(
 
     Raises:
         TrainingError: out of memory, with the setting to lower.
+        UnsupportedModelError: the model cannot do what the stage asks.
     """
     found: dict[str, Any] = {"stage": stage.stage, "tokens": stage.tokens}
     names: list[str] = []
@@ -124,6 +125,7 @@ def _train(
     model, loss, teacher = prepared(
         config, recipe, stage, stage.stage, device, own_teacher=own_teacher, teacher_config=teacher_config
     )
+    check_stages(model, [stage])
     flops = stage_flops(model, stage, teacher)
     vocabulary = model.config.get_text_config().vocab_size
     data: Any = RandomTokens(vocabulary, stage.length, document_mask=stage.document_mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .lora import adapters_off
 from .losses import Mixture, OutputEmbedding, TopK, linear_loss, normalized_mse
 from .modeling import MODEL_TYPE_PREFIX
 from .peak import forward_flops, step_flops
-from .stages import AlignStage, DistillStage, TrainStage
+from .stages import AlignStage, CalibrateStage, DistillStage, Stage, TrainStage
 from .swap import LightningSwap
 
 LayerError = Callable[[LightningSwap, AttentionCall, torch.Tensor], torch.Tensor]
@@ -190,12 +190,25 @@ def check_head(model: Any) -> None:
         raise UnsupportedModelError(f"model type {kind!r} scales its logits in a way that `distill` does not know")
 
 
+def check_stages(model: Any, stages: Iterable[Stage]) -> None:
+    """Make sure that the model can do what the stages ask of it.
+
+    Raises:
+        UnsupportedModelError: see `check_head` and `check_document_mask`.
+    """
+    stages = list(stages)
+    if any(isinstance(stage, DistillStage) for stage in stages):
+        check_head(model)
+    if any(not isinstance(stage, CalibrateStage) and stage.document_mask for stage in stages):
+        check_document_mask(model)
+
+
 @torch.no_grad()
 def check_document_mask(model: Any) -> None:
     """Make sure that the model keeps documents in a window apart, with its swaps and in softmax mode.
 
     Raises:
-        UnsupportedModelError: the family does not make its masks from positions.
+        UnsupportedModelError: the family does not make its masks from positions, or lacks what it needs for that.
     """
     ids = torch.arange(2 * SHORTEST, device=model.device)[None] % model.config.get_text_config().vocab_size
     pieces = ids.split(SHORTEST, 1)
@@ -203,14 +216,17 @@ def check_document_mask(model: Any) -> None:
     for mode in (contextlib.nullcontext(), observing(model, lambda *_: None)):
         with mode:
             alone = torch.cat([hidden_states(model, piece) for piece in pieces], 1).float()
+            reason = ""
             try:
                 found = hidden_states(model, ids, **apart(positions)).float()
             except TypeError:  # no such argument
                 found = torch.zeros_like(alone)
+            except ValueError as error:  # layers of another kind, for which a package is missing
+                found, reason = torch.zeros_like(alone), f" ({' '.join(str(error).split())})"
         if not (found - alone).norm() < 5e-2 * alone.norm():
             kind = _base_type(model)
             raise UnsupportedModelError(
-                f"model type {kind!r} cannot keep the documents of a window apart: set document_mask: false"
+                f"model type {kind!r} cannot keep the documents of a window apart: set document_mask: false{reason}"
             )
 
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import processes
 from .checkpoint import Checkpoint, find
@@ -21,10 +22,13 @@ from .environment import check_device, say
 from .errors import CheckpointError, RecipeError, SwapattnError, UsageError
 from .estimate import estimate
 from .logits import check_wanted_logits
+from .lora import target_paths
+from .optimizer import trainable_parameters
 from .recipe import Recipe, load_recipe, parse_recipe
 from .remote_code import use_own_code
-from .shards import read_config
+from .shards import read_config, trained_keys
 from .stages import CalibrateStage, DistillStage, stage_keys, text_of, written_logits
+from .surgery import apply_, plan
 from .text import TextMixture, TextSpec
 from .training import shares
 from .vocabulary import check_same_vocabulary
@@ -76,6 +80,21 @@ def check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str,
             if not (dry_run and spec.hub):  # steps are measured on random tokens
                 raise type(error)(f"{key}: {error}") from error
             say(f"{key}: {error}")
+
+
+def check_names(recipe: Recipe, model: Any, checkpoint: Path) -> None:
+    """Every stage trains something, and each tensor of it is stored under its own name; values are not asked for."""
+    names: set[str] = set()
+    for stage, key in zip(recipe.distill.stages, stage_keys(recipe.distill.stages), strict=True):
+        if isinstance(stage, CalibrateStage):
+            continue
+        found = {n for group in trainable_parameters(model, stage, key) for n in group}
+        if stage.train == "lora":
+            found |= {f"{path}.weight" for path in target_paths(model, stage, key)}
+        if not found:
+            raise RecipeError(f"distill.stages.{key}: nothing is trainable with these train and learning_rates")
+        names |= found
+    trained_keys(checkpoint, model, {name for name in names if ".swap." not in name})  # the swaps' may be made anew
 
 
 def own_teachers(recipe: Recipe, start: Checkpoint, teacher: Path) -> list[bool]:
@@ -152,6 +171,10 @@ def estimates(start: Checkpoint, recipe: Recipe, device: str, teacher: Path) -> 
     """The figures of `estimate` for each stage."""
     config = _shape(start)
     other = read_config(teacher) if (teacher / "config.json").is_file() else config
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        apply_(empty, plan(empty.config, recipe.convert))
+    check_names(recipe, empty, start.path)
     own = own_teachers(recipe, start, teacher)
     stages = zip(recipe.distill.stages, stage_keys(recipe.distill.stages), own, strict=True)
     return tuple(

@@ -876,3 +876,25 @@ def test_a_resumed_run_sees_the_windows_that_it_would_have_seen(converted, work,
     for (ids, positions), (expected, wanted) in zip(seen, whole, strict=True):
         assert torch.equal(ids, expected)
         assert torch.equal(positions, wanted)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "stage", "message"),
+    [
+        ("opt", {"document_mask": True}, "'opt' cannot keep the documents of a window apart: set document_mask"),
+        ("gpt_neox", {"train": "all", "backbone_learning_rate": 1e-3}, "under another name, so it cannot be trained"),
+    ],
+)
+def test_what_a_late_stage_cannot_do_is_said_before_the_first(
+    tiny_family, tiny_tokenizer, work, monkeypatch, kind, stage, message, dry_run
+):
+    """Not after the hours of those before it, and by a dry run too."""
+    tiny_family(kind).save_pretrained(work / "t")
+    tiny_tokenizer.save_pretrained(work / "t")
+    folder = convert(work / "t", work / "c", recipe=recipe()).path
+    for module in (swapattn.distillation, swapattn.estimate):
+        monkeypatch.setattr(module, "run_stage", lambda *_, **__: pytest.fail("trained"))
+    stages = (DISTILL, {**DISTILL, **stage}) if not dry_run else ({**DISTILL, **stage},)
+    with pytest.raises(SwapattnError, match=message):
+        distill(folder, recipe=recipe(*stages), device="cpu", dry_run=dry_run)

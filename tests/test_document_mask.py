@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from swapattn import data
+from swapattn import data, objectives
 from swapattn.attention import observing, swaps
 from swapattn.compilation import compiled_layers
 from swapattn.errors import UnsupportedModelError
@@ -169,3 +169,14 @@ def test_a_family_that_cannot_keep_documents_apart_is_refused(tiny_family, name,
         refused = pytest.raises(UnsupportedModelError, match=f"'{name}' cannot keep .* document_mask: false")
         with contextlib.nullcontext() if fine else refused:
             check_document_mask(model)
+
+
+def test_layers_of_another_kind_may_lack_what_keeps_documents_apart(tiny_family, monkeypatch):
+    def lacking(model, ids, **given):
+        if given:
+            raise ValueError("install a package")  # as the gated delta rule of qwen3_next in transformers
+        return hidden_states(model, ids)
+
+    monkeypatch.setattr(objectives, "hidden_states", lacking)
+    with pytest.raises(UnsupportedModelError, match=r"document_mask: false \(install a package\)"):
+        check_document_mask(build(tiny_family("llama")))
