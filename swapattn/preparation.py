@@ -26,8 +26,9 @@ from .lora import target_paths
 from .optimizer import trainable_parameters
 from .recipe import Recipe, load_recipe, parse_recipe
 from .remote_code import use_own_code
-from .shards import read_config, trained_keys
+from .shards import read_config, read_weight_map
 from .stages import CalibrateStage, DistillStage, stage_keys, text_of, written_logits
+from .stored import check_way_back, trained_tensors
 from .surgery import apply_, plan
 from .text import TextMixture, TextSpec
 from .training import shares
@@ -94,7 +95,9 @@ def check_names(recipe: Recipe, model: Any, checkpoint: Path) -> None:
         if not found:
             raise RecipeError(f"distill.stages.{key}: nothing is trainable with these train and learning_rates")
         names |= found
-    trained_keys(checkpoint, model, {name for name in names if ".swap." not in name})  # the swaps' may be made anew
+    weight_map = read_weight_map(checkpoint)
+    own = {name for name in names if ".swap." not in name}  # the swaps' may be made anew
+    check_way_back(checkpoint, weight_map, trained_tensors(checkpoint, weight_map, model, own))
 
 
 def own_teachers(recipe: Recipe, start: Checkpoint, teacher: Path) -> list[bool]:

@@ -30,6 +30,7 @@ from .loading import TOKENIZER, tokenizer_in
 from .model_card import CARD, model_card
 from .modeling import MODEL_TYPE_PREFIX, write_runtime
 from .remote_code import use_own_code
+from .stored import trained_tensors
 from .swap import LightningSwap
 
 INDEX = "model.safetensors.index.json"
@@ -259,38 +260,21 @@ def write_trained(folder: Path, parent: Path, model: nn.Module, trained: set[str
     Shards without a trained tensor are linked; the others are written anew, one at a time, in their stored dtypes.
     """
     weight_map = read_weight_map(parent)
-    changed = trained_keys(parent, model, trained)
+    changed = trained_tensors(parent, weight_map, model, trained)
     for shard in sorted(set(weight_map.values())):
-        if not any(weight_map[name] == shard for name in changed):
+        here = {name: source for name, source in changed.items() if weight_map[name] == shard}
+        if not here:
             link_or_copy(parent / shard, folder / shard)
             continue
         with safe_open(parent / shard, framework="pt") as old:
             tensors = {key: old.get_tensor(key) for key in old.keys()}  # noqa: SIM118 - no mapping
-        for key in tensors.keys() & changed.keys():
-            tensors[key] = changed[key].detach().to("cpu", tensors[key].dtype).clone()
+        for source in {id(source): source for source in here.values()}.values():
+            for key, tensor in source.stored().items():
+                if key in here:
+                    tensors[key] = tensor.detach().to("cpu", tensors[key].dtype).clone().reshape(tensors[key].shape)
         write_shard(tensors, folder / shard)
     for name in ("config.json", INDEX):
         shutil.copyfile(parent / name, folder / name)
     copy_companions(parent, folder)
     config = json.loads((parent / "config.json").read_text(encoding="utf-8"))
     write_runtime(folder, config["swapattn"]["base_model_type"])
-
-
-def trained_keys(checkpoint: Path, model: nn.Module, trained: set[str]) -> dict[str, nn.Parameter]:
-    """Stored name -> parameter of everything that is trained, under all of its names.
-
-    A tied matrix may be stored under both of its names; when only one of them is written anew, loading unties them.
-
-    Raises:
-        CheckpointError: one is stored under none of its names, as in families that fuse or rename tensors on loading.
-    """
-    weight_map = read_weight_map(checkpoint)
-    every = dict(model.named_parameters(remove_duplicate=False))
-    names = {id(every[name]): name for name in trained}
-    found = {key: p for key, p in every.items() if id(p) in names and key in weight_map}
-    missing = sorted(names[key] for key in names.keys() - {id(p) for p in found.values()})
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint} stores {missing[0]} under another name, so it cannot be trained: use train: new"
-        )
-    return found

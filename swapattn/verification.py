@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -24,13 +25,14 @@ from .cache import CACHE
 from .call import AttentionCall
 from .checkpoint import Checkpoint, find
 from .environment import say
-from .errors import SwapattnError
+from .errors import CheckpointError, SwapattnError
 from .integrity import altered_files, damaged_shards, foreign_code, pickled_files, rewritten
 from .loading import load, load_teacher
 from .modeling import swap_classes
 from .positions import LIMITS, positions_of
 from .remote_code import use_own_code
 from .shards import INDEX, decays, read_config, read_weight_map
+from .stored import trained_tensors
 from .surgery import SwapPlan, plan
 from .swap import LightningSwap
 
@@ -198,10 +200,11 @@ class _Verifier:
     def _trained(self) -> set[str]:
         """Stored names that were trained, under all names of a tied matrix."""
         trained = set(self.checkpoint.record.get("trained", ()))
-        if self.model is not None:
-            every = dict(self.model.named_parameters(remove_duplicate=False))
-            tied = {id(every[name]) for name in trained if name in every}
-            trained |= {name for name, parameter in every.items() if id(parameter) in tied}
+        if self.model is None:
+            return trained
+        known = trained & dict(self.model.named_parameters(remove_duplicate=False)).keys()
+        with contextlib.suppress(CheckpointError):  # stored in a form that is not known here
+            trained |= trained_tensors(self.folder, read_weight_map(self.folder), self.model, known).keys()
         return trained
 
     def _weights(self) -> str:

@@ -20,6 +20,7 @@ import swapattn.distillation
 import swapattn.estimate
 import swapattn.progress
 import swapattn.reporting
+import swapattn.stored
 import swapattn.training
 from swapattn.attention import only_branch, swaps
 from swapattn.checkpoint import read
@@ -30,6 +31,8 @@ from swapattn.errors import CheckpointError, RecipeError, SourceError, SwapattnE
 from swapattn.loading import load, load_teacher
 from swapattn.optimizer import _factor
 from swapattn.recipe import parse_recipe
+from swapattn.shards import read_weight_map
+from swapattn.verification import verify
 
 CALIBRATE = {"stage": "calibrate", "tokens": 256, "length": 64}
 ALIGN = {"stage": "align", "tokens": 256, "length": 32, "batch": 2, "learning_rate": 1e-2}
@@ -878,12 +881,49 @@ def test_a_resumed_run_sees_the_windows_that_it_would_have_seen(converted, work,
         assert torch.equal(positions, wanted)
 
 
+@pytest.mark.parametrize("kind", ["gpt_neox", "mixtral"])
+def test_what_is_stored_in_another_form_is_trained_and_stored_so_again(tiny_family, tiny_tokenizer, work, kind):
+    tiny_family(kind).save_pretrained(work / "t")
+    tiny_tokenizer.save_pretrained(work / "t")
+    folder = convert(work / "t", work / "c", recipe=recipe()).path
+    found = distill(folder, recipe=recipe(EVERYTHING), device="cpu").path
+    assert read_weight_map(found) == read_weight_map(folder)
+    before, after = (dict(load(path)[0].named_parameters()) for path in (folder, found))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in before if "experts" in name or "lm_head" in name} <= changed
+    weights = next(row for row in verify(found, reload=False).rows if row.name == "weights")
+    assert weights.passed, weights.detail
+
+
+def test_a_form_without_a_way_back_is_not_trained(tiny_family, tiny_tokenizer, work, monkeypatch):
+    tiny_family("mixtral").save_pretrained(work / "t")
+    tiny_tokenizer.save_pretrained(work / "t")
+    folder = convert(work / "t", work / "c", recipe=recipe()).path
+    monkeypatch.setattr(
+        "swapattn.stored.revert_weight_conversion", lambda _, tensors: {n: -t for n, t in tensors.items()}
+    )
+    with pytest.raises(CheckpointError, match=r"experts.* in another form, so it cannot be trained: say train: new"):
+        distill(folder, recipe=recipe(EVERYTHING), device="cpu")
+
+
+def test_a_way_back_that_ends_elsewhere_is_not_taken(tiny_family, tiny_tokenizer, work, monkeypatch):
+    tiny_family("mixtral").save_pretrained(work / "t")
+    tiny_tokenizer.save_pretrained(work / "t")
+    folder = convert(work / "t", work / "c", recipe=recipe()).path
+    back = swapattn.stored.revert_weight_conversion
+    monkeypatch.setattr(
+        "swapattn.stored.revert_weight_conversion", lambda *args: {n: t.flip(0) for n, t in back(*args).items()}
+    )
+    with pytest.raises(CheckpointError, match=r"experts.* in a form that is not found again, so it cannot be trained"):
+        distill(folder, recipe=recipe(EVERYTHING), device="cpu")
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 @pytest.mark.parametrize(
     ("kind", "stage", "message"),
     [
         ("opt", {"document_mask": True}, "'opt' cannot keep the documents of a window apart: set document_mask"),
-        ("gpt_neox", {"train": "all", "backbone_learning_rate": 1e-3}, "under another name, so it cannot be trained"),
     ],
 )
 def test_what_a_late_stage_cannot_do_is_said_before_the_first(

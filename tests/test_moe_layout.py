@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from swapattn.conversion import convert
 from swapattn.errors import CheckpointError
 from swapattn.loading import load
+from swapattn.shards import write_trained
 from swapattn.verification import verify
 
 HIDDEN, INNER, EXPERTS, LAYERS = 32, 16, 3, 2
@@ -100,6 +101,24 @@ def test_every_expert_is_where_it_belongs(tmp_path, kind):
     assert all(torch.equal(own[name], expected[name]) for name in expected)
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=torch.arange(12)[None]).logits).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_experts_are_stored_as_they_were(tmp_path, kind):
+    tensors = hub_tensors(kind)
+    folder = convert(write_teacher(tmp_path / "t", kind, tensors), tmp_path / "c", recipe="smoke").path
+    model = load(folder)[0].float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.rand_like(parameter)
+    (tmp_path / "d").mkdir()
+    write_trained(tmp_path / "d", folder, model, dict(model.named_parameters()).keys())
+    stored = {}
+    for file in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        stored |= load_file(tmp_path / "d" / file)
+    assert {name: tensor.shape for name, tensor in stored.items()} == {n: t.shape for n, t in tensors.items()}
+    again, own = fused(kind, stored), dict(model.named_parameters())
+    assert all(torch.equal(tensor, own[name].bfloat16()) for name, tensor in again.items())
 
 
 @pytest.mark.parametrize("what", ["missing", "unexpected"])

@@ -1,0 +1,48 @@
+"""Everything that is trained is found again by who loads the checkpoint, in whatever form its family stores it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from every_type import tiny_model
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from swapattn import families
+from swapattn.conversion import convert
+from swapattn.errors import SwapattnError
+from swapattn.loading import load
+from swapattn.recipe import ConvertSpec
+from swapattn.shards import read_weight_map, write_trained
+from swapattn.stored import check_way_back, trained_tensors
+from swapattn.surgery import plan
+
+QUICK = "llama", "gpt_neox", "qwen3_next", "gemma3"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow)
+        for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    ],
+)
+def test_what_was_trained_is_found_again(kind, tmp_path):
+    try:
+        plan(families.tiny_config(kind), ConvertSpec())
+    except SwapattnError as refusal:
+        pytest.skip(str(refusal))
+    tiny_model(kind).float().save_pretrained(tmp_path / "t")
+    folder = convert(tmp_path / "t", tmp_path / "c", recipe="smoke").path
+    model, weight_map = load(folder)[0].float(), read_weight_map(folder)
+    parameters = dict(model.named_parameters())
+    check_way_back(folder, weight_map, trained_tensors(folder, weight_map, model, set(parameters)))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+    (tmp_path / "d").mkdir()
+    write_trained(tmp_path / "d", folder, model, set(parameters))
+    assert read_weight_map(tmp_path / "d") == weight_map
+    again = dict(load(tmp_path / "d")[0].float().named_parameters())
+    assert again.keys() == parameters.keys()
+    assert all(torch.equal(parameter, again[name]) for name, parameter in parameters.items())
