@@ -110,7 +110,7 @@ class SwapPlan:
             total += 4 * states * features * (site.value_dim + (self.spec.normalizer == "sum"))
             if self.spec.local:
                 slots = self.spec.local.window + self.spec.local.sinks + 1
-                keys = 2 if self.spec.local.mix == "joint" and self.spec.rope.linear == "drop" else 1
+                keys = 2 if self.spec.local.mix == "joint" and site.rotary else 1  # as they are and not rotated
                 total += 2 * slots * site.kv_heads * (keys * site.head_dim + site.value_dim)
         return total
 

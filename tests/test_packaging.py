@@ -48,6 +48,7 @@ LAYERS = (
         "training",
         "objectives",
         "shards",
+        "stored",
         "scores",
         "eval_table",
         "probes",
