@@ -2,7 +2,7 @@
 
 Some families hold other tensors in memory than in files: experts as one tensor (Mixtral, Qwen3-MoE), a matrix under a
 newer name (GPT-NeoX). transformers converts on loading, and back on saving; here the same way back is taken for what
-has been trained alone, block by block.
+has been trained alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from .errors import CheckpointError
 
-_BLOCK = re.compile(r".*?\.\d+\.")
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -59,35 +59,37 @@ def trained_tensors(
     names = {id(every[name]): name for name in trained}
     found = {key: Source(model, {key: p}) for key, p in every.items() if id(p) in names and key in weight_map}
     stored = {id(p) for key, p in every.items() if key in weight_map}
-    blocks: dict[str, dict[str, nn.Parameter]] = {}
-    for key, p in model.named_parameters():  # a tied one under its first name
-        if id(p) not in stored:
-            blocks.setdefault(_block(key), {})[key] = p
-    for parameters in blocks.values():
+    others = {key: p for key, p in model.named_parameters() if id(p) not in stored}  # a tied one under its first name
+    for parameters, made in _together(model, others):
         missing = sorted(names[id(p)] for p in parameters.values() if id(p) in names)
-        if not missing:
-            continue
-        source = Source(model, parameters, converted=True)
-        try:
-            made = source.stored("meta").keys()
-        except Exception:  # whatever a conversion raises that has no way back
-            made = parameters.keys()
-        if not made <= weight_map.keys():
+        if missing and not made <= weight_map.keys():
             raise CheckpointError(
                 f"{checkpoint} stores {missing[0]} in another form, so it cannot be trained: say train: new"
             )
-        found |= dict.fromkeys(made, source)
+        if missing:
+            found |= dict.fromkeys(made, Source(model, parameters, converted=True))
     return found
 
 
-def _block(name: str) -> str:
-    """The numbered module that a parameter belongs to, such as a decoder layer: what is converted at a time."""
-    found = _BLOCK.match(name)
-    return found.group() if found else ""
+def _together(model: nn.Module, others: dict[str, nn.Parameter]) -> list[tuple[dict[str, nn.Parameter], set[str]]]:
+    """Parameters in groups that are stored in tensors of their own, with the names of these."""
+    groups: list[tuple[dict[str, nn.Parameter], set[str]]] = []
+    for name, parameter in others.items():
+        parameters = {name: parameter}
+        try:
+            made = set(Source(model, parameters, converted=True).stored("meta"))
+        except Exception:  # whatever a conversion raises that has no way back
+            made = {name}
+        joined = [group for group in groups if group[1] & made]
+        groups = [group for group in groups if not group[1] & made]
+        for before, before_made in joined:
+            parameters, made = before | parameters, before_made | made
+        groups.append((parameters, made))
+    return groups
 
 
 def check_way_back(folder: Path, weight_map: Mapping[str, str], sources: Mapping[str, Source]) -> None:
-    """Make sure that what was converted on loading is stored as it was, by one block of each size.
+    """Make sure that what was converted on loading is stored as it was, in one layer of each kind.
 
     Args:
         folder: the checkpoint that the model was loaded from; nothing has been trained since.
@@ -97,7 +99,7 @@ def check_way_back(folder: Path, weight_map: Mapping[str, str], sources: Mapping
     """
     seen: set[tuple[str, ...]] = set()
     for source in {id(source): source for source in sources.values() if source.converted}.values():
-        kind = tuple(_BLOCK.sub("", name) for name in source.parameters)
+        kind = tuple(_NUMBER.sub(".", name) for name in source.parameters)
         if kind in seen or any(p.is_meta for p in source.parameters.values()):
             continue
         seen.add(kind)

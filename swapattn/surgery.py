@@ -6,6 +6,7 @@ whoever calls it is an attention layer, whatever its module is called. Nothing d
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterator
@@ -300,17 +301,18 @@ def _check_options(kind: str, spec: ConvertSpec, swapped: tuple[AttentionSite, .
 
 def _without_auto(
     config: Any, spec: ConvertSpec, swapped: tuple[AttentionSite, ...], keep: tuple[AttentionSite, ...]
-) -> ConvertSpec:
-    """The spec with `rope.linear: auto` replaced by what becomes of it on this model."""
+) -> tuple[ConvertSpec, tuple[AttentionSite, ...]]:
+    """The spec, `rope.linear: auto` replaced by what becomes of it on this model, and the swapped sites for it."""
     if spec.rope.linear != "auto":
-        return spec
+        return spec, _with_rotary(config, spec, swapped, keep)
     drop, leave = (
         spec.model_copy(update={"rope": spec.rope.model_copy(update={"linear": how})}) for how in ("drop", "keep")
     )
-    try:
-        return drop if any(site.rotary for site in _with_rotary(config, drop, swapped, keep)) else leave
-    except UnsupportedModelError:
-        return leave
+    with contextlib.suppress(UnsupportedModelError):
+        sites = _with_rotary(config, drop, swapped, keep)
+        if any(site.rotary for site in sites):
+            return drop, sites
+    return leave, _with_rotary(config, leave, swapped, keep)
 
 
 def _with_rotary(
@@ -355,10 +357,10 @@ def plan(config: Any, spec: ConvertSpec) -> SwapPlan:
     swapped = tuple(site for i, site in enumerate(sites) if i not in kept)
     _check_options(config.model_type, spec, swapped)
     keep = tuple(site for i, site in enumerate(sites) if i in kept)
-    spec = _without_auto(config, spec, swapped, keep)
+    spec, swapped = _without_auto(config, spec, swapped, keep)
     return SwapPlan(
         base_model_type=config.model_type,
-        swap=_with_rotary(config, spec, swapped, keep),
+        swap=swapped,
         keep=keep,
         spec=spec,
         layers=max(site.layer_idx for site in sites) + 1,
