@@ -1,7 +1,7 @@
 """Distil and measure several recipes side by side: how the tables of README.md and their JSON are made.
 
     python recipes/measure.py run recipes/runs/short.yaml -o measured --gpus 0 --lanes 3 --eval-gpus 1 --eval-lanes 3 \
-        --text '{files: [corpus/*.txt.zst]}' --heldout brown.txt.zst
+        --text "$(cat recipes/runs/prose.yaml)" --heldout brown.txt.zst
 
 Each run of the file is converted, distilled and evaluated by the three commands, as a user would. The file names what
 is set in all runs under `set` and their evaluations under `evals`, a run may have more of its own; HELDOUT stands for
@@ -62,6 +62,7 @@ def run(
     """Carry out the runs of FILE, print the table; exit code 1 if any failed."""
     output.mkdir(parents=True, exist_ok=True)
     described = yaml.safe_load(file.read_text())
+    text = json.dumps(yaml.safe_load(text)) if text else None  # on one line, for the records
     unknown = set(only) - described["runs"].keys()
     if unknown:
         raise click.UsageError(f"{file} has no run {', '.join(sorted(unknown))}")
