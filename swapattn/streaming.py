@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
 
 from . import surgery
 from .errors import SwapattnError
@@ -46,30 +55,28 @@ def streamed_teacher(
         device: where to compute.
 
     Raises:
-        NotStreamableError: a parameter is not stored under its own name and shape, as where loading fuses experts.
+        NotStreamableError: a parameter cannot be made from what is stored.
     """
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(read_config(folder), dtype=torch.float32)
-    shards = _Shards(folder, weight_map, model.base_model_prefix, torch.device(device))
+    shards = _Shards(folder, weight_map, model, torch.device(device))
     blocks = _blocks(model, plan)
-    stored = [(block, [(name, p) for name, p in parameters.items()]) for block, parameters in blocks.items()]
-    for _, parameters in stored:
-        shards.check(parameters)
+    stored = shards.by_block(blocks)
     for module in model.modules():  # few and small: rotary frequencies, scales
         for key, buffer in module._buffers.items():
             module._buffers[key] = buffer.to(device) if buffer is not None else None
-    shards.read_buffers(model)
+    shards.load(shards.buffers)
     surgery.apply_(model, plan)
     for path in (site.path for site in plan.swap):
         model.get_submodule(path).swap.to(device)
-    for block, parameters in stored:
-        _stream(model, block, [name for name, _ in parameters], shards)
+    for block, names in blocks.items():
+        _stream(model, block, names, stored[block], shards)
     _watch(model.base_model)
     return model.eval()
 
 
-def _blocks(model: nn.Module, plan: surgery.SwapPlan) -> dict[str, dict[str, nn.Parameter]]:
-    """Path of each block -> its parameters by their full names; every parameter of the model is in one block."""
+def _blocks(model: nn.Module, plan: surgery.SwapPlan) -> dict[str, list[str]]:
+    """Path of each block -> the full names of its parameters; every parameter of the model is in one block."""
     paths, neighbours = set(), set()
     for site in (*plan.swap, *plan.keep):
         found = _BLOCK.match(site.path)
@@ -78,26 +85,24 @@ def _blocks(model: nn.Module, plan: surgery.SwapPlan) -> dict[str, dict[str, nn.
     for name, _ in model.named_modules():  # layers without attention read each other's weights no less
         found = _BLOCK.match(name)
         paths |= {found.group(1)} if found and found.group(2) in neighbours else set()
-    blocks: dict[str, dict[str, nn.Parameter]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    blocks: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
         owner = name.rpartition(".")[0]
         block = next((path for path in paths if owner == path or owner.startswith(f"{path}.")), owner)
-        blocks.setdefault(block, {})[name] = parameter
+        blocks.setdefault(block, []).append(name)
     return blocks
 
 
-def _stream(model: nn.Module, block: str, names: list[str], shards: _Shards) -> None:
+def _stream(model: nn.Module, block: str, names: list[str], stored: list[str], shards: _Shards) -> None:
     """Let a block have its weights while it runs."""
-    owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], name) for name in names]
-    empty = [owner._parameters[key] for owner, key, _ in owners]
+    owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    empty = [owner._parameters[key] for owner, key in owners]
 
     def fill(*_: Any) -> None:
-        for (owner, key, name), parameter in zip(owners, empty, strict=True):
-            assert parameter is not None
-            owner._parameters[key] = nn.Parameter(shards.read(name, parameter.dtype), requires_grad=False)
+        shards.load(stored)
 
     def drop(*_: Any) -> None:
-        for (owner, key, _name), parameter in zip(owners, empty, strict=True):
+        for (owner, key), parameter in zip(owners, empty, strict=True):
             owner._parameters[key] = parameter
 
     module = model.get_submodule(block)
@@ -133,45 +138,52 @@ def _watch(model: nn.Module) -> None:
 
 
 class _Shards:
-    """Tensors of a model folder under the names of the model's parameters."""
+    """Tensors of a model folder, loaded into parts of the model as transformers loads all of it.
 
-    def __init__(self, folder: Path, weight_map: Mapping[str, str], prefix: str, device: torch.device) -> None:
-        self.folder = folder
-        self.weight_map = weight_map
-        self.prefix = f"{prefix}."
-        self.device = device
+    So names of older repositories are known, and what is stored in another form (experts one by one) is put together.
+    """
 
-    def key(self, name: str) -> str | None:
-        """The stored name; older repositories leave out the name of the base model."""
-        short = name.removeprefix(self.prefix)
-        return name if name in self.weight_map else short if short in self.weight_map else None
-
-    def check(self, parameters: list[tuple[str, nn.Parameter]]) -> None:
-        """Every parameter of a block is stored as it is, or the block's weights are found out to be missing later."""
-        for name, parameter in parameters:
-            key = self.key(name)
-            if key is None:
-                if name.startswith(self.prefix):
-                    raise NotStreamableError(f"{name} is not stored under its own name")
-                continue  # of the head, which may be tied and is not run
-            with safe_open(self.folder / self.weight_map[key], framework="pt") as shard:
-                shape = tuple(shard.get_slice(key).get_shape())
-            if shape != tuple(parameter.shape):
-                raise NotStreamableError(f"{name} is stored as {list(shape)}, not {list(parameter.shape)}")
-
-    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """One tensor on the device; the file is closed again, so that its pages do not count as this process's."""
-        key = self.key(name)
-        if key is None:
-            raise NotStreamableError(f"{name} is not stored under its own name")
-        with safe_open(self.folder / self.weight_map[key], framework="pt") as shard:
-            tensor: torch.Tensor = shard.get_tensor(key)
-        return tensor.to(self.device, dtype)
-
-    def read_buffers(self, model: nn.Module) -> None:
-        """Load the buffers that the checkpoint stores."""
+    def __init__(self, folder: Path, weight_map: Mapping[str, str], model: Any, device: torch.device) -> None:
+        self.folder, self.weight_map, self.model, self.device = folder, weight_map, model, device
+        self.changes = get_model_conversion_mapping(model)
+        renamings = [change for change in self.changes if isinstance(change, WeightRenaming)]
+        converters = [change for change in self.changes if isinstance(change, WeightConverter)]
+        state, prefix = model.state_dict(), model.base_model_prefix
+        self.targets = {key: rename_source_key(key, renamings, converters, prefix, state)[0] for key in weight_map}
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name in model.state_dict():
-            if name not in parameters and self.key(name) is not None:
-                buffer = model.get_buffer(name)
-                buffer.copy_(self.read(name, buffer.dtype))
+        self.buffers = [key for key, name in self.targets.items() if name in state and name not in parameters]
+
+    def by_block(self, blocks: Mapping[str, list[str]]) -> dict[str, list[str]]:
+        """Path of each block -> the stored names that its parameters are made from, by their headers."""
+        of = {name: block for block, names in blocks.items() for name in names}
+        stored: dict[str, list[str]] = {block: [] for block in blocks}
+        for key, name in self.targets.items():
+            if name in of:
+                stored[of[name]].append(key)
+        missing = self._load({key: self._empty(key) for keys in stored.values() for key in keys}, "meta")
+        for name in sorted(missing & of.keys()):
+            if name.startswith(f"{self.model.base_model_prefix}."):  # the head, which may be tied, is not run
+                raise NotStreamableError(f"{name} is not stored in a form that is known")
+        return stored
+
+    def _empty(self, key: str) -> torch.Tensor:
+        with safe_open(self.folder / self.weight_map[key], framework="pt") as shard:
+            return torch.empty(shard.get_slice(key).get_shape(), device="meta")
+
+    def load(self, keys: list[str]) -> None:
+        """Load stored tensors; files are closed again, so that their pages do not count as this process's."""
+        with ExitStack() as files, _disable_current_modes():  # `_Present`: what is absent is looked at all the same
+            names = {self.weight_map[key] for key in keys}
+            shards = {name: files.enter_context(safe_open(self.folder / name, framework="pt")) for name in names}
+            self._load({key: shards[self.weight_map[key]].get_slice(key) for key in keys}, self.device)
+
+    def _load(self, tensors: dict[str, Any], device: torch.device | str) -> set[str]:
+        """Set the parameters that are made from tensors; returns the names of all others."""
+        config = LoadStateDictConfig(weight_mapping=self.changes, device_map={"": device}, dtype=torch.float32)
+        found, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+        for name, shape, wanted in sorted(found.mismatched_keys):
+            raise NotStreamableError(f"{name} is stored as {list(shape)}, not {list(wanted)}")
+        for name, reason in found.conversion_errors.items():
+            raise NotStreamableError(f"{name} cannot be made from what is stored: {reason}")
+        missing: set[str] = found.missing_keys
+        return missing
