@@ -99,7 +99,8 @@ def error_of_share(
         seed: of the resampling.
 
     Returns:
-        None where there is no such error: no chance, fewer than two documents, other documents, or another figure.
+        None where there is no such error: no chance, fewer than two documents, other documents, another figure, or a
+        teacher that guesses in too many resamples.
     """
     import numpy as np
 
@@ -116,8 +117,10 @@ def error_of_share(
     drawn = np.asarray([margins[:, places].mean(1) for places in chosen])
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = drawn[:, 0] / drawn[:, 1]
-    low, high = np.nanpercentile(shares, (15.865, 84.135))
-    return float(high - low) / 2
+        shares = shares[~np.isnan(shares)]
+        low, high = np.percentile(shares, (15.865, 84.135)) if shares.size else (np.nan, np.nan)
+        error = float(high - low) / 2
+    return error if np.isfinite(error) else None
 
 
 def _bootstrap_of_mean(student: Sequence[float], teacher: Sequence[float], seed: int) -> Significance:

@@ -590,6 +590,13 @@ class TestSignificance:
         assert significance.error_of_share(ours, {"a": 1.0, "c": 0.0}, 0.0, (0.5, 0.5)) is None
         assert significance.error_of_share({"a": [1.0, 2]}, {"a": [1.0, 2]}, 0.0, (0.5, 0.5)) is None
 
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("right", [0, 1, 2])
+    def test_no_error_and_no_warning_of_a_share_of_no_margin(self, right: int) -> None:
+        teacher = {i: float(i < right) for i in range(4)}
+        student = {i: float(i == 3) for i in range(4)}
+        assert significance.error_of_share(student, teacher, right / 4, (0.25, right / 4)) is None
+
     def test_no_difference_has_a_large_p(self) -> None:
         values = {i: [-2.0 - i % 3, 4] for i in range(40)}
         found = significance.compare(values, values, 0.0, lambda items: -sum(i[0] for i in items) / len(items))
