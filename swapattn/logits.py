@@ -8,6 +8,7 @@ the probability of all other tokens.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint, check_target, write_json
 from .data import PackedTokens, sizes
 from .environment import check_device, say, versions
-from .errors import CheckpointError, UsageError
+from .errors import CheckpointError, SwapattnError, UsageError
 from .exclusive import LOCK, empty, hold
 from .loading import load_teacher
 from .losses import TopK, chunk_tokens
@@ -297,8 +298,16 @@ class _Writer:
             say(f"{folder} is there already")
             return
         with hold(self.scratch):
-            self._parts(self._open(overwrite))
-            write_json(self.scratch / MANIFEST, {**self.manifest, "versions": versions()})
+            try:
+                self._parts(self._open(overwrite))
+                write_json(self.scratch / MANIFEST, {**self.manifest, "versions": versions()})
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise SwapattnError(
+                    f"{self.wanted.title}: the disk of {self.scratch} is full: free some space and repeat the command, "
+                    "which keeps the parts that are whole, or name another folder as the stage's teacher.logits"
+                ) from error
             if folder.exists():
                 shutil.rmtree(folder)
             (self.scratch / LOCK).unlink()

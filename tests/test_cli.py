@@ -180,6 +180,13 @@ class TestFailures:
         result = fake(callback)
         assert result.stderr.startswith(f"Error: disk full while writing {Path.cwd()}")
 
+    def test_a_full_disk_without_a_path_is_that_of_the_output(self):
+        def callback(as_json, output):
+            raise OSError(errno.ENOSPC, "No space left on device")  # as a file that is written says it
+
+        result = fake(click.option("-o", "--output")(callback), "-o", "there/x.jsonl")
+        assert result.stderr.startswith("Error: disk full while writing there/x.jsonl: ")
+
     def test_an_error_of_ours_keeps_its_own_words_on_a_full_disk(self):
         error = errors.CheckpointError("disk full while writing out/x: free some space")
         error.__cause__ = OSError(errno.ENOSPC, "No space left on device")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -160,7 +161,16 @@ def test_with_all_tokens_kept_a_stage_learns_the_same_without_its_teacher(conver
     assert losses(found)[-1] < losses(found)[0]
 
 
-def test_an_interrupted_call_goes_on_and_a_finished_one_is_left_alone(converted, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("stop", "told", "words"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (OSError(errno.ENOSPC, "Error writing bytes"), SwapattnError, r"disk of \S*\.kept\.writing is full: .*logits"),
+    ],
+)
+def test_an_interrupted_call_goes_on_and_a_finished_one_is_left_alone(
+    converted, tmp_path, monkeypatch, capsys, stop, told, words
+):
     monkeypatch.setattr(swapattn.logits, "PART_TOKENS", 96)
     what = recipe(WRITTEN)
     write_logits(find(model=converted), what, top=5)
@@ -175,11 +185,11 @@ def test_an_interrupted_call_goes_on_and_a_finished_one_is_left_alone(converted,
         if str(target).endswith(".arrow"):
             calls.append(target)
             if len(calls) == 2:
-                raise KeyboardInterrupt
+                raise stop
         replace(source, target)
 
     monkeypatch.setattr(swapattn.logits.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(told, match=words):
         write_logits(find(model=converted), what, top=5)
     assert not (tmp_path / "kept").exists()
     with pytest.raises(UsageError, match="unfinished logits of something else"):

@@ -177,7 +177,9 @@ def _disk_full(error: BaseException) -> str | None:
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(link):
             # a failed copy names what it read first and what it wrote second
             names = (link.filename2, link.filename) if isinstance(link, OSError) else ()
-            where = next(filter(None, names), Path.cwd())
+            context = click.get_current_context(silent=True)
+            output = context.params.get("output") if context else None  # a failed write names nothing
+            where = next(filter(None, (*names, output)), Path.cwd())
             return f"disk full while writing {where}: free some space, or choose another folder with -o"
         link = link.__cause__ or link.__context__
     return None
