@@ -83,8 +83,7 @@ def measure(
     return _Measurement(subject, settings, samples).run(units, extras)
 
 
-_BEGIN = {"windows begin": "as the tokenizer begins a text"}  # what was kept of windows that did not is not taken
-_TOLD_APART = {**_BEGIN, "windows told apart by": "their tokens"}  # nor what does not say which tokens they hold
+_EDITION = 3  # one more when an extra measures something else under the same settings: what was kept is not taken then
 
 
 class _Measurement:
@@ -153,7 +152,7 @@ class _Measurement:
         if extras.perplexity:
             self._remember(
                 "perplexity",
-                {"windows": WINDOWS, "length": "512 at most", **_BEGIN},
+                {"windows": WINDOWS, "length": "512 at most"},
                 lambda: asdict(embedded_perplexity(*self._loaded)),
             )
         if extras.text is not None:
@@ -163,7 +162,7 @@ class _Measurement:
             path, longest = extras.text, extras.longest
             self._remember(
                 "text",
-                {"text": text, "longest": longest, **_TOLD_APART},
+                {"text": text, "longest": longest},
                 lambda: perplexity_of_file(*self._loaded, path, longest=longest),
             )
             # kept by content: an earlier run may have known the text by another path
@@ -177,7 +176,7 @@ class _Measurement:
                 "documents": extras.documents,
                 "generation": extras.generation,
             }
-            self._remember("probes", {**options, **_TOLD_APART}, lambda: collect(*self._loaded, **options))
+            self._remember("probes", options, lambda: collect(*self._loaded, **options))
         if extras.cost:
             from .cost import measure as measure_cost
 
@@ -186,7 +185,7 @@ class _Measurement:
             self.measured.extras["cost"] = measure_cost(self._loaded[0], beyond=True)
 
     def _remember(self, name: str, parts: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> None:
-        key = key_of({**self.identity, "extra": name, **parts})
+        key = key_of({**self.identity, "extra": name, "edition": _EDITION, **parts})
         found = self.subject.store.get(key)
         if found is None:
             say(f"measuring the {self.subject.role} model: {name}")
