@@ -60,9 +60,12 @@ class Case:
         if started:
             self.states = [random(count, held, dim, value_dim)] + [random(count, held, dim).abs() * 3] * normalize
         mask = torch.rand(rows, length, generator=generator).to(device) > 0.3 if hidden else None
+        starts = torch.tensor(bounds, device=device) if bounds else None
+        if bounds and layout == "within":  # a column of a table
+            starts = torch.stack((starts, starts), 1)[:, 0]
         self.options = {
             "scale": scale,
-            "cu_seqlens": torch.tensor(bounds, device=device) if bounds else None,
+            "cu_seqlens": starts,
             "mask": mask,
             "normalize": normalize,
             "output_final_state": final,

@@ -215,7 +215,8 @@ def lightning_attention_kernel(
     kept = [None if x is None else x.float().contiguous() for x in (state, sums)]
     q, k, w = (addressable(x.to(dtype)) for x in (q, k, v))
     results = _forward(
-        q, k, w, log_decay.float().contiguous(), factor, kept[0], kept[1], output_final_state, cu_seqlens,
+        q, k, w, log_decay.float().contiguous(), factor, kept[0], kept[1], output_final_state,
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
         None if mask is None else mask.contiguous().to(torch.uint8), normalize, segment or 0,
     )  # fmt: skip
     final = None

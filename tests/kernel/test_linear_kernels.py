@@ -94,8 +94,8 @@ def test_dimensions_that_are_no_power_of_two(dim, value_dim):
 @pytest.mark.parametrize("segment", [None, 32])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_packed_sequences(segment, normalize):
-    bounds = [0, 0, 1, 65, 65, 100]
-    Case(100, bounds=bounds, heads=4, segment=segment, normalize=normalize, **EVERYTHING).compare(EXACT)
+    options = {"bounds": [0, 0, 1, 65, 65, 100], "layout": "within", **EVERYTHING}
+    Case(100, heads=4, segment=segment, normalize=normalize, **options).compare(EXACT)
 
 
 def test_half_precision_loses_no_more_than_the_plain_form():
