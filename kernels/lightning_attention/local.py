@@ -91,7 +91,8 @@ def local_attention(
     Raises:
         ValueError: if shapes, `window` or `sinks` do not fit.
     """
-    _check(q, k, v, window, sinks, cu_seqlens, mask)
+    _check(q, k, v, window, sinks)
+    _check_whole(q, k, cu_seqlens, mask)
     if 0 in q.shape[:2]:
         nothing = v.new_zeros(*q.shape[:3], v.shape[-1])
         return (nothing, nothing.new_zeros(q.shape[:3], dtype=accumulation_dtype(q, k, v))) if return_lse else nothing
@@ -145,7 +146,8 @@ def merged_local_attention(
     Raises:
         ValueError: if shapes, `window` or `sinks` do not fit.
     """
-    _check(q, k, v, window, sinks, cu_seqlens, mask)
+    _check(q, k, v, window, sinks)
+    _check_whole(q, k, cu_seqlens, mask)
     expected = {
         "other": [*q.shape[:3], v.shape[3]],
         "other_log_sum": [*q.shape[:3]],
@@ -246,15 +248,7 @@ def _on_kernels(sinks: int, *tensors: Tensor) -> bool:
     return on_kernels(*tensors, refused=f"{sinks} sinks are more than {MOST_SINKS}" if sinks > MOST_SINKS else None)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    sinks: int,
-    cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [B, T, H, D], found shape {list(x.shape)}")
@@ -266,6 +260,12 @@ def _check(
         raise ValueError(f"window: expected at least 1, found {window}")
     if sinks < 0:
         raise ValueError(f"sinks: expected at least 0, found {sinks}")
+
+
+def _check_whole(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
+    """Of whole sequences each token is a query and a key."""
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"k: expected {q.shape[1]} tokens as q, found {k.shape[1]}")
     if mask is not None and mask.shape != q.shape[:2]:
         raise ValueError(f"mask: expected shape {list(q.shape[:2])}, found {list(mask.shape)}")
     if cu_seqlens is not None:

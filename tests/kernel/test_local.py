@@ -229,6 +229,7 @@ def test_memory_grows_with_the_length_not_its_square():
         ({"q": torch.zeros(2, 6, 4)}, r"q: expected 4 dimensions .* \[2, 6, 4\]"),
         ({"k": torch.zeros(2, 6, 3, 5)}, r"k: expected .* found \[2, 6, 3, 5\]"),
         ({"v": torch.zeros(2, 7, 2, 3)}, r"v: expected .* found shape \[2, 7, 2, 3\]"),
+        ({"k": torch.zeros(2, 5, 2, 5), "v": torch.zeros(2, 5, 2, 3)}, "k: expected 6 tokens as q, found 5"),
         ({"mask": torch.ones(2, 5, dtype=torch.bool)}, r"mask: expected shape \[2, 6\], found \[2, 5\]"),
         ({"cu_seqlens": torch.tensor([0, 6])}, "q: expected one row"),
         ({"cu_seqlens": torch.tensor([0, 4]), "rows": 1}, "cu_seqlens: expected values rising from 0 to T = 6"),
@@ -278,6 +279,8 @@ def test_merged_without_tokens_and_with_wrong_shapes():
     for name, x in others.items():
         with pytest.raises(ValueError, match=rf"{name}: expected shape \[.*\], found \[.*1\]"):
             merged_local_attention(q, k, v, **(others | {name: x[..., :1]}), **sizes)
+    with pytest.raises(ValueError, match="k: expected 6 tokens as q, found 4"):
+        merged_local_attention(q, k[:, 2:], v[:, 2:], **others, **sizes)
     with pytest.raises(ValueError, match=r"mask: expected shape \[2, 6\], found \[2, 5\]"):
         merged_local_attention(q, k, v, **others, **sizes, mask=torch.ones(2, 5, dtype=torch.bool))
 
