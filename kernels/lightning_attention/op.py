@@ -207,6 +207,8 @@ def _write(pool: Tensor, new: Tensor, slots: Tensor | None) -> None:
     if slots is None:
         pool.copy_(new)
         return
+    if slots.shape[0] == 0:
+        return
     # Padding rows repeat the write of the first real row. Without a real row all of them write back what they read
     # from slot 0. So the shapes never depend on the values of the slots, and nothing waits for the device.
     real = slots >= 0

@@ -56,19 +56,20 @@ def test_prefill_then_steps_equals_prefill(normalize, per_token):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("slots", [[4, 1, 0], [-1, 0, 3], [0, -1, 3], [-1, -1, 2], [-1, -1, -1]])
+@pytest.mark.parametrize("slots", [[4, 1, 0], [-1, 0, 3], [0, -1, 3], [-1, -1, 2], [-1, -1, -1], []])
 def test_slots_of_a_pool(normalize, slots):
     """Padding rows may hold NaN and share the call with slot 0; slots that are not named keep every bit."""
-    q, k, v, log_decay = make(2, rows=3)
+    q, k, v, log_decay = make(2, rows=len(slots))
     pool = torch.rand(5, 2, 5, 3, dtype=torch.float64)
     pool = (pool, torch.rand(5, 2, 5, dtype=torch.float64)) if normalize else pool
     before = copies(pool)
-    empty = torch.tensor(slots) < 0
+    slots = torch.tensor(slots, dtype=torch.long)
+    empty = slots < 0
     for x in (q, k, v):
         x[empty] = torch.nan
-    out = lightning_attention_step(q, k, v, log_decay, pool, slots=torch.tensor(slots), normalize=normalize)
+    out = lightning_attention_step(q, k, v, log_decay, pool, slots=slots, normalize=normalize)
     wanted = copies(before)
-    for row, slot in enumerate(slots):
+    for row, slot in enumerate(slots.tolist()):
         if slot < 0:
             assert not out[row].any()
             continue
