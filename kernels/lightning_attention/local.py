@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .reference import accumulation_dtype, check_boundaries, no_autocast
+from .reference import accumulation_dtype, check_boundaries, check_mask, no_autocast
 from .switch import on_kernels
 
 MOST_SINKS = 64  # of the kernels
@@ -266,8 +266,8 @@ def _check_whole(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, mask: Tensor |
     """Of whole sequences each token is a query and a key."""
     if k.shape[1] != q.shape[1]:
         raise ValueError(f"k: expected {q.shape[1]} tokens as q, found {k.shape[1]}")
-    if mask is not None and mask.shape != q.shape[:2]:
-        raise ValueError(f"mask: expected shape {list(q.shape[:2])}, found {list(mask.shape)}")
+    if mask is not None:
+        check_mask(mask, *q.shape[:2])
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, *q.shape[:2])
 

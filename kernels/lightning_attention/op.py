@@ -16,6 +16,7 @@ from .reference import (
     State,
     accumulation_dtype,
     check_boundaries,
+    check_mask,
     chunked_attention,
     expect_integer,
     recurrent_attention,
@@ -89,7 +90,7 @@ def lightning_attention(
     if group is not None:
         _check_group(group, cu_seqlens)
     if mask is not None:
-        _check_mask(mask, rows, length)
+        check_mask(mask, rows, length)
     sequences = rows
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, rows, length)
@@ -161,7 +162,7 @@ def lightning_attention_step(
     _check_devices(q, state, k=k, v=v, log_decay=log_decay, mask=mask, slots=slots)
     rows, length = q.shape[:2]
     if mask is not None:
-        _check_mask(mask, rows, length)
+        check_mask(mask, rows, length)
     if slots is not None:
         _expect("slots", slots, (rows,))
         expect_integer("slots", slots)
@@ -259,12 +260,6 @@ def _check_group(group: object, cu_seqlens: Tensor | None) -> None:
         raise ValueError(f"group: expected a process group of torch.distributed, found {type(group).__name__}")
     if cu_seqlens is not None:
         raise ValueError("group: packed sequences (cu_seqlens) cannot be split over processes")
-
-
-def _check_mask(mask: Tensor, rows: int, length: int) -> None:
-    _expect("mask", mask, (rows, length))
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask: expected torch.bool, found {mask.dtype}")
 
 
 def _check_state(

@@ -450,6 +450,14 @@ def expect_integer(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected int32 or int64, found {x.dtype}")
 
 
+def check_mask(mask: Tensor, rows: int, length: int) -> None:
+    """ValueError for what is not bool `[rows, length]`."""
+    if mask.shape != (rows, length):
+        raise ValueError(f"mask: expected shape {[rows, length]}, found {list(mask.shape)}")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected torch.bool, found {mask.dtype}")
+
+
 def check_boundaries(cu_seqlens: Tensor, rows: int, length: int) -> None:
     """ValueError for boundaries that do not go from 0 to `length` in one row; values are looked at on the CPU alone."""
     if rows != 1:

@@ -231,6 +231,7 @@ def test_memory_grows_with_the_length_not_its_square():
         ({"v": torch.zeros(2, 7, 2, 3)}, r"v: expected .* found shape \[2, 7, 2, 3\]"),
         ({"k": torch.zeros(2, 5, 2, 5), "v": torch.zeros(2, 5, 2, 3)}, "k: expected 6 tokens as q, found 5"),
         ({"mask": torch.ones(2, 5, dtype=torch.bool)}, r"mask: expected shape \[2, 6\], found \[2, 5\]"),
+        ({"mask": torch.ones(2, 6, dtype=torch.long)}, "mask: expected torch.bool, found torch.int64"),
         ({"cu_seqlens": torch.tensor([0, 6])}, "q: expected one row"),
         ({"cu_seqlens": torch.tensor([0, 4]), "rows": 1}, "cu_seqlens: expected values rising from 0 to T = 6"),
     ],
