@@ -256,7 +256,7 @@ def prepared(
     apply_(model, plan(model.config, recipe.convert))
     if stage.train == "lora":
         inject_(model, stage, key=kind)
-    model.to(device)
+    model.to(device).eval()  # with dropout the same tokens would give other logits each time
     if isinstance(stage, DistillStage):
         return model, functools.partial(distill_loss, stage=stage, teacher=teacher, amp=amp), teacher
     assert isinstance(stage, AlignStage)

@@ -245,6 +245,14 @@ def test_dry_run_writes_nothing_and_measures_the_stages(converted, work):
     assert "align: measured 2 step(s) of 2 x 32 in " in table
 
 
+def test_dry_run_measures_a_family_with_dropout(tiny_family, tiny_tokenizer, work):
+    tiny_family("gpt2").save_pretrained(work / "t")
+    tiny_tokenizer.save_pretrained(work / "t")
+    convert(work / "t", work / "c", recipe=recipe())
+    (figures,) = distill(recipe=recipe({**DISTILL, "document_mask": True}), device="cpu", dry_run=True).stages
+    assert figures["tokens_per_second"] > 0
+
+
 def test_dry_run_measures_nothing_that_does_not_fit(converted, monkeypatch):
     monkeypatch.setattr(swapattn.estimate, "_free_bytes", lambda device: 1000)
     result = distill(recipe=recipe(ALIGN), device="cpu", dry_run=True)
