@@ -1,8 +1,8 @@
 """Under which names, and in which form, a checkpoint stores the parameters that are trained.
 
 Some families hold other tensors in memory than in files: experts as one tensor (Mixtral, Qwen3-MoE), a matrix under a
-newer name (GPT-NeoX). transformers converts on loading, and back on saving; here the same way back is taken for what
-has been trained alone.
+newer name (GPT-NeoX), or without the name of the base model before them (GPT-2). transformers converts on loading, and
+back on saving; here the same way back is taken for what has been trained alone.
 """
 
 from __future__ import annotations
@@ -56,9 +56,12 @@ def trained_tensors(
         CheckpointError: one is stored in a form to which transformers does not know the way back.
     """
     every = dict(model.named_parameters(remove_duplicate=False))
+    prefix = f"{model.base_model_prefix}."
+    keys = {name: name if name in weight_map else name.removeprefix(prefix) for name in every}
     names = {id(every[name]): name for name in trained}
-    found = {key: Source(model, {key: p}) for key, p in every.items() if id(p) in names and key in weight_map}
-    stored = {id(p) for key, p in every.items() if key in weight_map}
+    own = {keys[name]: p for name, p in every.items() if keys[name] in weight_map}
+    found = {key: Source(model, {key: p}) for key, p in own.items() if id(p) in names}
+    stored = {id(p) for p in own.values()}
     others = {key: p for key, p in model.named_parameters() if id(p) not in stored}  # a tied one under its first name
     for parameters, made in _together(model, others):
         missing = sorted(names[id(p)] for p in parameters.values() if id(p) in names)
