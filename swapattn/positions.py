@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .cache import CACHE
@@ -178,6 +178,19 @@ def positions_in(config: Any) -> int:
     """The same of its config alone."""
     text = config.get_text_config()
     return next(filter(None, (getattr(text, name, None) for name in LIMITS)), sys.maxsize)
+
+
+def most_positions(model: Any) -> int:
+    """Tokens that a model can run on: no limit unless it keeps something for each of its positions.
+
+    That is an embedding, of which OPT and BART leave two rows free, or a buffer: angles (GPT-J), a mask (GPT-Neo).
+    """
+    known = positions_of(model)
+    kept = {size for buffer in model.buffers() for size in buffer.shape}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
+            kept.add(module.num_embeddings)
+    return known if kept & {known, known + 2} else sys.maxsize
 
 
 @contextmanager

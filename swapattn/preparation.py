@@ -24,6 +24,7 @@ from .estimate import estimate
 from .logits import check_wanted_logits
 from .lora import target_paths
 from .optimizer import trainable_parameters
+from .positions import most_positions
 from .recipe import Recipe, load_recipe, parse_recipe
 from .remote_code import use_own_code
 from .shards import read_config, read_weight_map
@@ -84,9 +85,17 @@ def check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str,
 
 
 def check_names(recipe: Recipe, model: Any, checkpoint: Path) -> None:
-    """Every stage trains something, and each tensor of it is stored under its own name; values are not asked for."""
-    names: set[str] = set()
+    """Every stage trains something, on windows that the model can read, and each tensor of it is stored under a name.
+
+    Values are not asked for.
+    """
+    names, most = set[str](), most_positions(model)
     for stage, key in zip(recipe.distill.stages, stage_keys(recipe.distill.stages), strict=True):
+        if stage.length > most:
+            raise RecipeError(
+                f"distill.stages.{key}.length: windows of {stage.length} tokens are too long for the {most} positions "
+                f"of {checkpoint}: --set distill.stages.{key}.length={most}"
+            )
         if isinstance(stage, CalibrateStage):
             continue
         found = {n for group in trainable_parameters(model, stage, key) for n in group}

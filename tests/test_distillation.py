@@ -821,6 +821,17 @@ def test_a_window_longer_than_the_teachers_positions_is_told(converted, capsys):
     assert "align: windows of 5000 tokens, the teacher was made for 4096" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "opt"])
+def test_a_window_beyond_the_last_position_is_refused(tiny_family, tiny_tokenizer, work, kind, dry_run):
+    tiny_family(kind, max_position_embeddings=64, rotary_dim=4).save_pretrained(work / "t")
+    tiny_tokenizer.save_pretrained(work / "t")
+    folder = convert(work / "t", work / "c", recipe=recipe()).path
+    long = {**DISTILL, "length": 65}
+    with pytest.raises(RecipeError, match=r"distill.stages.1.length: windows of 65 tokens .* the 64 positions of"):
+        distill(folder, recipe=recipe(DISTILL, long), device="cpu", dry_run=dry_run)
+
+
 def test_stages_may_come_twice_each_with_its_own_text_and_order_of_it(converted, work, monkeypatch):
     streams = []
     original = swapattn.distillation.PackedTokens
