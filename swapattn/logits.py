@@ -33,7 +33,7 @@ from .losses import TopK, chunk_tokens
 from .objectives import apart, check_document_mask, check_head, hidden_states, output_embedding
 from .recipe import Recipe
 from .score_store import fingerprint as fingerprint_of
-from .stages import DistillStage
+from .stages import DistillStage, stage_keys, stage_title
 from .text import Text
 from .vocabulary import check_same_vocabulary, fingerprint, logit_count, tokenizer_of
 
@@ -49,6 +49,7 @@ _KNOWN_BY = ("tokenizer", "vocabulary", "text", "seed", "length", "document_mask
 class Wanted:
     """The logits that one stage of a recipe learns from."""
 
+    key: str  # of the stage in `--set distill.stages.KEY`
     title: str
     folder: Path
     text: Text
@@ -71,9 +72,11 @@ class Wanted:
 
 def wanted_logits(recipe: Recipe) -> list[Wanted]:
     """What the stages of a recipe want to read, in their order."""
+    stages = recipe.distill.stages
     return [
         Wanted(
-            stage.stage,
+            key,
+            stage_title(stage.stage, key),
             Path(stage.teacher.logits),
             stage.text or recipe.distill.text,
             recipe.distill.seed + index,
@@ -81,7 +84,7 @@ def wanted_logits(recipe: Recipe) -> list[Wanted]:
             stage.steps * stage.batch,
             stage.document_mask,
         )
-        for index, stage in enumerate(recipe.distill.stages)
+        for index, (stage, key) in enumerate(zip(stages, stage_keys(stages), strict=True))
         if isinstance(stage, DistillStage) and stage.teacher is not None
     ]
 

@@ -303,6 +303,12 @@ def test_logits_that_do_not_fit_are_refused_at_once(converted, tmp_path, stage, 
         LogitWindows(tmp_path / "kept")
 
 
+def test_a_stage_that_comes_again_is_named_by_its_number(converted, tmp_path):
+    write_logits(find(model=converted), recipe(WRITTEN), top=5)
+    with pytest.raises(UsageError, match=r"^distill 1: the logits in kept were written for another seed"):
+        distill(converted, recipe=recipe(STAGE, WRITTEN), output=tmp_path / "out", device="cpu")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [({"temperature": 2.0}, "temperature is 1 with teacher.logits"), ({"losses": {"cross_entropy": 1}}, "of no use")],
