@@ -31,6 +31,7 @@ from .exclusive import LOCK, empty, hold
 from .loading import load_teacher
 from .losses import TopK, chunk_tokens
 from .objectives import apart, check_document_mask, check_head, hidden_states, output_embedding
+from .positions import check_length
 from .recipe import Recipe
 from .score_store import fingerprint as fingerprint_of
 from .stages import DistillStage, stage_keys, stage_title
@@ -225,6 +226,7 @@ def write_logits(
     Raises:
         UsageError: no stage wants any, a folder holds something else or cannot be written, there is no such device,
             or the teacher has another vocabulary.
+        RecipeError: the windows of a stage are longer than the teacher has positions.
         CheckpointError: there is no teacher, or a folder is damaged.
     """
     everything = wanted_logits(recipe)
@@ -243,6 +245,8 @@ def write_logits(
         if (wanted.folder / MANIFEST).is_file():
             read_manifest(wanted.folder)  # nothing else than logits is ever replaced
     model, tokenizer = (None, None) if dry_run else _loaded(path, device)
+    for wanted in () if dry_run else everything:
+        check_length(model, wanted.length, wanted.key, path)
     found = []
     for wanted in everything:
         if not dry_run:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .cache import CACHE
 from .cells import aligned, number, with_error
 from .data import beginning, heldout_tokens, open_text, windows_of
-from .errors import SourceError, UsageError
+from .errors import RecipeError, SourceError, UsageError
 
 EDGES = (0, 64, 256, 1024, 2048, 4096, 8192)  # of the position bins
 LONGEST = 8192  # tokens of a window
@@ -191,6 +191,19 @@ def most_positions(model: Any) -> int:
         if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
             kept.add(module.num_embeddings)
     return known if kept & {known, known + 2} else sys.maxsize
+
+
+def check_length(model: Any, length: int, key: str, folder: Path) -> None:
+    """Make sure that a model runs on windows of a stage, which `--set distill.stages.KEY` names.
+
+    Raises:
+        RecipeError: they are longer than it has positions.
+    """
+    if length > (most := most_positions(model)):
+        raise RecipeError(
+            f"distill.stages.{key}.length: windows of {length} tokens are too long for the {most} positions of "
+            f"{folder}: --set distill.stages.{key}.length={most}"
+        )
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from .estimate import estimate
 from .logits import check_wanted_logits
 from .lora import target_paths
 from .optimizer import trainable_parameters
-from .positions import most_positions
+from .positions import check_length
 from .recipe import Recipe, load_recipe, parse_recipe
 from .remote_code import use_own_code
 from .shards import read_config, read_weight_map
@@ -89,13 +89,9 @@ def check_names(recipe: Recipe, model: Any, checkpoint: Path) -> None:
 
     Values are not asked for.
     """
-    names, most = set[str](), most_positions(model)
+    names: set[str] = set()
     for stage, key in zip(recipe.distill.stages, stage_keys(recipe.distill.stages), strict=True):
-        if stage.length > most:
-            raise RecipeError(
-                f"distill.stages.{key}.length: windows of {stage.length} tokens are too long for the {most} positions "
-                f"of {checkpoint}: --set distill.stages.{key}.length={most}"
-            )
+        check_length(model, stage.length, key, checkpoint)
         if isinstance(stage, CalibrateStage):
             continue
         found = {n for group in trainable_parameters(model, stage, key) for n in group}

@@ -309,6 +309,15 @@ def test_a_stage_that_comes_again_is_named_by_its_number(converted, tmp_path):
         distill(converted, recipe=recipe(STAGE, WRITTEN), output=tmp_path / "out", device="cpu")
 
 
+def test_a_window_beyond_the_teachers_last_position_is_refused(converted, tiny_family, tiny_tokenizer, tmp_path):
+    tiny_family("gpt2", max_position_embeddings=64).save_pretrained(tmp_path / "short")
+    tiny_tokenizer.save_pretrained(tmp_path / "short")
+    what = recipe(WRITTEN, {**WRITTEN, "length": 65, "teacher": {"logits": "long"}})
+    with pytest.raises(RecipeError, match=r"distill.stages.1.length: windows of 65 tokens .* the 64 positions of"):
+        write_logits(find(model=converted), what, top=5, teacher=tmp_path / "short")
+    assert not (tmp_path / "kept").exists()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [({"temperature": 2.0}, "temperature is 1 with teacher.logits"), ({"losses": {"cross_entropy": 1}}, "of no use")],
