@@ -120,13 +120,12 @@ def register() -> None:
         AttentionMaskInterface.register(PADDING_ONLY + base, _padding_only(base))
 
 
-def find_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def find_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a swapped attention module: find what the attention function is not given.
 
     That is the `Cache`, by type, whatever its argument is called, and the module's inputs where the layer reads them.
     """
-    swap = module.swap
-    assert isinstance(swap, LightningSwap)
+    swap: LightningSwap = module.swap  # or what peft wraps around it (`modules_to_save`), which passes all on to it
     if swap.reads_inputs:
         swap.found.inputs = layer_inputs(args, kwargs)
     if swap.observer is None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import swapattn.distillation
 import swapattn.progress
+from swapattn.cache import CACHE
 from swapattn.checkpoint import read
 from swapattn.conversion import convert
 from swapattn.distillation import distill
@@ -100,6 +102,30 @@ def test_what_is_merged_is_gone_for_the_next_adapters(tiny_family, recwarn):
         merge_(model)
     assert set(vars(model)) == before
     assert not any("peft_config" in str(warning.message) for warning in recwarn)
+
+
+@torch.no_grad()
+def test_peft_trains_and_saves_whole_swaps_beside_its_adapters(tiny_family, tmp_path):
+    """As `modules_to_save` asks it to: it wraps each of them."""
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["swap"], task_type="CAUSAL_LM")
+    model, ids = swapped(tiny_family("llama"), keep_softmax=(1,), output_gate="head"), ids_of(2, 15)
+    before = model(input_ids=ids).logits
+    adapted = peft.get_peft_model(model, config)
+    assert torch.equal(adapted(input_ids=ids).logits, before)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "log_slope" not in name:
+            parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    found = adapted(input_ids=ids, use_cache=False).logits
+    assert not torch.allclose(found, before, atol=1e-2)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(input_ids=ids).logits, before)
+    first = adapted(input_ids=ids[:, :9], use_cache=True)
+    second = adapted(input_ids=ids[:, 9:], **{CACHE: first[CACHE]}).logits
+    assert torch.allclose(torch.cat((first.logits, second), 1), found, atol=1e-4)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = swapped(tiny_family("llama"), keep_softmax=(1,), output_gate="head")
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").merge_and_unload()
+    assert torch.allclose(again(input_ids=ids).logits, found, atol=1e-4)
 
 
 def test_the_teacher_is_the_model_without_adapters(tiny_family):
