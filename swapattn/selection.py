@@ -151,6 +151,8 @@ def select(
     if subject.converted:  # on the same text, whatever is asked
         header["calibrated_on"] = _digest(windows.get("text") or _texts(subject, resolved, tokens, length))
     scores = _Scores(folder, header, {kind: _digest(windows[kind]) for kind in on}, overwrite)
+    if subject.converted:  # behind all that may be refused: it takes long
+        _calibrate(subject, resolved)
     for kind in on:
         _measure(subject, kind, windows[kind], scores, restore)
     each = [scores.costs(kind, restore) for kind in on]
@@ -269,11 +271,13 @@ def _subject(model: str, recipe: Recipe) -> _Subject:
         raise CheckpointError(f"{model} has no tokenizer, which the ranking needs")
     positions = tuple(position for position in range(total) if position not in kept)
     converted = not (Path(model) / RECORD).is_file()
-    if converted:
-        stage = recipe.distill.calibration
-        data = PackedTokens(recipe.distill.text, tokenizer, stage.length, seed=recipe.distill.seed)
-        calibrate_stage(swapped, stage, data)
     return _Subject(name, folder, swapped.eval(), tokenizer, positions, kept, teacher, converted)
+
+
+def _calibrate(subject: _Subject, recipe: Recipe) -> None:
+    stage = recipe.distill.calibration
+    data = PackedTokens(recipe.distill.text, subject.tokenizer, stage.length, seed=recipe.distill.seed)
+    calibrate_stage(subject.model, stage, data)
 
 
 class _Scores:

@@ -154,6 +154,14 @@ def test_a_refused_question_drops_no_measurements(teacher, tmp_path):
     assert (tmp_path / "s" / SCORES).read_text() == before
 
 
+@pytest.mark.parametrize("changed", [{"count": 4}, {"count": 9}, {"length": 32}])
+def test_what_is_refused_is_refused_before_calibration(teacher, tmp_path, monkeypatch, changed):
+    (tmp_path / SCORES).write_text('{"version": 3}\n')
+    monkeypatch.setattr(selection, "calibrate_stage", lambda *_: pytest.fail("calibrated"))
+    with pytest.raises(UsageError, match=r"cannot be chosen|are to be kept|other settings"):
+        select(teacher, tmp_path, **{**SMALL, **changed})
+
+
 def test_a_tokenizer_without_words_is_asked_nothing(teacher, tmp_path):
     with pytest.raises(UsageError, match="--on recall: no recall probe: the tokenizer has too few words"):
         select(teacher, tmp_path / "s", count=1, on=["recall"], **SMALL)
