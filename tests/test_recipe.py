@@ -56,6 +56,7 @@ def test_a_resolved_recipe_reads_back_to_the_same_value(name, tmp_path):
         ({"convert": {"feature_mpa": "silu"}}, "unknown key convert.feature_mpa"),
         ({"convert": {"local": {"window": 8, "sink": 1}}}, "unknown key convert.local.sink"),
         ({"convert": {"decay": {"speed": 1}}}, "unknown key convert.decay.speed"),
+        ({"convert": {"rope": "drop"}}, "convert.rope: expected one or more of the keys linear, kept"),
         ({"distill": {"text": {"embedded": True, "colum": "x"}}}, "unknown key distill.text.colum"),
         ({"distill": {"stages": [{**ALIGN, "lr": 1}]}}, "unknown key distill.stages.0.lr"),
         ({"eval": {"task": ["piqa"]}}, "unknown key eval.task"),
