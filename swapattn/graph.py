@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -110,6 +112,29 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+class _InOnePiece(TorchFunctionMode):
+    """Writes `scaled_dot_product_attention` down as one node: the recorder would see what it is made of only.
+
+    There KV heads are repeated, and half of the scale is on either side.
+    """
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, _, value = args[:3]
+        result = query.new_empty(*query.shape[:-1], value.shape[-1])
+        symbols = tree_map_only(torch.Tensor, self.recorder.node, (args, kwargs))
+        made = self.recorder.graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, *symbols)
+        made.meta.update(val=result, owner=self.recorder.where[-1])
+        self.recorder.keep(result, made)
+        return result
+
+
 def _record(model: nn.Module, inputs: dict[str, Any]) -> fx.Graph:
     recorder = _Recorder()
     handles = []
@@ -118,7 +143,7 @@ def _record(model: nn.Module, inputs: dict[str, Any]) -> fx.Graph:
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(lambda *_: recorder.where.pop() and None, always_call=True))
     try:
-        with torch.no_grad(), recorder:
+        with torch.no_grad(), recorder, _InOnePiece(recorder):
             model(**inputs)
     finally:
         for handle in handles:
