@@ -30,14 +30,13 @@ from .loading import TOKENIZER, tokenizer_in
 from .model_card import CARD, model_card
 from .modeling import MODEL_TYPE_PREFIX, write_runtime
 from .remote_code import use_own_code
-from .stored import trained_tensors
+from .stored import PLAIN, trained_tensors
 from .swap import LightningSwap
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NEW_SHARD = "swap.safetensors"
 COPIES = 4  # at a time
-_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 # Files of a model folder that go along: tokenizer, generation settings, licence. Never weights or code.
 CARRIED = (
     "generation_config.json",
@@ -186,7 +185,7 @@ def decays(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
 def stored_dtype(folder: Path, weight_map: Mapping[str, str]) -> str | None:
     """The dtype in which transformers loads a model whose config names none: of the first floats in the first file."""
     with safe_open(folder / min(weight_map.values()), framework="pt") as shard:
-        kinds = (_FLOATS.get(shard.get_slice(key).get_dtype()) for key in shard.keys())  # noqa: SIM118 - no mapping
+        kinds = (PLAIN.get(shard.get_slice(key).get_dtype()) for key in shard.keys())  # noqa: SIM118 - no mapping
         return next(filter(None, kinds), None)
 
 

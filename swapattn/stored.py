@@ -8,7 +8,7 @@ back on saving; here the same way back is taken for what has been trained alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from .errors import CheckpointError
 
 _NUMBER = re.compile(r"\.\d+\.")
+# Types of stored numbers that stand by themselves; smaller ones are quantised, and their scales are elsewhere.
+PLAIN = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def trained_tensors(
         trained: names of its parameters.
 
     Raises:
-        CheckpointError: one is stored in a form to which transformers does not know the way back.
+        CheckpointError: one is stored quantised, or in a form to which transformers does not know the way back.
     """
     every = dict(model.named_parameters(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}."
@@ -71,7 +73,20 @@ def trained_tensors(
             )
         if missing:
             found |= dict.fromkeys(made, Source(model, parameters, converted=True))
+    _check_plain(checkpoint, weight_map, found)
     return found
+
+
+def _check_plain(checkpoint: Path, weight_map: Mapping[str, str], names: Collection[str]) -> None:
+    """Refuse what is quantised, which loading may undo without a word."""
+    for file in sorted({weight_map[name] for name in names}):
+        with safe_open(checkpoint / file, framework="pt") as shard:
+            for name in sorted(name for name in names if weight_map[name] == file):
+                kind = shard.get_slice(name).get_dtype()
+                if kind not in PLAIN:
+                    raise CheckpointError(
+                        f"{checkpoint} stores {name} quantised ({kind}), so it cannot be trained: say train: new"
+                    )
 
 
 def _together(model: nn.Module, others: dict[str, nn.Parameter]) -> list[tuple[dict[str, nn.Parameter], set[str]]]:

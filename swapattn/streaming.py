@@ -32,6 +32,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from . import surgery
 from .errors import SwapattnError
 from .shards import read_config
+from .stored import PLAIN
 
 _BLOCK = re.compile(r"((.*?)\.\d+)(\.|$)")
 
@@ -55,7 +56,7 @@ def streamed_teacher(
         device: where to compute.
 
     Raises:
-        NotStreamableError: a parameter cannot be made from what is stored.
+        NotStreamableError: a parameter cannot be made from what is stored, or is stored quantised.
     """
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(read_config(folder), dtype=torch.float32)
@@ -168,7 +169,10 @@ class _Shards:
 
     def _empty(self, key: str) -> torch.Tensor:
         with safe_open(self.folder / self.weight_map[key], framework="pt") as shard:
-            return torch.empty(shard.get_slice(key).get_shape(), device="meta")
+            stored = shard.get_slice(key)
+            if stored.get_dtype() not in PLAIN:
+                raise NotStreamableError(f"{key} is stored quantised ({stored.get_dtype()})")
+            return torch.empty(stored.get_shape(), device="meta")
 
     def load(self, keys: list[str]) -> None:
         """Load stored tensors; files are closed again, so that their pages do not count as this process's."""
