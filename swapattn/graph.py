@@ -25,7 +25,7 @@ Tracer = Literal["torch.export", "dispatch"]
 # What stands between scores and softmax, softmax and values, or keys and their projection, and moves no head.
 _SHAPING = {"view", "reshape", "_unsafe_view", "transpose", "permute", "t", "unsqueeze", "squeeze", "alias", "detach"}
 _SHAPING |= {"to", "_to_copy", "type_as", "clone", "contiguous", "slice", "dropout", "native_dropout", "flatten"}
-_REPEATING = {"expand", "repeat", "repeat_interleave"}
+_REPEATING = {"expand", "broadcast_to", "repeat", "repeat_interleave"}
 _COMBINING = {"add", "sub", "rsub", "where", "masked_fill", "cat", "clamp", "max", "maximum", "nan_to_num", "add_"}
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 _SOFTMAXES = {"softmax", "_softmax", "_safe_softmax", "special_softmax"}
@@ -211,7 +211,7 @@ def _sdpa_site(node: fx.Node) -> GraphSite:
         path=node.meta["owner"],
         form="sdpa",
         heads=_heads(q),
-        kv_heads=min(_heads(k), _repeated(k)),
+        kv_heads=min(_heads(k), _repeated(k), _repeated(v)),  # keys may be rotated after they are repeated
         head_dim=width,
         value_dim=_shape(v)[-1],
         mask=kind,
@@ -223,8 +223,8 @@ def _sdpa_site(node: fx.Node) -> GraphSite:
     )
 
 
-def _repeated(key: fx.Node) -> int:
-    return _kv_heads(key, _shape(key)[-1]) or _heads(key)
+def _repeated(node: fx.Node) -> int:
+    return _kv_heads(node, _shape(node)[-1]) or _heads(node)
 
 
 class _Scores:

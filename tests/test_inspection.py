@@ -48,8 +48,8 @@ def look(config, *overrides):
     return inspect_config(config, load_recipe("short", overrides))
 
 
-def config_of(kind):
-    return AutoConfig.for_model(kind, **{**SIZES, **OTHERS[kind]})
+def config_of(kind, **more):
+    return AutoConfig.for_model(kind, **{**SIZES, **OTHERS[kind], **more})
 
 
 def assert_agrees(config):
@@ -74,6 +74,10 @@ def test_the_graph_agrees_with_what_conversion_finds(tiny_family, kind):
 @pytest.mark.parametrize("kind", ["gpt_oss", "mixtral", "deepseek_v3"])
 def test_the_graph_agrees_for_sinks_experts_and_latent_attention(kind):
     assert_agrees(config_of(kind))
+
+
+def test_the_graph_agrees_where_heads_are_repeated_before_they_are_rotated():
+    assert_agrees(config_of("falcon", new_decoder_architecture=True, num_kv_heads=2))
 
 
 REFUSED = ("xglm", "llama4_text")
