@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
@@ -352,10 +352,36 @@ def _explain(error: Any) -> str:
     kinds = {i for i in range(2, len(loc)) if loc[i - 2] == "stages" and isinstance(loc[i - 1], int)}  # no keys either
     where = ".".join(str(x) for i, x in enumerate(loc) if i not in kinds and x not in (*_NOT_KEYS, *TAGS))
     if error["type"] == "extra_forbidden":
-        return f"unknown key {where}"
+        return f"unknown key {where}{_near(where)}"
     if error["type"] in ("union_tag_not_found", "union_tag_invalid") and error["ctx"]["discriminator"] == "'stage'":
         return f"{where}: say stage: calibrate, align, distill or extend"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+
+
+def _near(unknown: str) -> str:
+    """Which key was meant: one that is written like it in the same section, or of its name in another."""
+    section, _, name = unknown.rpartition(".")
+    kind = re.sub(r"\.\d+", "", section)  # without the number of a stage
+    known = [key.rpartition(".") for key in dict.fromkeys(_keys(Recipe))]
+    beside = difflib.get_close_matches(name, [key for place, _, key in known if place == kind], n=1)
+    elsewhere = [place for place, _, key in known if key == name]
+    meant = [f"{section}.{key}" for key in beside] or [f"{place}.{name}" for place in elsewhere[:1]]
+    return f": did you mean {meant[0].removeprefix('.')}?" if meant else ""
+
+
+def _keys(section: type[Section], before: str = "") -> Iterator[str]:
+    """Every key of a section and of those in it, from the top: `convert.rope.linear`."""
+    for name, field in section.model_fields.items():
+        yield f"{before}{name}"
+        for part in _parts(field.annotation):
+            yield from _keys(part, f"{before}{name}.")
+
+
+def _parts(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _parts(inner)
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -404,5 +430,7 @@ def _position(items: list[Any], part: str, key: str) -> int:
         numbers = " or ".join(map(str, named))
         raise RecipeError(f"--set {key}: there are {len(named)} stages {part!r}: say {numbers} instead of {part!r}")
     if not named:
-        raise RecipeError(f"--set {key}: no element {part!r} in a list of {len(items)}")
+        kinds = dict.fromkeys(str(item["stage"]) for item in items if isinstance(item, dict) and "stage" in item)
+        there = f": there are {', '.join(kinds)}" if kinds else ""
+        raise RecipeError(f"--set {key}: no element {part!r} in a list of {len(items)}{there}")
     return named[0]

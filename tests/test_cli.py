@@ -78,7 +78,7 @@ class TestHelp:
     def test_an_unknown_command_is_a_usage_error(self):
         result = run("convrt")
         assert result.exit_code == 2
-        assert "convrt" in result.stderr
+        assert "No such command 'convrt'. Did you mean 'convert'?" in result.stderr
 
     def test_help_loads_nothing_heavy(self):
         program = (

@@ -6,6 +6,7 @@ the standard library at the top; what a command calls is imported inside its cal
 
 from __future__ import annotations
 
+import difflib
 from importlib import import_module
 
 import click
@@ -38,11 +39,23 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name, or None so that click reports it with near matches."""
+        """The command of that name, or None."""
         if cmd_name not in COMMANDS:
             return None
         found: click.Command = getattr(import_module(f".{cmd_name}", __name__), f"{cmd_name}_command")
         return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; a name that is not known is reported with a near match."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            if near:
+                ctx.fail(f"{error.message} Did you mean {near[0]!r}?")
+            raise
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
