@@ -1,7 +1,7 @@
 """Distil and measure several recipes side by side: how the tables of README.md and their JSON are made.
 
     python recipes/measure.py run recipes/runs/short.yaml -o measured --gpus 0 --lanes 3 --eval-gpus 1 --eval-lanes 3 \
-        --text "$(cat recipes/runs/prose.yaml)" --heldout brown.txt.zst
+        --text "$(cat recipes/runs/texts/prose.yaml)" --heldout brown.txt.zst
 
 Each run of the file is converted, distilled and evaluated by the three commands, as a user would. The file names what
 is set in all runs under `set` and their evaluations under `evals`, a run may have more of its own; HELDOUT stands for

@@ -137,7 +137,7 @@ def distill(
     if checkpoint is None:
         say(f"checkpoint: {start.path} (the newest undistilled conversion here)")
     target = Path(output) if output is not None else Path(directory) / f"{start.name}-swapattn-{resolved.name}"
-    check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite or dry_run)
     teacher_path = Path(teacher) if teacher is not None else start.teacher_path
     if target.resolve() in (start.path.resolve(), teacher_path.resolve()):
         raise UsageError(f"{target} is what the run starts from: choose another folder with -o")

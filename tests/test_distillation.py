@@ -155,6 +155,7 @@ def test_an_existing_output_is_refused_and_kept(converted, work):
     before = read(work / "tiny-llama-swapattn-tiny").time
     with pytest.raises(UsageError, match="exists: use --overwrite"):
         distill(recipe=recipe(CALIBRATE), device="cpu")
+    assert distill(recipe=recipe(CALIBRATE), device="cpu", dry_run=True).stages, "which writes nothing"
     assert read(work / "tiny-llama-swapattn-tiny").time == before
     distill(recipe=recipe(CALIBRATE), device="cpu", overwrite=True)
     assert read(work / "tiny-llama-swapattn-tiny").time > before
