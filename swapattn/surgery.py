@@ -149,6 +149,17 @@ def attention_sites(config: Any) -> list[AttentionSite]:
             interface, or uses it in a way that one swap per layer cannot stand for.
     """
     config = causal_config(config)
+    key = type(config), config.to_json_string(use_diff=False)
+    if key not in _KNOWN:
+        _KNOWN[key] = _probed(config)
+    return list(_KNOWN[key])
+
+
+_KNOWN: dict[tuple[type, str], list[AttentionSite]] = {}  # converting, loading and training ask again, for seconds each
+
+
+def _probed(config: Any) -> list[AttentionSite]:
+    """`attention_sites` of a model that has not been asked for before."""
     _check_config(config)
     kind = config.model_type
     calls: list[tuple[nn.Module, AttentionSite]] = []
