@@ -8,8 +8,8 @@ neighbours (`model.layers.4`, also of another kind); around the blocks every mod
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils.logging import disable_progress_bar
 
 from . import surgery
 from .errors import SwapattnError
@@ -58,6 +59,7 @@ def streamed_teacher(
     Raises:
         NotStreamableError: a parameter cannot be made from what is stored, or is stored quantised.
     """
+    disable_progress_bar()  # of transformers, one for every block
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(read_config(folder), dtype=torch.float32)
     shards = _Shards(folder, weight_map, model, torch.device(device))
@@ -161,25 +163,33 @@ class _Shards:
         for key, name in self.targets.items():
             if name in of:
                 stored[of[name]].append(key)
-        missing = self._load({key: self._empty(key) for keys in stored.values() for key in keys}, "meta")
+        missing = self._load(self._empty([key for keys in stored.values() for key in keys]), "meta")
         for name in sorted(missing & of.keys()):
             if name.startswith(f"{self.model.base_model_prefix}."):  # the head, which may be tied, is not run
                 raise NotStreamableError(f"{name} is not stored in a form that is known")
         return stored
 
-    def _empty(self, key: str) -> torch.Tensor:
-        with safe_open(self.folder / self.weight_map[key], framework="pt") as shard:
-            stored = shard.get_slice(key)
-            if stored.get_dtype() not in PLAIN:
-                raise NotStreamableError(f"{key} is stored quantised ({stored.get_dtype()})")
-            return torch.empty(stored.get_shape(), device="meta")
+    def _empty(self, keys: list[str]) -> dict[str, torch.Tensor]:
+        found = {}
+        with self._slices(keys) as slices:
+            for key, stored in slices.items():
+                if stored.get_dtype() not in PLAIN:
+                    raise NotStreamableError(f"{key} is stored quantised ({stored.get_dtype()})")
+                found[key] = torch.empty(stored.get_shape(), device="meta")
+        return found
 
     def load(self, keys: list[str]) -> None:
-        """Load stored tensors; files are closed again, so that their pages do not count as this process's."""
-        with ExitStack() as files, _disable_current_modes():  # `_Present`: what is absent is looked at all the same
+        """Load stored tensors."""
+        with self._slices(keys) as slices, _disable_current_modes():  # `_Present`: what is absent is looked at, too
+            self._load(slices, self.device)
+
+    @contextmanager
+    def _slices(self, keys: list[str]) -> Iterator[dict[str, Any]]:
+        """Stored tensors, not read yet; files are closed behind, so that their pages do not count as this process's."""
+        with ExitStack() as files:
             names = {self.weight_map[key] for key in keys}
             shards = {name: files.enter_context(safe_open(self.folder / name, framework="pt")) for name in names}
-            self._load({key: shards[self.weight_map[key]].get_slice(key) for key in keys}, self.device)
+            yield {key: shards[self.weight_map[key]].get_slice(key) for key in keys}
 
     def _load(self, tensors: dict[str, Any], device: torch.device | str) -> set[str]:
         """Set the parameters that are made from tensors; returns the names of all others."""

@@ -141,6 +141,9 @@ def causal_config(config: Any) -> Any:
     return config.get_text_config() if taken else config
 
 
+_KNOWN: dict[tuple[type, str], list[AttentionSite]] = {}  # converting, loading and training ask again, for seconds each
+
+
 def attention_sites(config: Any) -> list[AttentionSite]:
     """Every module that calls the attention interface, found on the meta device from a config alone.
 
@@ -153,9 +156,6 @@ def attention_sites(config: Any) -> list[AttentionSite]:
     if key not in _KNOWN:
         _KNOWN[key] = _probed(config)
     return list(_KNOWN[key])
-
-
-_KNOWN: dict[tuple[type, str], list[AttentionSite]] = {}  # converting, loading and training ask again, for seconds each
 
 
 def _probed(config: Any) -> list[AttentionSite]:

@@ -13,6 +13,7 @@ import inspect
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from swapattn import families
 from swapattn.cache import CACHE
+from swapattn.errors import SwapattnError
 from swapattn.recipe import ConvertSpec
 from swapattn.surgery import apply_, plan
 
@@ -36,6 +38,21 @@ def tiny_model(kind, **overrides):
             if parameter.dim() > 1:
                 parameter.data.normal_(0, 0.15)
     return model.double()
+
+
+def every_type(*quick):
+    """All types as parameters of a test, of which all but some are slow."""
+    return [pytest.param(kind, marks=() if kind in quick else pytest.mark.slow) for kind in sorted(families.types())]
+
+
+def saved_type(kind, folder):
+    """Save a random model of a type in fp32; the test is skipped where the type is refused."""
+    try:
+        plan(families.tiny_config(kind), ConvertSpec())
+    except SwapattnError as refusal:
+        pytest.skip(str(refusal))
+    tiny_model(kind).float().save_pretrained(folder)
+    return folder
 
 
 def swapped(kind, keep=(), window=5, **overrides):

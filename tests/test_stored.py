@@ -6,13 +6,11 @@ import json
 
 import pytest
 import torch
-from every_type import tiny_model
+from every_type import every_type, saved_type, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from swapattn import families
 from swapattn.conversion import convert
-from swapattn.errors import CheckpointError, SwapattnError
+from swapattn.errors import CheckpointError
 from swapattn.loading import load
 from swapattn.recipe import ConvertSpec
 from swapattn.shards import read_weight_map, write_trained
@@ -20,23 +18,10 @@ from swapattn.stored import check_way_back, trained_tensors
 from swapattn.streaming import NotStreamableError, streamed_teacher
 from swapattn.surgery import plan
 
-QUICK = "llama", "gpt_neox", "qwen3_next", "gemma3"
 
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow)
-        for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    ],
-)
+@pytest.mark.parametrize("kind", every_type("llama", "gpt_neox", "qwen3_next", "gemma3"))
 def test_what_was_trained_is_found_again(kind, tmp_path):
-    try:
-        plan(families.tiny_config(kind), ConvertSpec())
-    except SwapattnError as refusal:
-        pytest.skip(str(refusal))
-    tiny_model(kind).float().save_pretrained(tmp_path / "t")
-    folder = convert(tmp_path / "t", tmp_path / "c", recipe="smoke").path
+    folder = convert(saved_type(kind, tmp_path / "t"), tmp_path / "c", recipe="smoke").path
     model, weight_map = load(folder)[0].float(), read_weight_map(folder)
     parameters = dict(model.named_parameters())
     check_way_back(folder, weight_map, trained_tensors(folder, weight_map, model, set(parameters)))
