@@ -46,7 +46,7 @@ RECIPE = {
 
 # One process imports once and forks a child for each run; a child does to itself what `harm` says.
 PROGRAM = """
-import json, os, signal, sys, traceback
+import gc, json, os, signal, sys, traceback
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -54,6 +54,7 @@ from swapattn import data, distillation, processes, training
 data.SHORTEST = 8
 from swapattn.recipe import parse_recipe
 
+gc.freeze()  # Trainer collects garbage after every stage, in each child
 start, work, recipe, runs = Path(sys.argv[1]), Path(sys.argv[2]), *map(json.loads, sys.argv[3:])
 
 def harmed(harm, where, stage, step):

@@ -49,13 +49,9 @@ def test_the_sweep_for_hopper():
     assert max(int(line.split("STACK:")[1]) for line in lines) <= 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "most"),
-    [
-        ("128, rows=1", 64),
-        pytest.param("128, rows=48", 128, marks=pytest.mark.slow),
-        pytest.param("64, rows=48, normalize=True", 160, marks=pytest.mark.slow),
-    ],
+    ("options", "most"), [("128, rows=1", 64), ("128, rows=48", 128), ("64, rows=48, normalize=True", 160)]
 )
 def test_the_sweep_for_hopper_does_not_spill_where_the_stages_divide_a_group(options, most):
     """A stage that is a constant for each of three heads made 300 to 400 bytes a thread of spilled registers.
@@ -72,6 +68,7 @@ def test_the_sweep_for_hopper_does_not_spill_where_the_stages_divide_a_group(opt
     assert max(stacks) <= most
 
 
+@pytest.mark.slow
 def test_the_window_spills_few_registers():
     """On GPUs before Hopper, too, whose loads take more of them."""
     lines = python(str(SCRIPT), "--arch", "80", "--dtype", "bf16", "--dim", "128", "--call", "window", "merged")

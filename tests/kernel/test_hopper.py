@@ -230,9 +230,8 @@ def test_source_dimensions(on_cpu, dim, value_dim, sweeps):
 @pytest.mark.parametrize(
     ("per_token", "segment"),
     [
-        (False, 128),
         (True, None),
-        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((False, None), (True, 128))),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((False, 128), (False, None), (True, 128))),
     ],
 )
 def test_source_groups_and_segments(on_cpu, per_token, segment):
@@ -243,8 +242,8 @@ def test_source_groups_and_segments(on_cpu, per_token, segment):
     "options",
     [
         pytest.param({"value_dim": 64}, marks=pytest.mark.slow),
-        {"dim": 256, "per_token": True, "segment": 128, "decay": True},
-        {"heads": 4, "rows": 2, "segment": 128, "decay": True},
+        pytest.param({"dim": 256, "per_token": True, "segment": 128, "decay": True}, marks=pytest.mark.slow),
+        pytest.param({"heads": 4, "rows": 2, "segment": 128, "decay": True}, marks=pytest.mark.slow),
         {"heads": 4, "bounds": [0, 0, 1, 65, 129, 129, 210]},
     ],
 )
@@ -263,7 +262,9 @@ def test_source_normalized_long_walk_of_two_consumers(on_cpu, monkeypatch):
     ("together", "options"),
     [
         (2, {"heads": 4, "shared": 1, "per_token": True, "decay": True}),
-        (2, {"heads": 4, "rows": 2, "segment": 128, "normalize": True, "final": True}),
+        pytest.param(
+            2, {"heads": 4, "rows": 2, "segment": 128, "normalize": True, "final": True}, marks=pytest.mark.slow
+        ),
         (3, {"heads": 3, "shared": 1, "normalize": True, "decay": True, "length": 600}),
         pytest.param(
             2, {"heads": 2, "shared": 1, "dim": 256, "normalize": True, "per_token": True}, marks=pytest.mark.slow
@@ -282,8 +283,10 @@ def test_source_heads_of_a_group_with_one_state(on_cpu, monkeypatch, together, o
     ("options", "sweeps"),
     [
         ({"value_dim": 64, "normalize": True, "per_token": True, "decay": True}, 4),
-        ({"rows": 2, "segment": 128, "per_token": True, "decay": True}, 3),  # dk and dv side by side
-        ({"segment": 64, "normalize": True, "started": True}, 2),
+        pytest.param(  # dk and dv side by side
+            {"rows": 2, "segment": 128, "per_token": True, "decay": True}, 3, marks=pytest.mark.slow
+        ),
+        pytest.param({"segment": 64, "normalize": True, "started": True}, 2, marks=pytest.mark.slow),
         ({"final": True}, 3),
         ({"bounds": [0, 0, 1, 65, 129, 129, 130], "decay": True, "slopes": (0.1,)}, 3),
     ],
@@ -312,8 +315,8 @@ def test_source_takes_up_states(on_cpu):
     ("number", "options"),
     [
         (2, {"segment": 128, "slopes": (7.9, 0.1)}),
-        (1, {"dim": 256, "normalize": True, "started": True, "slopes": (7.9, 0.1)}),
         (2, {"shared": 1, "normalize": True, "started": True, "rows": 2}),
+        pytest.param(1, {"dim": 256, "normalize": True, "started": True, "slopes": (7.9, 0.1)}, marks=pytest.mark.slow),
         pytest.param(1, {"per_token": True, "normalize": True, "segment": 128}, marks=pytest.mark.slow),
     ],
 )
@@ -366,7 +369,9 @@ def cut_small(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"heads": 4, "shared": 1, "per_token": True, "decay": True}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"heads": 4, "shared": 1, "per_token": True, "decay": True}, marks=pytest.mark.slow)]
+)
 def test_source_few_segments_of_many_parts(on_cpu, cut_small, options):
     check_on_cpu(on_cpu, 300, sweeps=3, **options)
     assert [(x.segments, x.segment, x.parts) for x in cut_small] == [(2, 192, 3)] * 2

@@ -30,9 +30,28 @@ def test_any_length(length, normalize):
     Case(length, normalize=normalize, rows=1, dim=16, value_dim=32).compare(EXACT)
 
 
-@pytest.mark.parametrize("states", ["shared", "own"])
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("kind", ["fixed", "per_token", pytest.param("hidden", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "normalize", "states"),
+    [
+        ("fixed", True, "shared"),
+        ("fixed", False, "own"),
+        ("per_token", True, "own"),
+        ("hidden", False, "shared"),
+        *(
+            pytest.param(*options, marks=pytest.mark.slow)
+            for options in (
+                ("fixed", False, "shared"),
+                ("fixed", True, "own"),
+                ("per_token", False, "shared"),
+                ("per_token", False, "own"),
+                ("per_token", True, "shared"),
+                ("hidden", False, "own"),
+                ("hidden", True, "shared"),
+                ("hidden", True, "own"),
+            )
+        ),
+    ],
+)
 def test_groups_states_and_decays(states, normalize, kind):
     options = {} if kind == "fixed" else {kind: True}
     Case(70, rows=1, heads=4, states=states, normalize=normalize, segment=32, **options, **EVERYTHING).compare(EXACT)
@@ -41,10 +60,14 @@ def test_groups_states_and_decays(states, normalize, kind):
 @pytest.mark.parametrize(
     ("parts", "options"),
     [
-        pytest.param(2, {"shared": 1}, marks=pytest.mark.slow),
-        (3, {"shared": 1, "states": "own", "normalize": True, "hidden": True, "layout": "within"}),
-        (2, {"per_token": True, "started": False, "final": False}),
         (2, {"slopes": (2.8, 0.96), "normalize": True, "decay": False}),
+        pytest.param(2, {"shared": 1}, marks=pytest.mark.slow),
+        pytest.param(
+            3,
+            {"shared": 1, "states": "own", "normalize": True, "hidden": True, "layout": "within"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(2, {"per_token": True, "started": False, "final": False}, marks=pytest.mark.slow),
     ],
 )
 def test_states_of_parts_of_segments(monkeypatch, parts, options):
@@ -91,8 +114,10 @@ def test_dimensions_that_are_no_power_of_two(dim, value_dim):
     Case(40, rows=1, heads=1, shared=1, dim=dim, value_dim=value_dim, **EVERYTHING).compare(EXACT)
 
 
-@pytest.mark.parametrize("segment", [None, 32])
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    ("segment", "normalize"),
+    [(None, True), (32, False), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((None, False), (32, True)))],
+)
 def test_packed_sequences(segment, normalize):
     options = {"bounds": [0, 0, 1, 65, 65, 100], "layout": "within", **EVERYTHING}
     Case(100, heads=4, segment=segment, normalize=normalize, **options).compare(EXACT)
@@ -189,7 +214,8 @@ def test_a_prompt_equals_its_parts_and_its_tokens(normalize):
         assert all(relative(x, y) <= EXACT for x, y in pairs)
 
 
-@pytest.mark.parametrize("bounds", [pytest.param(None, marks=pytest.mark.slow), [0, 1, 1, 1200]])
+@pytest.mark.slow
+@pytest.mark.parametrize("bounds", [None, [0, 1, 1, 1200]])
 def test_gradient_of_the_decay_over_more_tokens_than_are_added_at_a_time(bounds):
     case = Case(1200, rows=1, heads=2, shared=1, bounds=bounds, per_token=True, segment=1280, **EVERYTHING)
     case.compare(5 * EXACT)

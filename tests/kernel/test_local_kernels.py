@@ -147,8 +147,8 @@ SIZES = [
     (65, 1, 4),
     (130, 100, 16),
     (130, 16, 4),
-    (300, 64, 4),
-    (200, 100, 0),
+    pytest.param(300, 64, 4, marks=pytest.mark.slow),
+    pytest.param(200, 100, 0, marks=pytest.mark.slow),
 ]
 
 
@@ -175,9 +175,11 @@ def test_bulk_copies(packed, monkeypatch):
 @pytest.mark.parametrize(
     ("length", "window", "sinks", "dtype"),
     [
-        *((*sizes, torch.float32) for sizes in ((1, 1, 4), (65, 300, 0), (150, 64, 4))),
+        (1, 1, 4, torch.float32),
         (65, 300, 0, torch.float16),
-        *(pytest.param(*sizes, torch.float16, marks=pytest.mark.slow) for sizes in ((1, 1, 4), (150, 64, 4))),
+        pytest.param(1, 1, 4, torch.float16, marks=pytest.mark.slow),
+        pytest.param(65, 300, 0, torch.float32, marks=pytest.mark.slow),
+        *(pytest.param(150, 64, 4, dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.float16)),
     ],
 )
 @pytest.mark.usefixtures("interpreted")
@@ -199,7 +201,9 @@ def test_log_sum_exp(length, window, sinks, dtype):
             assert (x - y).norm() <= DTYPES[dtype] * max(y.norm(), length**0.5)
 
 
-@pytest.mark.parametrize(("length", "window", "sinks"), [(65, 16, 4), (150, 64, 0), (200, 64, 4)])
+@pytest.mark.parametrize(
+    ("length", "window", "sinks"), [(65, 16, 4), (150, 64, 0), pytest.param(200, 64, 4, marks=pytest.mark.slow)]
+)
 @pytest.mark.usefixtures("interpreted")
 def test_half_precision_loses_no_more_than_plain_torch(length, window, sinks):
     inputs = make(length, dim=32, value_dim=32, dtype=torch.float16)
@@ -211,7 +215,9 @@ def test_half_precision_loses_no_more_than_plain_torch(length, window, sinks):
         assert (x - z).norm() <= 2 * (y - z).norm()
 
 
-@pytest.mark.parametrize(("heads", "shared", "dim", "value_dim"), [(4, 2, 80, 24), (6, 1, 16, 16)])
+@pytest.mark.parametrize(
+    ("heads", "shared", "dim", "value_dim"), [(4, 2, 80, 24), pytest.param(6, 1, 16, 16, marks=pytest.mark.slow)]
+)
 @pytest.mark.usefixtures("interpreted")
 def test_shared_heads_and_sizes_that_are_no_power_of_two(heads, shared, dim, value_dim):
     inputs = make(100, rows=2, heads=heads, shared=shared, dim=dim, value_dim=value_dim)
@@ -348,9 +354,13 @@ def test_cached_form_equals_full_form(step):
 @pytest.mark.parametrize(
     ("length", "window", "sinks", "dtype"),
     [
-        *((*sizes, torch.float32) for sizes in ((1, 1, 4), (65, 300, 4), (150, 64, 4), (150, 20, 0))),
+        (1, 1, 4, torch.float32),
+        (150, 20, 0, torch.float32),
         (65, 300, 4, torch.float16),
-        pytest.param(40, 64, 0, torch.float32, marks=pytest.mark.slow),
+        *(
+            pytest.param(*sizes, torch.float32, marks=pytest.mark.slow)
+            for sizes in ((40, 64, 0), (65, 300, 4), (150, 64, 4))
+        ),
         *(
             pytest.param(*sizes, torch.float16, marks=pytest.mark.slow)
             for sizes in ((1, 1, 4), (40, 64, 0), (150, 64, 4), (150, 20, 0))
@@ -371,9 +381,9 @@ def test_merged_with_other_attention(length, window, sinks, dtype):
     ("bounds", "where"),
     [
         (None, "left"),
-        (None, "holes"),
-        (None, "whole row"),
-        ([0, 0, 1, 2, 66, 66, 130], None),
+        pytest.param(None, "holes", marks=pytest.mark.slow),
+        pytest.param(None, "whole row", marks=pytest.mark.slow),
+        pytest.param([0, 0, 1, 2, 66, 66, 130], None, marks=pytest.mark.slow),
         ([0, 5, 9, 130], "every"),
     ],
 )

@@ -116,8 +116,11 @@ def test_step_and_its_pool(spread, axis):
     torch.testing.assert_close(far_pool.contiguous(), pool)
 
 
-@pytest.mark.parametrize("axis", [ROW, TOKEN, HEAD])
-@pytest.mark.parametrize("masked", [False, True])
+MASKED = [(False, ROW), (True, TOKEN), (False, HEAD)]
+MASKED += [pytest.param(*x, marks=pytest.mark.slow) for x in ((True, ROW), (False, TOKEN), (True, HEAD))]
+
+
+@pytest.mark.parametrize(("masked", "axis"), MASKED)
 def test_window(spread, axis, masked):
     rows = 3 if axis == ROW else 1
     mask = torch.rand(rows, 20, generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None
@@ -131,8 +134,7 @@ def test_window(spread, axis, masked):
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("axis", [ROW, TOKEN, HEAD])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("masked", "axis"), MASKED)
 def test_other_attention_of_a_merge(spread, axis, masked):
     rows = 3 if axis == ROW else 1
     mask = torch.rand(rows, 20, generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None
