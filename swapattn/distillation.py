@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from . import processes
-from .attention import only_branch
 from .calibration import calibrate_stage
 from .checkpoint import LOG, RECORD, Checkpoint, atomic_folder, check_target, find, new_record, place_of, write_json
 from .compilation import align_function
@@ -252,24 +251,22 @@ class _Run:
             check_document_mask(teacher)
         if stage.length > (known := positions_of(teacher or model)):
             say(f"{stage.stage}: windows of {stage.length} tokens, the teacher was made for {known}")
-        alone = isinstance(stage, DistillStage) and stage.branch == "local"
-        with only_branch(model, "local") if alone else contextlib.nullcontext():
-            figures = run_stage(
-                model,
-                stage,
-                loss,
-                data,
-                title=stage.stage,
-                key=self.keys[index],
-                folder=self.work / f"stage-{index}",
-                log=self.work / LOG,
-                device=self.device,
-                seed=self.recipe.distill.seed,
-                flops=stage_flops(model, stage, teacher),
-                teacher=teacher,
-                save_steps=self.recipe.distill.save_steps,
-                reporting=self.reporting,
-            )
+        figures = run_stage(
+            model,
+            stage,
+            loss,
+            data,
+            title=stage.stage,
+            key=self.keys[index],
+            folder=self.work / f"stage-{index}",
+            log=self.work / LOG,
+            device=self.device,
+            seed=self.recipe.distill.seed,
+            flops=stage_flops(model, stage, teacher),
+            teacher=teacher,
+            save_steps=self.recipe.distill.save_steps,
+            reporting=self.reporting,
+        )
         figures["trained"] = [name for name in figures["trained"] if ".lora_" not in name] + merge_(model)
         return figures
 

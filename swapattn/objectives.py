@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from .attention import observing
+from .attention import observing, only_branch
 from .call import AttentionCall
 from .data import SHORTEST, boundaries
 from .errors import UnsupportedModelError
@@ -130,9 +130,16 @@ def mixture_of(stage: DistillStage) -> Mixture:
     return Mixture(**stage.losses.model_dump(), temperature=stage.temperature)
 
 
+def trained_branches(model: Any, stage: TrainStage) -> contextlib.AbstractContextManager[None]:
+    """The swapped layers as the stage trains them: their window alone where it says `branch: local`."""
+    alone = isinstance(stage, DistillStage) and stage.branch == "local"
+    return only_branch(model, "local") if alone else contextlib.nullcontext()
+
+
 def stage_flops(model: Any, stage: TrainStage, teacher: Any | None) -> float | None:
     """FLOPs per token of the stage's training step, None where they are not known; `teacher` as in `distill_loss`."""
-    own = forward_flops(model, stage.length)
+    with trained_branches(model, stage):
+        own = forward_flops(model, stage.length)
     if isinstance(stage, AlignStage):
         return step_flops("align", own)
     if isinstance(stage, DistillStage) and not stage.runs_teacher:

@@ -25,6 +25,7 @@ from . import sources
 from .attention import observing, swaps
 from .calibration import calibrate_stage
 from .checkpoint import RECORD, check_folder, read
+from .conversion import of_convert
 from .data import PackedTokens, heldout_windows
 from .environment import default_device, say
 from .errors import CheckpointError, UsageError
@@ -122,12 +123,13 @@ def select(
         on: "text" = every token of the recipe's text, "recall" = the answers in documents of `swapattn.recall`; of
             both, each layer's mean share counts.
         compare: also measure uniformly spread, end-protected and ranked layers on held-out text.
-        recipe, overrides: convert section, calibration and text.
+        recipe, overrides: convert section and calibration (of a model that is no checkpoint) and text.
         overwrite: drop the measurements of an earlier run with other settings.
 
     Raises:
         UsageError: the folder holds measurements of another run or cannot be written, the number of layers does not
-            fit, or the tokenizer or length allows no document for recall.
+            fit, the overrides would convert a checkpoint otherwise, or the tokenizer or length allows no document for
+            recall.
         SwapattnError: as `convert` and `load` do.
     """
     resolved = load_recipe(recipe, overrides)
@@ -135,7 +137,7 @@ def select(
         raise UsageError(f"on {on!r}: expected one or more of {', '.join(_KINDS)}")
     keep = KeepSpec(count=count, share=share if share is not None or count is not None else 0.25)
     check_folder(Path(output or "."))
-    subject = _subject(str(model), resolved)
+    subject = _subject(str(model), resolved, overrides)
     total = len(subject.positions) + len(subject.kept)
     chosen = len(keep.positions(total)) - len(subject.kept)
     if not 0 < chosen < len(subject.positions):
@@ -248,10 +250,13 @@ def _kl(student: torch.Tensor, teacher: torch.Tensor) -> float:
     return float(divergence(student, teacher, Mixture()).double().sum())
 
 
-def _subject(model: str, recipe: Recipe) -> _Subject:
+def _subject(model: str, recipe: Recipe, overrides: Sequence[str]) -> _Subject:
     device = default_device()
     if (Path(model) / RECORD).is_file():
         checkpoint = read(Path(model))
+        said = of_convert(overrides)
+        if load_recipe(checkpoint.recipe, said).convert != checkpoint.recipe.convert:
+            raise UsageError(f"{', '.join(said)}: {model} is converted already, otherwise; rank the model it is from")
         swapped, tokenizer = load(checkpoint.path, dtype=torch.float32, device=device)
         trained = any(".swap." not in name for name in checkpoint.record.get("trained", ()))
         teacher = load_teacher(checkpoint, dtype=torch.float32, device=device)[0] if trained else None

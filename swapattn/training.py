@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from . import processes
 from .compilation import compiled_layers
 from .errors import SwapattnError, TrainingError, UsageError
+from .objectives import trained_branches
 from .optimizer import build_optimizer, build_scheduler, trainable_parameters
 from .progress import StageProgress, StepFigures
 from .replay import Inputs, Replay
@@ -377,7 +378,8 @@ def run_stage(
         progress.trainer = trainer
         compiled = [model] if teacher is None else [model, teacher]
         try:
-            with deferring(), compiled_layers(*compiled) if stage.compile else contextlib.nullcontext():
+            compiling = compiled_layers(*compiled) if stage.compile else contextlib.nullcontext()
+            with deferring(), trained_branches(model, stage), compiling:
                 trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
         except SwapattnError as error:
             raise of_worker(error) from error

@@ -32,6 +32,7 @@ from swapattn.loading import load, load_teacher
 from swapattn.optimizer import _factor
 from swapattn.recipe import parse_recipe
 from swapattn.shards import read_weight_map
+from swapattn.swap import LightningSwap
 from swapattn.verification import verify
 
 CALIBRATE = {"stage": "calibrate", "tokens": 256, "length": 64}
@@ -710,8 +711,13 @@ def test_a_dry_run_checks_the_request(converted, work, changes, message):
     assert not (work / ".out.run").exists()
 
 
-def test_the_window_alone_is_trained_as_a_control(converted, work):
+def test_the_window_alone_is_trained_as_a_control(converted, work, monkeypatch):
     what = recipe({**EVERYTHING, "branch": "local"})
+    linear, trained = LightningSwap.linear, []
+    with monkeypatch.context() as patch:  # its step is measured without the other branch, too
+        patch.setattr(LightningSwap, "linear", lambda *a: trained.append(torch.is_grad_enabled()) or linear(*a))
+        assert distill(recipe=what, device="cpu", dry_run=True).stages[0]["hours"] > 0
+        assert not any(trained)
     result = distill(recipe=what, device="cpu")
     changed = differing(converted, result.path)
     assert changed

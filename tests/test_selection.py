@@ -95,6 +95,8 @@ def test_a_checkpoint_is_ranked_beside_what_it_keeps(teacher, tmp_path):
     assert found.kept == (2, 3)
     with pytest.raises(UsageError, match="nothing is left to rank"):
         select(tmp_path / "c", tmp_path / "t", count=1, **SMALL)
+    with pytest.raises(UsageError, match=r"convert\.local\.window=7: .*c is converted already, otherwise; rank the"):
+        select(tmp_path / "c", tmp_path / "t", **{**SMALL, "overrides": ["convert.local.window=7"]})
 
 
 def test_of_questions_only_the_answers_count(teacher, tmp_path, monkeypatch):
