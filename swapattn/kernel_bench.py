@@ -26,12 +26,12 @@ from torch.nn import functional as F
 
 from .environment import default_device, hardware, say, versions
 from .errors import UsageError
-from .kernel_lab import Forward, Lab, Shape, first_line, own_attention
+from .kernel_lab import AUTHORS, Forward, Lab, Shape, first_line, own_attention
 
 GROUPS = ("forward", "backward", "few", "decay", "both", "gqa", "dims", "varlen", "decode", "memory")
 _TOKENS = 65536
 _CACHE_BYTES = 256 * 2**20  # inputs taken in turn that hold this much leave nothing of each other in the L2 cache
-_LONGEST_SOFTMAX = 8192
+_LONGEST_SLOW = 8192  # tokens for which peers are timed that take seconds beyond: softmax, and a program a head
 _WINDOW, _SINKS = 64, 4
 
 
@@ -132,7 +132,7 @@ def measure_kernels(
 
     Args:
         groups: of `GROUPS`, which rows.
-        seconds: rows not begun by then are reported as not run.
+        seconds: rows not begun by then are reported as not run, as are those behind a Ctrl-C.
         device: "cuda" or "cpu", by default the GPU if there is one; on a CPU the shapes are tiny and in float32, to
             try the rows, and the figures say nothing about the kernels.
         peers: also time other implementations; fla tunes itself anew for every shape, which takes most of the time.
@@ -151,23 +151,28 @@ def measure_kernels(
     errors = lab.check()
     bandwidth = lab.bandwidth
     begun = time.perf_counter()  # the check compiles the kernels of all peers, which may take minutes
-    rows = []
+    rows, missing = [], ""
     for case in cases(lab):
         if case.group not in groups:
             continue
-        late = time.perf_counter() - begun > seconds
-        rows.append(_row(case, late, seconds))
+        if not missing and time.perf_counter() - begun > seconds:
+            missing = f"not run: more than {seconds:g} s had passed"
+        try:
+            rows.append(_row(case, missing))
+        except KeyboardInterrupt:
+            missing = "not run: interrupted"
+            rows.append(_row(case, missing))
         if device != "cpu":
             torch.cuda.empty_cache()
     return KernelTable(hardware(device), bandwidth, _commit(), errors, tuple(rows))
 
 
-def _row(case: Case, late: bool, seconds: float) -> dict[str, Any]:
+def _row(case: Case, missing: str) -> dict[str, Any]:
     row: dict[str, Any] = {"group": case.group, "row": case.name, "target": case.target.value, "kind": case.target.kind}
     row |= {"target_text": case.target.text(case.target.value), "fla_target": case.target.fla, "error": None}
     row |= {"milliseconds": None, "figure": None, "reached": False, "fla_speedup": None, "peers": {}}
-    if late:
-        return row | {"error": f"not run: more than {seconds:g} s had passed"}
+    if missing:
+        return row | {"error": missing}
     say(case.name)
     try:
         found = case.run()
@@ -180,7 +185,6 @@ def _row(case: Case, late: bool, seconds: float) -> dict[str, Any]:
         row["fla_speedup"] = fla / found.milliseconds
     others = "".join(f"; {name} {_milliseconds(ms)}" for name, ms in found.peers.items())
     ours = "" if found.milliseconds is None else f"{_milliseconds(found.milliseconds)} ms, "
-    # an interrupted run has told what it found
     say(f"  {ours}{row['figure_text']}, target {row['target_text']}{others}")
     return row
 
@@ -258,7 +262,9 @@ def _timed(
         ours = measure(own_attention)
         # fla's chunk form has as many key/value heads as query heads.
         peers = dict(lab.linear) if shape.heads == shape.shared else {}
-        if shape.length <= _LONGEST_SOFTMAX and group in ("forward", "backward", "gqa"):
+        if shape.length > _LONGEST_SLOW:
+            peers.pop(AUTHORS, None)
+        elif group in ("forward", "backward", "gqa"):
             peers |= lab.softmax
         floor = lab.floor(shape.bytes(lab.size, backward=backward))
         return Found(ours, floor / ours, lab.against(peers, measure))

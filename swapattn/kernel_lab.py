@@ -19,6 +19,7 @@ from .environment import say
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Peer = TypeVar("Peer")
+AUTHORS = "authors"  # of Lightning Attention-2
 _WORST_ERROR = 2e-2  # relative L2, of output and gradients, of an implementation that is right in bf16
 
 
@@ -187,16 +188,30 @@ def _peers(device: torch.device) -> tuple[dict[str, Forward], dict[str, Forward]
     if device.type == "cpu":
         return {}, {"math": _backend(SDPBackend.MATH)}, None
     softmax = {"FA2": _backend(SDPBackend.FLASH_ATTENTION), "cuDNN": _backend(SDPBackend.CUDNN_ATTENTION)}
-    try:
+    linear: dict[str, Forward] = {}
+    recurrent = None
+    try:  # an import may fail in any way on a foreign stack; the rows go on without it
         from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla, fused_recurrent_simple_gla
-    except Exception as error:  # an import may fail in any way on a foreign stack; the rows go on without it
+
+        linear["fla"] = lambda q, k, v, decay: chunk_simple_gla(q, k, v, g_gamma=decay)[0]
+        linear["fla fused"] = lambda q, k, v, decay: fused_chunk_simple_gla(q, k, v, g_gamma=decay)[0]
+        recurrent = fused_recurrent_simple_gla
+    except Exception as error:
         say(f"no fla beside ours: {first_line(error)}")
-        return {}, softmax, None
-    linear: dict[str, Forward] = {
-        "fla": lambda q, k, v, decay: chunk_simple_gla(q, k, v, g_gamma=decay)[0],
-        "fla fused": lambda q, k, v, decay: fused_chunk_simple_gla(q, k, v, g_gamma=decay)[0],
-    }
-    return linear, softmax, fused_recurrent_simple_gla
+    try:
+        from lightning_attn.ops import lightning_attn_func
+
+        linear[AUTHORS] = lambda *tensors: _heads_first(lightning_attn_func, *tensors)
+    except Exception as error:
+        say(f"no kernels of the authors of Lightning Attention-2 beside ours: {first_line(error)}")
+    return linear, softmax, recurrent
+
+
+def _heads_first(attend: Forward, q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    """The authors' function, which takes `[B, H, T, D]` (it copies what lies otherwise), slopes, and no scale."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o: Tensor = attend(q, k, v, -decay).transpose(1, 2) * q.shape[-1] ** -0.5
+    return o
 
 
 def first_line(error: Exception) -> str:

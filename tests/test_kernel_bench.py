@@ -71,6 +71,30 @@ def test_after_the_time_is_up_rows_are_told_as_not_run():
     assert [row["error"] for row in rows] == 2 * ["not run: more than 0 s had passed"]
 
 
+def test_ctrl_c_leaves_what_was_measured(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernel_bench, "merged_local_attention", interrupted)
+    rows = measure_kernels(("decay", "both", "gqa"), device="cpu").rows
+    assert [row["error"] for row in rows] == [None, None] + 4 * ["not run: interrupted"]
+
+
+def test_the_authors_kernels_are_called_with_their_layout_slopes_and_scale():
+    """Their function, as its paper has it, in plain PyTorch."""
+
+    def attend(q, k, v, slopes):
+        distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+        decays = torch.exp(-slopes[:, None, None] * distance).tril()
+        return (q @ k.transpose(2, 3) * decays) @ v
+
+    q, k, v = torch.randn(3, 2, 20, 4, 8).unbind(0)
+    decay = -torch.rand(4)
+    torch.testing.assert_close(
+        kernel_lab._heads_first(attend, q, k, v, decay), kernel_lab.own_attention(q, k, v, decay)
+    )
+
+
 def test_unknown_rows_are_refused():
     with pytest.raises(UsageError, match="unknown rows backwards: choose from forward"):
         measure_kernels(("backwards",), device="cpu")

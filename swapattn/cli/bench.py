@@ -90,7 +90,8 @@ def kernel_command(rows: str | None, seconds: float, peers: bool, device: str | 
     """The attention kernels beside the speed of the memory and of the peers that are installed.
 
     Each row has the time, the share of the copy floor (or a ratio), the target and fla's time. Softmax of PyTorch is
-    timed up to 8K tokens; for flash-linear-attention: pip install fla-core.
+    timed up to 8K tokens, as are the kernels of Lightning Attention-2's authors (pip install lightning-attn einops);
+    for flash-linear-attention: pip install fla-core. Ctrl-C prints what has been measured.
 
     \b
     Examples:
