@@ -24,7 +24,7 @@ from .losses import chunk_tokens
 from .objectives import check_stages, stage_flops
 from .optimizer import trainable_parameters
 from .recipe import Recipe
-from .stages import AlignStage, CalibrateStage, DistillStage, Stage, TrainStage
+from .stages import AlignStage, CalibrateStage, DistillStage, Stage, TrainStage, stage_title
 from .surgery import apply_, plan
 from .throughput import RandomTokens, peak_memory, prepared
 from .training import LossFunction, run_stage, shares
@@ -48,7 +48,7 @@ def estimate(
         own_teacher: the teacher is the student's own weights, not a model beside it.
 
     Returns:
-        stage, tokens, steps, trainable_parameters, memory_bytes (measured on a GPU; on a CPU weights, gradients,
+        stage, key, tokens, steps, trainable_parameters, memory_bytes (measured on a GPU; on a CPU weights, gradients,
         optimiser and what the backward pass keeps of a micro-batch), tokens_per_second, hours, measured (steps, batch,
         length, seconds); the last three None where the weights alone do not fit.
 
@@ -56,13 +56,13 @@ def estimate(
         TrainingError: out of memory, with the setting to lower.
         UnsupportedModelError: the model cannot do what the stage asks.
     """
-    found: dict[str, Any] = {"stage": stage.stage, "tokens": stage.tokens}
+    found: dict[str, Any] = {"stage": stage.stage, "key": key, "tokens": stage.tokens}
     names: list[str] = []
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         apply_(model, plan(model.config, recipe.convert))
     if not isinstance(stage, CalibrateStage):
-        found["steps"] = stage.steps
+        found |= {"steps": stage.steps, "tokens": stage.steps * stage.batch * stage.length}
         if stage.train == "lora":
             inject_(model, stage, key=key)
         names = [name for group in trainable_parameters(model, stage, key) for name in group]
@@ -132,7 +132,9 @@ def _train(
     if isinstance(stage, DistillStage) and stage.teacher is not None:
         data = LogitWindows(Path(stage.teacher.logits))
     kept = _Kept(model, loss)
-    say(f"measuring {stage.stage}: {warmup} + {steps} steps of {batch} x {stage.length} random tokens")
+    say(
+        f"measuring {stage_title(stage.stage, key)}: {warmup} + {steps} steps of {batch} x {stage.length} random tokens"
+    )
     with tempfile.TemporaryDirectory() as place:
 
         def run(steps: int, function: LossFunction) -> dict[str, Any]:
@@ -166,7 +168,8 @@ def _train(
 
 def _figures(stage: Stage, rate: float, steps: int, batch: int, seconds: float) -> dict[str, Any]:
     measured = {"steps": steps, "batch": batch, "length": stage.length, "seconds": round(seconds, 2)}
-    return {"tokens_per_second": round(rate, 1), "hours": stage.tokens / max(rate, 1e-9) / 3600, "measured": measured}
+    tokens = stage.tokens if isinstance(stage, CalibrateStage) else stage.steps * stage.batch * stage.length
+    return {"tokens_per_second": round(rate, 1), "hours": tokens / max(rate, 1e-9) / 3600, "measured": measured}
 
 
 def _logit_bytes(model: Any, stage: TrainStage, windows: int) -> int:
@@ -208,21 +211,22 @@ class _Kept:
 def table(stages: tuple[dict[str, Any], ...]) -> list[str]:
     """The stages as lines of text, with the sum of the hours and what was measured."""
     lines = [f"{'stage':<14}{'tokens':>14}{'steps':>8}{'trainable':>14}{'memory':>11}{'tokens/s':>12}{'hours':>9}"]
-    for row in stages:
+    titles = [stage_title(row["stage"], row["key"]) for row in stages]
+    for title, row in zip(titles, stages, strict=True):
         steps, rate, hours = row.get("steps"), row["tokens_per_second"], row["hours"]
         lines.append(
-            f"{row['stage']:<14}{row['tokens']:>14,}{'-' if steps is None else f'{steps:,}':>8}"
+            f"{title:<14}{row['tokens']:>14,}{'-' if steps is None else f'{steps:,}':>8}"
             f"{row['trainable_parameters']:>14,}{row['memory_bytes'] / 2**30:>7.1f} GiB"
             f"{'-' if rate is None else f'{rate:,.0f}':>12}{'-' if hours is None else f'{hours:.3f}':>9}"
         )
     if all(row["hours"] is not None for row in stages):
         lines.append(f"{'in all':<73}{sum(row['hours'] for row in stages):>9.3f}")
     lines.append("")
-    for row in stages:
+    for title, row in zip(titles, stages, strict=True):
         if row["measured"] is None:
-            lines.append(f"{row['stage']}: not measured, its weights do not fit into what memory is free here")
+            lines.append(f"{title}: not measured, its weights do not fit into what memory is free here")
         else:
             measured = row["measured"]
             shape = f"{measured['batch']} x {measured['length']}"
-            lines.append(f"{row['stage']}: measured {measured['steps']} step(s) of {shape} in {measured['seconds']} s")
+            lines.append(f"{title}: measured {measured['steps']} step(s) of {shape} in {measured['seconds']} s")
     return lines

@@ -97,7 +97,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UsageError: there is no such folder.
         CheckpointError: it is damaged or of another version.
     """
-    if not folder.is_dir():
+    if not (folder / MANIFEST).is_file():
         raise UsageError(f"no logits in {folder}: write them first, with `swapattn logits` and the same recipe")
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -237,6 +237,8 @@ def write_logits(
         )
     path = teacher or start.teacher_path
     if not (path / "config.json").is_file():
+        if teacher:
+            raise UsageError(f"--teacher {teacher}: no such model folder")
         raise CheckpointError(f"no teacher at {path}: it was moved or never there; name it with --teacher")
     check_device(device)
     check_same_vocabulary(path, start.path)

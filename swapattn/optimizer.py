@@ -41,7 +41,7 @@ def grouping(model: nn.Module) -> Callable[[str], str]:
     else there is, such as experts and routers). `lora`: the adapters.
     """
     numbers = {re.sub(r"\d+", r"\\d+", re.escape(path)) for path in swaps(model)}
-    attention = re.compile("|".join(sorted(numbers)) or "(?!)")
+    attention = re.compile(rf"(?:{'|'.join(sorted(numbers)) or '(?!)'})\.")  # not self_attn_layer_norm
     head = model.get_output_embeddings()  # type: ignore[operator]
     embeddings = {
         id(parameter)

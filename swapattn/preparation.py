@@ -28,7 +28,7 @@ from .positions import check_length
 from .recipe import Recipe, load_recipe, parse_recipe
 from .remote_code import use_own_code
 from .shards import read_config, read_weight_map
-from .stages import CalibrateStage, DistillStage, stage_keys, text_of, written_logits
+from .stages import AlignStage, CalibrateStage, DistillStage, stage_keys, text_of, written_logits
 from .stored import check_way_back, trained_tensors
 from .surgery import apply_, plan
 from .text import TextMixture, TextSpec
@@ -42,10 +42,11 @@ def as_converted(resolved: Recipe, recipe: str | Recipe, overrides: Sequence[str
     That is where it has no convert section, and where what was set by hand when the checkpoint was converted, and is
     not set now, is all that differs.
     """
-    have = start.recipe.convert
-    if "convert" not in resolved.model_fields_set:
-        whole = {**resolved.to_dict(), "convert": have.model_dump(mode="json")}
-        return parse_recipe(whole, label=resolved.name)
+    have, changes = start.recipe.convert, of_convert(overrides)
+    bare = load_recipe(recipe, [x for x in overrides if x not in changes]) if changes else resolved
+    if "convert" not in bare.model_fields_set:
+        whole = parse_recipe({**bare.to_dict(), "convert": have.model_dump(mode="json")}, label=bare.name)
+        return load_recipe(whole, changes)
     chosen = start.record.get("overrides", ())
     if chosen and resolved.convert != have:
         with contextlib.suppress(RecipeError):  # of a recipe with another layer it may make no sense
@@ -64,15 +65,7 @@ def check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str,
     for stage, key in zip(recipe.distill.stages, stage_keys(recipe.distill.stages), strict=True):
         if not isinstance(stage, CalibrateStage):
             shares(stage, key, processes.count())
-    own = own_teachers(recipe, start, teacher)
-    taught = [isinstance(stage, DistillStage) and stage.runs_teacher for stage in recipe.distill.stages]
-    needed = named or any(run and not mine for run, mine in zip(taught, own, strict=True))
-    if needed and not (teacher / "config.json").is_file():
-        raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; name it with --teacher FOLDER")
-    if named:
-        if not any(taught):
-            raise UsageError(f"--teacher: no stage of recipe {recipe.name} asks a teacher's logits of a model")
-        check_same_vocabulary(teacher, start.path)
+    _check_teacher(recipe, start, teacher, named=named)
     check_wanted_logits(recipe, start.path)
     for spec, key in _sources(recipe).items():
         try:
@@ -82,6 +75,24 @@ def check_request(recipe: Recipe, start: Checkpoint, teacher: Path, device: str,
             if not (dry_run and spec.hub):  # steps are measured on random tokens
                 raise type(error)(f"{key}: {error}") from error
             say(f"{key}: {error}")
+
+
+def _check_teacher(recipe: Recipe, start: Checkpoint, teacher: Path, *, named: bool) -> None:
+    """The teacher is where a stage will look for it, and has the student's vocabulary."""
+    own = own_teachers(recipe, start, teacher)
+    taught = [isinstance(stage, DistillStage) and stage.runs_teacher for stage in recipe.distill.stages]
+    needed = named or any(run and not mine for run, mine in zip(taught, own, strict=True))
+    if needed and not (teacher / "config.json").is_file():
+        if named:
+            raise UsageError(f"--teacher {teacher}: no such model folder")
+        raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; name it with --teacher FOLDER")
+    for stage, key, mine in zip(recipe.distill.stages, stage_keys(recipe.distill.stages), own, strict=True):
+        if isinstance(stage, AlignStage) and stage.train == "new" and not (mine or named):
+            say(f"distill.stages.{key}: learns from the model's own softmax attention, which other stages have changed")
+    if named:
+        if not any(taught):
+            raise UsageError(f"--teacher: no stage of recipe {recipe.name} asks a teacher's logits of a model")
+        check_same_vocabulary(teacher, start.path)
 
 
 def check_names(recipe: Recipe, model: Any, checkpoint: Path) -> None:

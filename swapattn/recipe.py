@@ -7,14 +7,16 @@ Unknown keys, wrong types and contradictory values are `RecipeError`s that name 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, field_validator, model_validator
 
 from .errors import RecipeError
 from .section import Section
@@ -227,11 +229,18 @@ class EvalSpec(Section):
 class Recipe(Section):
     """convert + distill + eval, named for what it is."""
 
-    name: str
+    name: str  # folders are called after it
     summary: str = ""
     convert: ConvertSpec = ConvertSpec()
     distill: DistillSpec = DistillSpec()
     eval: EvalSpec = EvalSpec()
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not name.strip() or name.startswith(".") or any(x in name for x in "/\\\0"):
+            raise ValueError(f"{name!r}: folders are called after it: say a name without / and without . in front")
+        return name
 
     @model_validator(mode="after")
     def _window_to_train(self) -> Self:
@@ -355,6 +364,8 @@ def _explain(error: Any) -> str:
         return f"unknown key {where}{_near(where)}"
     if error["type"] in ("union_tag_not_found", "union_tag_invalid") and error["ctx"]["discriminator"] == "'stage'":
         return f"{where}: say stage: calibrate, align, distill or extend"
+    if error["type"] in ("tuple_type", "list_type"):
+        return f"{where}: expected a list, such as [{json.dumps(error['input'])}]"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
 
 
@@ -363,6 +374,8 @@ def _near(unknown: str) -> str:
     section, _, name = unknown.rpartition(".")
     kind = re.sub(r"\.\d+", "", section)  # without the number of a stage
     known = [key.rpartition(".") for key in dict.fromkeys(_keys(Recipe))]
+    if (kind, ".", name) in known:
+        return ": a key of other stages"
     beside = difflib.get_close_matches(name, [key for place, _, key in known if place == kind], n=1)
     elsewhere = [place for place, _, key in known if key == name]
     meant = [f"{section}.{key}" for key in beside] or [f"{place}.{name}" for place in elsewhere[:1]]
@@ -390,7 +403,9 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override!r}: expected KEY=VALUE")
     *parents, last = key.split(".")
     node: Any = data
-    for part in parents:
+    for part, below in pairwise([*parents, last]):
+        if below.isdecimal() and isinstance(node, dict) and part not in node:
+            raise RecipeError(f"--set {key}: the recipe leaves {part} out: set the whole list")
         node = _child(node, part, key)
     if isinstance(node, list):
         node[_position(node, last, key)] = _value(f"--set {key}", text)

@@ -128,8 +128,8 @@ def select(
 
     Raises:
         UsageError: the folder holds measurements of another run or cannot be written, the number of layers does not
-            fit, the overrides would convert a checkpoint otherwise, or the tokenizer or length allows no document for
-            recall.
+            fit, windows lie within the softmax window, the overrides would convert a checkpoint otherwise, or the
+            tokenizer or length allows no document for recall.
         SwapattnError: as `convert` and `load` do.
     """
     resolved = load_recipe(recipe, overrides)
@@ -145,6 +145,7 @@ def select(
     on = tuple(kind for kind in _KINDS if kind in on)
     folder = Path(output) if output is not None else Path(f"{subject.name}-select")
     windows = {kind: _KINDS[kind](subject, resolved, tokens, length) for kind in on}
+    _check_reach(subject, windows)
     header = {
         "version": 3, "model": fingerprint(subject.folder), "restore": restore, "tokens": tokens, "length": length,
         "recipe": resolved.to_dict() if subject.converted else None, "text": resolved.distill.text.describe(),
@@ -165,6 +166,18 @@ def select(
     found = Selection(folder, restore, costs, whole, kept, measured, on)
     _write(found, subject.name)
     return replace(found, compared=_compare(subject, kept)) if compare else found
+
+
+def _check_reach(subject: _Subject, windows: Mapping[str, list[_Window]]) -> None:
+    """Windows that every swapped layer's softmax window holds whole cost nothing, whatever is swapped."""
+    layers = swaps(subject.model).values()
+    near = min(swap.window + swap.sinks if swap.joint else 0 for swap in layers)
+    for kind, found in windows.items():
+        if (longest := max(window.ids.shape[1] for window in found)) <= near:
+            raise UsageError(
+                f"windows of {longest} tokens of {kind} lie within the softmax window and sinks of {near}, where no "
+                "layer costs anything: say a larger --length"
+            )
 
 
 class _Window(NamedTuple):

@@ -71,7 +71,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise SourceError(f"{folder}: no readable config.json ({error})") from error
     model_type = str(data.get("model_type"))
     if model_type.startswith(MODEL_TYPE_PREFIX):
-        raise UnsupportedModelError(f"{folder} is already converted (model type {model_type})")
+        raise UnsupportedModelError(f"{folder} is already converted (model type {model_type}): name what it is from")
     use_own_code(folder, trust=trust_remote_code)
     try:
         return surgery.causal_config(AutoConfig.from_pretrained(folder))

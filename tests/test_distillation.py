@@ -197,6 +197,22 @@ def test_another_convert_section_converts_anew(converted, work, capsys):
     assert "converting anew" not in capsys.readouterr().err
 
 
+def test_an_override_changes_the_layer_of_the_checkpoint_where_the_recipe_has_none(converted, work, capsys):
+    whole = recipe(CALIBRATE, name="bare").to_dict()
+    (work / "bare.yaml").write_text(json.dumps({key: whole[key] for key in ("name", "distill")}))
+    done = distill(converted, recipe="bare.yaml", overrides=["convert.local.window=5"], device="cpu").path
+    assert "in convert.local: converting anew" in capsys.readouterr().err
+    have, made = read(converted).recipe.convert.model_dump(), read(done).recipe.convert.model_dump()
+    assert made == {**have, "local": {**have["local"], "window": 5}}
+
+
+def test_align_behind_what_changed_the_weights_is_announced(converted, work, capsys):
+    distill(converted, recipe=recipe(ALIGN, EVERYTHING, ALIGN), device="cpu", dry_run=True)
+    said = capsys.readouterr()
+    assert said.err.count("learns from the model's own softmax attention, which other stages have changed") == 1
+    assert "distill.stages.2: learns" in said.err
+
+
 def test_a_distilled_start_with_another_convert_section_is_refused(converted, work):
     done = distill(recipe=recipe(CALIBRATE), device="cpu").path
     before = names(work)
@@ -245,6 +261,9 @@ def test_dry_run_writes_nothing_and_measures_the_stages(converted, work):
     table = result.to_table()
     assert "would write" in table
     assert "align: measured 2 step(s) of 2 x 32 in " in table
+    twice = distill(recipe=recipe(ALIGN, {**ALIGN, "tokens": 300}), device="cpu", dry_run=True)
+    assert [stage["tokens"] for stage in twice.stages] == [256, 256], "as many as whole steps take"
+    assert [line.split("  ")[0] for line in twice.to_table().splitlines()[1:3]] == ["align 0", "align 1"]
 
 
 def test_dry_run_measures_a_family_with_dropout(tiny_family, tiny_tokenizer, work):
@@ -702,7 +721,7 @@ def test_a_stage_that_comes_again_is_named_by_its_number(converted, wrong, dry_r
     ("changes", "message"),
     [
         ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES"),
-        ({"teacher": "no-such-folder"}, "no teacher at no-such-folder"),
+        ({"teacher": "no-such-folder"}, "^--teacher no-such-folder: no such model folder"),
     ],
 )
 def test_a_dry_run_checks_the_request(converted, work, changes, message):

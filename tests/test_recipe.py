@@ -69,6 +69,10 @@ def test_a_resolved_recipe_reads_back_to_the_same_value(name, tmp_path):
             {"distill": {"stages": [{**ALIGN, "lenght": 8}]}},
             "did you mean distill.stages.0.length?",
         ),
+        (
+            {"distill": {"stages": [{**ALIGN, "losses": {}}]}},
+            "unknown key distill.stages.0.losses: a key of other stages",
+        ),
         ({"distill": {"stages": [{"align": {}}]}}, "distill.stages.0: say stage: calibrate, align, distill or extend"),
         ({"distill": {"stages": [{**ALIGN, "stage": "a"}]}}, "distill.stages.0: say stage: calibrate, align"),
     ],
@@ -92,6 +96,10 @@ def test_an_unknown_key_is_named_with_its_path(sections, path):
         ({"convert": {"keep_softmax": {"cuont": 1}}}, "unknown key convert.keep_softmax.cuont"),
         ({"convert": {"keep_softmax": ["one"]}}, "convert.keep_softmax.0"),
         ({"convert": {"keep_softmax": "all"}}, "convert.keep_softmax"),
+        ({"name": "a/b"}, "name: 'a/b': folders are called after it"),
+        ({"name": "../up"}, "name: '../up': folders are called after it"),
+        ({"name": " "}, "name: ' ': folders are called after it"),
+        ({"eval": {"tasks": "piqa"}}, 'eval.tasks: expected a list, such as ["piqa"]'),
         ({"convert": {"output_gate": "silu"}}, "convert.output_gate"),
         ({"convert": {"decay": {"schedule": "none", "gate": True}}}, "convert.decay: gate: true cannot change"),
         ({"convert": {"decay": {"schedule": "none", "learnable": True}}}, "convert.decay: learnable: true cannot"),
@@ -282,6 +290,10 @@ def test_an_override_may_switch_the_local_branch_off():
         ("distill.text=[*.jsonl]", "write a pattern that begins with * in quotes"),
         ("distill.text.column=body", "--set distill.text.column: text is 'embedded' here, which has no keys"),
         ("distill.seed=often", "distill.seed"),
+        (
+            "convert.decay.half_lives.0=3",
+            "convert.decay.half_lives.0: the recipe leaves half_lives out: set the whole list",
+        ),
     ],
 )
 def test_a_bad_override_is_named(setting, words):

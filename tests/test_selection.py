@@ -95,6 +95,9 @@ def test_a_checkpoint_is_ranked_beside_what_it_keeps(teacher, tmp_path):
     assert found.kept == (2, 3)
     with pytest.raises(UsageError, match="nothing is left to rank"):
         select(tmp_path / "c", tmp_path / "t", count=1, **SMALL)
+    near = {**SMALL, "overrides": ["convert.local={window: 60, sinks: 4, mix: joint}", *SET[1:]]}
+    with pytest.raises(UsageError, match="windows of 48 tokens of text lie within the softmax window and sinks of 64"):
+        select(teacher, tmp_path / "u", **near)
     with pytest.raises(UsageError, match=r"convert\.local\.window=7: .*c is converted already, otherwise; rank the"):
         select(tmp_path / "c", tmp_path / "t", **{**SMALL, "overrides": ["convert.local.window=7"]})
 

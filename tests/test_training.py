@@ -15,7 +15,7 @@ from swapattn.attention import swaps
 from swapattn.errors import RecipeError, SourceError, TrainingError, UnsupportedModelError, UsageError
 from swapattn.losses import normalized_mse
 from swapattn.objectives import align_loss, check_head, distill_loss, hidden_states, output_embedding
-from swapattn.optimizer import build_optimizer, build_scheduler, trainable_parameters
+from swapattn.optimizer import build_optimizer, build_scheduler, grouping, trainable_parameters
 from swapattn.recipe import ConvertSpec, parse_recipe
 from swapattn.stages import AlignStage, DistillStage
 from swapattn.surgery import apply_, plan
@@ -139,6 +139,13 @@ def test_groups_of_parameters_have_their_own_learning_rates(tiny_family):
     assert {"norm.weight", "input_layernorm.weight"} <= by_group["norms"]
     assert by_group["embeddings"] == {"embed_tokens.weight"}
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
+
+
+def test_a_norm_beside_the_attention_is_no_part_of_it(tiny_family):
+    group = grouping(build(tiny_family("opt")))
+    layer = "model.decoder.layers.0"
+    assert group(f"{layer}.self_attn_layer_norm.weight") == group(f"{layer}.final_layer_norm.weight") == "norms"
+    assert group(f"{layer}.self_attn.q_proj.weight") == "attention"
 
 
 def test_a_learning_rate_of_zero_leaves_a_group_out(llama):
