@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from . import exclusive
 from .environment import versions
 from .errors import CheckpointError, UsageError
 from .recipe import Recipe, parse_recipe
@@ -167,7 +168,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         overwrite: replace it if it exists; the old one stays until the new one is whole.
 
     Raises:
-        UsageError: as `check_target`.
+        UsageError: as `check_target`, or another process is writing the folder.
     """
     given, target = target, target.resolve()  # what a link leads to is replaced, not the link
     old = target.parent / f".{target.name}.old"
@@ -176,10 +177,11 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     check_target(given, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.parent / f".{target.name}.writing"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
-    scratch.mkdir()
+    held = exclusive.hold(scratch)
     try:
+        exclusive.empty(scratch)  # of a process that was killed
         yield scratch
+        (scratch / exclusive.LOCK).unlink()
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
@@ -189,6 +191,8 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             old.rename(target)
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+    finally:
+        held.close()
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -117,6 +117,7 @@ def convert(
     teacher = sources.materialize(source, code=trust_remote_code)
     _check_apart(target, teacher.path)
     from . import footprint, shards, surgery
+    from .loading import check_tensors
     from .model_card import teacher_licence
 
     config = shards.read_config(teacher.path, trust_remote_code=trust_remote_code)
@@ -125,6 +126,7 @@ def convert(
     weight_map = shards.read_weight_map(teacher.path)
     if tensors.keys() & weight_map.keys() or shards.NEW_SHARD in weight_map.values():
         raise CheckpointError(f"{teacher.path} was saved from a swapped model already: convert the original")
+    check_tensors(teacher.path)
     weight = footprint.footprint(plan, shards.count(tensors), config, teacher.path, weight_map.values())
     result = ConvertResult(target, plan, teacher.note, dry_run, weight)
     origin = origin or {

@@ -20,6 +20,7 @@ from .modeling import swap_classes
 from .remote_code import use_own_code
 
 TOKENIZER = "tokenizer_config.json"
+_TOKENIZERS = (TOKENIZER, "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
 
 
 def load(
@@ -104,7 +105,7 @@ def know(folder: Path) -> None:
 
 def tokenizer_in(folder: Path) -> Any | None:
     """The tokenizer of a folder whose model type is known; None if it has none, or one that is code of its own."""
-    if not any((folder / name).is_file() for name in (TOKENIZER, "tokenizer.json")):
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it transformers asks on stdin
@@ -115,13 +116,23 @@ def tokenizer_in(folder: Path) -> Any | None:
     return None
 
 
-def from_folder(model_class: Any, path: Path, dtype: torch.dtype | None) -> Any:
+def check_tensors(folder: Path) -> None:
+    """The files of a model hold its tensors, no more and no fewer, each of its shape; no value is read.
+
+    Raises:
+        CheckpointError: one does not fit, or the model needs a package that is not here.
+    """
+    from_folder(AutoModelForCausalLM, folder, None, device_map="meta")
+
+
+def from_folder(model_class: Any, path: Path, dtype: torch.dtype | None, *, device_map: str | None = None) -> Any:
     """`from_pretrained` that treats every missing, unexpected or mismatched tensor as an error."""
     disable_progress_bar()  # a bar per load, on loads of a second
     try:
         model, info = model_class.from_pretrained(
             path,
             dtype=dtype or "auto",
+            device_map=device_map,
             output_loading_info=True,
             use_safetensors=True,
             local_files_only=True,

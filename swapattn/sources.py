@@ -230,6 +230,7 @@ def _folder(given: str, path: Path, config_only: bool = False) -> Source:
         raise UsageError(f"{given} is no model: the folder holds no config.json{hint}")
     if not config_only or any(path.glob("*.safetensors*")):
         _check_weights(given, path)
+    _check_alone(given, path)
     origin = read_origin(path)
     name = Path(str(origin.get("name", ""))).name or path.resolve().name.lower()  # a name, not a way out of here
     return Source(given, name, "folder", str(path.resolve()), str(origin.get("note", "")))
@@ -244,7 +245,7 @@ def _check_weights(given: str, path: Path) -> None:
             raise SourceError(f"{index} is damaged ({type(error).__name__})") from error
         if missing := sorted(shard for shard in shards if not (path / shard).is_file()):
             raise SourceError(f"{given} lacks {len(missing)} of its {len(shards)} weight files: {missing[0]}")
-    if any(path.glob("*.safetensors")):
+    if (path / "model.safetensors").is_file() or index.is_file():
         return
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
     if pickled:
@@ -252,7 +253,16 @@ def _check_weights(given: str, path: Path) -> None:
             f"{given} holds pickled weights only ({pickled[0]}); swapattn reads safetensors and unpickles nothing: "
             f"save the model again with save_pretrained, or allow it with --allow-pickle"
         )
-    raise UsageError(f"{given} is no model: the folder holds no *.safetensors file")
+    raise UsageError(f"{given} is no model: the folder holds neither model.safetensors nor an index of its shards")
+
+
+def _check_alone(given: str, path: Path) -> None:
+    """transformers puts an adapter of peft that lies beside a model on top of it, whatever was asked for."""
+    if (path / "adapter_config.json").is_file():
+        raise SourceError(
+            f"{given} holds an adapter of peft beside the model: merge it (`merge_and_unload`) and save the model, "
+            "or take adapter_config.json away"
+        )
 
 
 def read_origin(path: Path) -> dict[str, Any]:
@@ -284,6 +294,7 @@ def _lacks_code(snapshot: Path) -> bool:
 
 
 def _snapshot_teacher(source: Source, snapshot: Path) -> Teacher:
+    _check_alone(source.given, snapshot)
     return Teacher(snapshot, source, source.note, hub_id=source.location, revision=snapshot.name)
 
 

@@ -29,8 +29,12 @@ def as_safetensors(model: str) -> str:
     """
     folder = Path(model).expanduser()
     files = sorted(folder.glob("pytorch_model*.bin")) if folder.is_dir() else []
-    if not files or any(folder.glob("*.safetensors")):
+    if not files or any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         return model
+    if (folder / _INDEX).is_file():
+        wanted = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        if missing := sorted(wanted - {file.name for file in files}):
+            raise SourceError(f"{model} lacks {len(missing)} of its {len(wanted)} weight files: {missing[0]}")
     digest = hashlib.sha256(str(folder.resolve()).encode())
     for file in (folder / "config.json", *sorted(folder.glob("*.py")), *files):
         status = file.stat()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -129,8 +131,20 @@ def test_what_killed_processes_left_is_cleaned(tmp_path):
     (tmp_path / ".out.writing").mkdir()
     (tmp_path / ".out.writing" / "stale").write_text("x")
     with atomic_folder(tmp_path / "out") as folder:
-        assert names(folder) == []
+        assert names(folder) == ["lock"]
     assert names(tmp_path) == ["out"]
+
+
+def test_a_second_process_leaves_the_first_ones_work_alone(tmp_path):
+    program = (
+        "from swapattn.checkpoint import atomic_folder, Path\nimport sys\nwith atomic_folder(Path(sys.argv[1])): pass"
+    )
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "mine").write_text("x")
+        command = [sys.executable, "-c", program, str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "UsageError: another process is at work in" in done.stderr
+    assert names(tmp_path / "out") == ["mine"]
 
 
 def test_a_folder_that_a_killed_process_had_moved_away_is_not_lost(tmp_path):

@@ -10,13 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, Qwen3_5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    MambaConfig,
+    Qwen3_5ForConditionalGeneration,
+)
 
 import swapattn.shards
 from swapattn.attention import swaps
 from swapattn.checkpoint import read
 from swapattn.conversion import convert
-from swapattn.errors import CheckpointError, RecipeError, SwapattnError, UnsupportedModelError, UsageError
+from swapattn.errors import CheckpointError, RecipeError, SourceError, SwapattnError, UnsupportedModelError, UsageError
 from swapattn.families import tiny_config
 from swapattn.loading import load, load_teacher
 from swapattn.modeling import swap_classes
@@ -141,6 +148,14 @@ def test_tokenizer_and_licence_go_along_but_no_code(tiny_teacher, tmp_path):
     assert (folder / "tokenizer.json").is_file()
     assert not (folder / "tokenizer_code.py").exists()
     assert not list(folder.glob("*.bin"))
+
+
+def test_a_tokenizer_of_its_vocabulary_alone_is_found_again(tiny_family, tiny_tokenizer, tmp_path):
+    tiny_family("gpt2").save_pretrained(tmp_path / "t")
+    tiny_tokenizer.backend_tokenizer.model.save(str(tmp_path / "t"))  # vocab.json and merges.txt
+    wanted = AutoTokenizer.from_pretrained(tmp_path / "t")("Some years").input_ids
+    folder = convert(tmp_path / "t", tmp_path / "c", recipe="smoke").path
+    assert load(folder)[1]("Some years").input_ids == wanted
 
 
 def test_dry_run_writes_nothing(tiny_teacher, tmp_path):
@@ -389,6 +404,31 @@ def test_pickled_weights_are_read_only_when_allowed(tiny_family, tmp_path, monke
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
     assert read(tmp_path / "c").name == "t"
     load(tmp_path / "c")
+
+
+def test_a_missing_pickle_is_named_before_any_is_read(tiny_family, tmp_path, monkeypatch):
+    monkeypatch.setenv("SWAPATTN_CACHE", str(tmp_path / "cache"))
+    folder = pickled(tiny_family("llama"), tmp_path / "t")
+    files = {"a": "pytorch_model.bin", "b": "pytorch_model-00002-of-00002.bin"}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(SwapattnError, match=r"lacks 1 of its 2 weight files: pytorch_model-00002-of-00002\.bin"):
+        convert(folder, tmp_path / "c", recipe="smoke", overrides=SPEC, allow_pickle=True)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_adapter_beside_the_model_is_refused(tiny_teacher, tmp_path):
+    shutil.copytree(tiny_teacher, tmp_path / "t")
+    (tmp_path / "t" / "adapter_config.json").write_text("{}")
+    with pytest.raises(SourceError, match="holds an adapter of peft beside the model: merge it"):
+        convert(tmp_path / "t", tmp_path / "c", recipe="smoke")
+
+
+def test_another_head_than_that_of_a_language_model_is_refused(tiny_family, tmp_path):
+    config = tiny_family("llama").config
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "t")
+    with pytest.raises(CheckpointError, match=r"t: 1 missing keys, first lm_head\.weight"):
+        convert(tmp_path / "t", tmp_path / "c", recipe="smoke")
+    assert not (tmp_path / "c").exists()
 
 
 def test_code_beside_pickled_weights_goes_along_and_may_change(tiny_family, tmp_path, monkeypatch):
