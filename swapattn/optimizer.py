@@ -24,6 +24,8 @@ _NEW_GROUPS = {
     "mix_sum": "mix",
     "merge": "mix",
     "merge_query": "mix",
+    "shift": "mix",
+    "shift_query": "mix",
     "out_scale": "scale",
     "q_norm": "qk_norm",
     "k_norm": "qk_norm",

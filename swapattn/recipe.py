@@ -36,7 +36,8 @@ class DecaySpec(Section):
 
     `learnable` trains the slopes, as Mamba-2 its A (arXiv 2405.21060); `gate` gives each token a decay of its own that
     starts as that of the slopes (`gates.DecayGate`). Each of the `half_lives`, in tokens, adds a linear branch with
-    states and feature maps of its own to every head, under one denominator with the first.
+    states and feature maps of its own to every head, under one denominator with the first; `signed` branches may be
+    subtracted from one another.
     """
 
     schedule: ScheduleName = "alibi"
@@ -44,9 +45,12 @@ class DecaySpec(Section):
     learnable: bool = False
     gate: bool = False
     half_lives: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    signed: bool = False
 
     @model_validator(mode="after")
     def _something_to_change(self) -> Self:
+        if self.signed and not self.half_lives:
+            raise ValueError("signed: true is about several linear branches: say half_lives")
         for name, wanted in (("learnable", self.learnable), ("gate", self.gate)):
             if wanted and self.schedule == "none":
                 raise ValueError(

@@ -92,7 +92,10 @@ class LightningSwap(nn.Module):
 
     With further half-lives a head has several linear branches, each with feature maps and a state of its own, under
     one denominator: o_t = Σ_i e^{c_it} z_it o_it / Σ_i e^{c_it} z_it with z_it the sum of the weights of branch i and
-    c_it = m_i + w_i·q_t, 0 for the first. One decay cannot follow both the last few tokens and the far ones.
+    c_it = m_i + w_i·q_t, 0 for the first. One decay cannot follow both the last few tokens and the far ones. Where they
+    are signed, o_t = Σ_i (p_it + d_it − mean_j d_jt) o_it with p_it = e^{c_it} z_it / Σ_j e^{c_jt} z_jt and
+    d_it = m'_i + w'_i·q_t: one may be subtracted from another, as the two attentions of a head in Differential
+    Transformer (arXiv 2410.05258), which sharpens what weights that are never negative can only blur.
 
     Parameters, all fp32:
         log_slope `[Hs]`: ln of the slope s, λ = exp(−s); −inf means no decay.
@@ -101,6 +104,7 @@ class LightningSwap(nn.Module):
         mix_query `[Hq, D]`, mix_sum `[Hq]`: w and a, only of a joint layer.
         merge `[n − 1, Hq]`, merge_query `[n − 1, Hq, D]`: m_i and w_i, only with n > 1 linear branches. Their heads and
             states are those of all branches, one branch after another: n·Hq, n·Hkv and n·Hs.
+        shift `[n, Hq]`, shift_query `[n, Hq, D]`: m'_i and w'_i, only of signed branches.
         q_map, k_map: feature maps.
         q_norm, k_norm: RMS norms before the feature maps, or None.
         decay_gate, output_gate: see `gates`, or None.
@@ -144,6 +148,9 @@ class LightningSwap(nn.Module):
         self.mix_sum = nn.Parameter(torch.ones(heads)) if self.joint else None
         self.merge = nn.Parameter(torch.zeros(further, heads)) if further else None
         self.merge_query = nn.Parameter(torch.zeros(further, heads, shape["head_dim"])) if further else None
+        signed = spec["decay"].get("signed", False)
+        self.shift = nn.Parameter(torch.zeros(1 + further, heads)) if signed else None
+        self.shift_query = nn.Parameter(torch.zeros(1 + further, heads, shape["head_dim"])) if signed else None
         self.decay_gate = DecayGate(shape["hidden_size"], states) if spec["decay"].get("gate") else None
         gate = spec.get("output_gate", "none")
         channels = shape["value_dim"] if gate == "channel" else 1
@@ -248,7 +255,11 @@ class LightningSwap(nn.Module):
         batch, length, heads = q.shape[:3]
         sums = log_sum.view(batch, length, -1, heads)
         sums = torch.cat((sums[:, :, :1], sums[:, :, 1:] + of_query), 2)
-        o = o.view(batch, length, -1, heads, o.shape[-1]) * sums.softmax(2)[..., None]
+        weights = sums.softmax(2)
+        if self.shift is not None and self.shift_query is not None:
+            shift = of_queries(q, self.shift_query) + self.shift
+            weights = weights + (shift - shift.mean(2, keepdim=True))
+        o = o.view(batch, length, -1, heads, o.shape[-1]) * weights[..., None]
         return o.sum(2), sums.logsumexp(2)
 
     def local(

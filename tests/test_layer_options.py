@@ -36,6 +36,7 @@ OPTIONS = {
     "joint": {"feature_map": "hedgehog_mlp", "local": {**LOCAL, "mix": "joint"}},
     "joint_gates": {"feature_map": "elu1", "decay": {"gate": True}, "local": {**LOCAL, "mix": "joint", "sinks": 0}},
     "half_lives": {"feature_map": "hedgehog", "decay": {"half_lives": [3]}, "local": None},
+    "signed": {"feature_map": "hedgehog", "decay": {"half_lives": [3], "signed": True}, "local": None},
     "joint_half_lives": {
         "feature_map": "elu1",
         "decay": {"gate": True, "per": "query_head", "half_lives": [2.5]},
@@ -296,6 +297,21 @@ def test_further_half_lives_are_attentions_under_one_denominator():
         above = above + factor * plain(q, k, call.v, slopes, 1.0)
         below = below + factor * plain(q, k, torch.ones_like(call.v), slopes, 1.0)
     assert torch.allclose(swap(call), above / below, atol=1e-6)
+
+
+def test_signed_branches_are_subtracted_with_weights_that_sum_to_one():
+    call = call_of()
+    decay = {"half_lives": [0.6], "signed": True}
+    swap = layer((0.2, 0.7, 1.1, 1.1), feature_map="elu1", normalizer="sum", decay=decay)
+    shift, query = filled(swap.shift), filled(swap.shift_query, seed=8)
+    q, k = (F.elu(0.3**0.5 * x) + 1 for x in (call.q, call.k))
+    ones, slopes = torch.ones_like(call.v), ((0.2, 0.7), (1.1, 1.1))
+    above, below = (torch.stack([plain(q, k, v, each, 1.0) for each in slopes]) for v in (call.v, ones))
+    moved = (torch.einsum("bthd,nhd->nbth", call.q, query) + shift[:, None, None])[..., None]
+    weights = below / below.sum(0) + moved - moved.mean(0)
+    assert torch.allclose(swap(call), (weights * above / below).sum(0), atol=1e-5)
+    assert torch.allclose(weights.sum(0), torch.ones_like(weights[0]), atol=1e-6)
+    assert float(weights.min().detach()) < 0
 
 
 @pytest.mark.parametrize("number", [1, 3])

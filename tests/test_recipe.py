@@ -104,6 +104,7 @@ def test_an_unknown_key_is_named_with_its_path(sections, path):
         ({"convert": {"decay": {"schedule": "none", "gate": True}}}, "convert.decay: gate: true cannot change"),
         ({"convert": {"decay": {"schedule": "none", "learnable": True}}}, "convert.decay: learnable: true cannot"),
         ({"convert": {"decay": {"half_lives": [0]}}}, "convert.decay.half_lives.0"),
+        ({"convert": {"decay": {"signed": True}}}, "signed: true is about several linear branches"),
         (
             {"convert": {"normalizer": "rms", "local": None, "decay": {"half_lives": [3]}}},
             "decay.half_lives needs the sum of weights",
