@@ -84,6 +84,11 @@ def read(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise UsageError(f"no checkpoint folder {path}")
     if not (path / RECORD).is_file():
+        if (path / "config.json").is_file() and '"swapattn"' in (path / "config.json").read_text(encoding="utf-8"):
+            raise UsageError(
+                f"{path} was written by a converted model's save_pretrained, without {RECORD}: transformers and "
+                "swapattn.load read it, this command needs the checkpoint itself"
+            )
         raise UsageError(f"{path} is no swapattn checkpoint (it has no {RECORD}); make one with `swapattn convert`")
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))

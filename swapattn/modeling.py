@@ -6,10 +6,11 @@ by `type()` from the base type's own, so there is no modelling code per family.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def attach(
     for path, shape in layers.items():
         module = model.get_submodule(path)
         adapt_(module)
-        module.swap = LightningSwap(shape, spec, slopes[path] if slopes else None)
+        with _in_fp32():
+            module.swap = LightningSwap(shape, spec, slopes[path] if slopes else None)
         module.swap.rotate = rotation_of(module)
         module.register_forward_pre_hook(find_cache, with_kwargs=True)
     for path in nope:
@@ -109,6 +111,17 @@ def attach(
         elif config is not None and hasattr(config, "_attn_implementation"):
             base = str(config._attn_implementation).removeprefix(PREFIX)
             config._attn_implementation_internal = PREFIX + (base if base in BASES else BASES[0])
+
+
+@contextlib.contextmanager
+def _in_fp32() -> Iterator[None]:
+    """transformers makes models under the default dtype of their weights, such as bf16, which rounds start values."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.promote_types(dtype, torch.float32))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 class GeneratesMixin(Made):

@@ -21,9 +21,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swapattn.attention import only_branch, swaps
-from swapattn.checkpoint import find
+from swapattn.checkpoint import find, read
 from swapattn.conversion import convert
-from swapattn.errors import CheckpointError
+from swapattn.errors import CheckpointError, UsageError
 from swapattn.families import tiny_config
 from swapattn.loading import load, load_teacher
 from swapattn.modeling import KERNEL_RUNTIME, RUNTIME, SCHEMA_VERSION
@@ -65,6 +65,20 @@ def test_save_and_reload_changes_no_logit(tiny_family, tmp_path, name):
     auto = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert type(auto) is type(model)
     assert torch.equal(logits_of(auto), expected)
+
+
+def test_what_a_model_saves_itself_is_told_from_a_checkpoint(checkpoint, tmp_path):
+    load(checkpoint)[0].save_pretrained(tmp_path / "again")
+    with pytest.raises(UsageError, match=r"again was written by a converted model's save_pretrained, without swapattn"):
+        read(tmp_path / "again")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_swaps_of_a_model_made_anew_are_not_rounded(checkpoint, dtype):
+    made = AutoModelForCausalLM.from_config(load(checkpoint)[0].config, dtype=dtype)
+    assert made.get_input_embeddings().weight.dtype == dtype
+    found = {parameter.dtype for swap in swaps(made).values() for parameter in swap.parameters()}
+    assert found == {torch.promote_types(dtype, torch.float32)}
 
 
 def test_the_tokenizer_comes_along(checkpoint, tiny_tokenizer, copied):
