@@ -186,11 +186,11 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         exclusive.empty(scratch)  # of a process that was killed
         yield scratch
-        (scratch / exclusive.LOCK).unlink()
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         scratch.rename(target)
+        (target / exclusive.LOCK).unlink()  # held until nobody takes the folder for unfinished
     except BaseException:
         if old.exists() and not target.exists():
             old.rename(target)

@@ -33,7 +33,7 @@ from .model_card import CARD, model_card
 from .objectives import check_document_mask, check_stages, distill_loss, stage_flops
 from .positions import positions_of
 from .preparation import as_converted, check_names, check_request, estimates, own_teachers, with_convert_section
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe
 from .reporting import Reporting
 from .resumption import enter, new_state, write_state
 from .sharding import gathered, is_sharded
@@ -128,11 +128,10 @@ def distill(
     Raises:
         UsageError, RecipeError, CheckpointError, SourceError, TrainingError: each says what to do.
     """
-    resolved = load_recipe(recipe, overrides)
+    start = find(directory, checkpoint, kind="converted" if checkpoint is None else None)
+    resolved = as_converted(recipe, overrides, start)
     if not resolved.distill.stages:
         raise RecipeError(f"recipe {resolved.name} has no distill.stages")
-    start = find(directory, checkpoint, kind="converted" if checkpoint is None else None)
-    resolved = as_converted(resolved, recipe, overrides, start)
     if checkpoint is None:
         say(f"checkpoint: {start.path} (the newest undistilled conversion here)")
     target = Path(output) if output is not None else Path(directory) / f"{start.name}-swapattn-{resolved.name}"

@@ -18,6 +18,7 @@ from .errors import CheckpointError
 from .integrity import rewritten
 from .modeling import swap_classes
 from .remote_code import use_own_code
+from .sources import check_alone
 
 TOKENIZER = "tokenizer_config.json"
 _TOKENIZERS = (TOKENIZER, "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
@@ -83,6 +84,7 @@ def load_teacher(
     path = Path(getattr(checkpoint, "teacher_path", checkpoint))
     if not (path / "config.json").is_file():
         raise CheckpointError(f"no teacher at {path}: it was moved or never there; put it back")
+    check_alone(str(path), path)
     use_own_code(path)
     model = from_folder(AutoModelForCausalLM, path, dtype)
     model = model.to(device) if device is not None else model
@@ -109,9 +111,12 @@ def tokenizer_in(folder: Path) -> Any | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it transformers asks on stdin
-    except ValueError as error:
+    except Exception as error:  # the classes that transformers tries raise what they like, such as ImportError
         if "trust_remote_code" not in str(error):
-            raise
+            if any((folder / name).is_file() for name in _TOKENIZERS[:2]):
+                raise
+            say(f"{folder}: its tokenizer does not load: {' '.join(str(error).split())[:200]}")
+            return None
     say(f"{folder}: its tokenizer is Python code of its own, which is not run: going on without a tokenizer")
     return None
 

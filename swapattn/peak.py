@@ -71,7 +71,8 @@ def _swap_flops(swap: LightningSwap, kv_heads: int) -> float:
     features = int(swap.q_map.out_dim)
     maps = sum(2.0 * p.numel() for p in swap.parameters() if p.dim() >= 2 and p is not swap.out_scale)
     linear = 2.0 * features * value_dim * (heads + kv_heads)
-    return maps + linear + 4.0 * heads * value_dim * (swap.window + swap.sinks)
+    local = 4.0 * heads * value_dim * (swap.window + swap.sinks)
+    return local if swap.branch == "local" else maps + linear + local
 
 
 def step_flops(

@@ -25,7 +25,7 @@ from .logits import check_wanted_logits
 from .lora import target_paths
 from .optimizer import trainable_parameters
 from .positions import check_length
-from .recipe import Recipe, load_recipe, parse_recipe
+from .recipe import Recipe, load_recipe
 from .remote_code import use_own_code
 from .shards import read_config, read_weight_map
 from .stages import AlignStage, CalibrateStage, DistillStage, stage_keys, text_of, written_logits
@@ -36,17 +36,14 @@ from .training import shares
 from .vocabulary import check_same_vocabulary
 
 
-def as_converted(resolved: Recipe, recipe: str | Recipe, overrides: Sequence[str], start: Checkpoint) -> Recipe:
+def as_converted(recipe: str | Recipe, overrides: Sequence[str], start: Checkpoint) -> Recipe:
     """The recipe with the layer of the checkpoint where it says nothing else.
 
     That is where it has no convert section, and where what was set by hand when the checkpoint was converted, and is
     not set now, is all that differs.
     """
-    have, changes = start.recipe.convert, of_convert(overrides)
-    bare = load_recipe(recipe, [x for x in overrides if x not in changes]) if changes else resolved
-    if "convert" not in bare.model_fields_set:
-        whole = parse_recipe({**bare.to_dict(), "convert": have.model_dump(mode="json")}, label=bare.name)
-        return load_recipe(whole, changes)
+    have = start.recipe.convert
+    resolved = load_recipe(recipe, overrides, convert=have)
     chosen = start.record.get("overrides", ())
     if chosen and resolved.convert != have:
         with contextlib.suppress(RecipeError):  # of a recipe with another layer it may make no sense
@@ -86,9 +83,11 @@ def _check_teacher(recipe: Recipe, start: Checkpoint, teacher: Path, *, named: b
         if named:
             raise UsageError(f"--teacher {teacher}: no such model folder")
         raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; name it with --teacher FOLDER")
-    for stage, key, mine in zip(recipe.distill.stages, stage_keys(recipe.distill.stages), own, strict=True):
-        if isinstance(stage, AlignStage) and stage.train == "new" and not (mine or named):
+    changed = not all(".swap." in name for name in start.record.get("trained", ()))
+    for stage, key in zip(recipe.distill.stages, stage_keys(recipe.distill.stages), strict=True):
+        if isinstance(stage, AlignStage) and changed:
             say(f"distill.stages.{key}: learns from the model's own softmax attention, which other stages have changed")
+        changed |= not isinstance(stage, CalibrateStage) and stage.train != "new"
     if named:
         if not any(taught):
             raise UsageError(f"--teacher: no stage of recipe {recipe.name} asks a teacher's logits of a model")

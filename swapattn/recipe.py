@@ -6,6 +6,7 @@ Unknown keys, wrong types and contradictory values are `RecipeError`s that name 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -187,6 +188,7 @@ class ConvertSpec(Section):
         extras = [f"{self.qk_norm} q/k norm"] if self.qk_norm != "none" else []
         extras += [f"output gate per {self.output_gate}"] if self.output_gate != "none" else []
         extras += ["no RoPE"] if self.rope.linear == "drop" else []
+        extras += ["signed"] if self.decay.signed else []
         decay = f"decay {self.decay.schedule} per {self.decay.per}" + (", gated" if self.decay.gate else "")
         decay += "".join(f" and half-life {half_life:g}" for half_life in self.decay.half_lives)
         return ", ".join([self.feature_map, f"normalizer {self.normalizer}", decay, *extras])
@@ -290,24 +292,27 @@ def recipe_text(name: str) -> str:
         raise RecipeError(f"recipe {name} cannot be read as UTF-8 text: {error}") from error
 
 
-def load_recipe(recipe: str | Recipe, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(recipe: str | Recipe, overrides: Iterable[str] = (), *, convert: ConvertSpec | None = None) -> Recipe:
     """Read a named recipe or a YAML file, apply `KEY=VALUE` overrides, check everything.
 
     Args:
         recipe: a name from `recipe_names()`, a path ending in .yaml, or one that is read already.
         overrides: dotted keys with YAML values, e.g. `distill.stages.align.tokens=100000`; a list is indexed by
             number (from 0), a stage also by its kind where there is one of that kind.
+        convert: the convert section of a recipe that has none.
 
     Raises:
         RecipeError: unknown recipe, unknown key, wrong type, contradiction; each names its path.
     """
     overrides = list(overrides)
-    if isinstance(recipe, Recipe) and not overrides:
+    if isinstance(recipe, Recipe) and not overrides and (convert is None or "convert" in recipe.model_fields_set):
         return recipe
     if isinstance(recipe, Recipe):
         data, label = recipe.model_dump(mode="json", exclude_unset=True), recipe.name
     else:
         data, label = _read(recipe), recipe
+    if convert is not None and isinstance(data, dict):
+        data.setdefault("convert", convert.model_dump(mode="json"))
     for override in overrides:
         _override(data, override)
     return parse_recipe(data, label=label)
@@ -349,6 +354,13 @@ def parse_recipe(data: Mapping[str, Any], label: str = "recipe") -> Recipe:
         raise RecipeError(f"recipe {label}: " + "; ".join(_explain(e) for e in error.errors())) from None
 
 
+def restated(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as an earlier version stored it, with the keys that came since; as it is where it makes no sense now."""
+    with contextlib.suppress(RecipeError):
+        return parse_recipe(values).to_dict()
+    return values
+
+
 def parse_text(value: Any, label: str) -> Text:
     """What `distill.text` takes, plain or as YAML of the command line; RecipeError begins with `label`."""
     try:
@@ -369,7 +381,10 @@ def _explain(error: Any) -> str:
     if error["type"] in ("union_tag_not_found", "union_tag_invalid") and error["ctx"]["discriminator"] == "'stage'":
         return f"{where}: say stage: calibrate, align, distill or extend"
     if error["type"] in ("tuple_type", "list_type"):
-        return f"{where}: expected a list, such as [{json.dumps(error['input'])}]"
+        given = error["input"]
+        example = f", such as [{json.dumps(given)}]" if isinstance(given, str | int | float) else ""
+        count = f", or {{count: {given}}}" if where == "convert.keep_softmax" and isinstance(given, int) else ""
+        return f"{where}: expected a list{example}{count}"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
 
 

@@ -20,7 +20,7 @@ from .errors import UsageError
 from .exclusive import empty, hold
 from .logits import read_manifest
 from .progress import cut_log
-from .recipe import Recipe
+from .recipe import Recipe, restated
 from .stages import text_of, written_logits
 
 STATE = "run.json"
@@ -75,8 +75,11 @@ def enter(
     """
     held = hold(folder)
     found: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        found["identity"] |= {
+            "convert": restated({"name": "stored", "convert": found["identity"]["convert"]})["convert"]
+        }
     done, planned = found.get("stages", []), found.get("planned", [])
     count = len(done)
     if found.get("identity") == state["identity"] and planned[:count] == state["planned"][:count]:

@@ -33,7 +33,7 @@ from .loading import load, load_teacher
 from .losses import Mixture, divergence
 from .perplexity import heldout_perplexity
 from .recall import passkey_documents, recall_documents
-from .recipe import KeepSpec, Recipe, load_recipe
+from .recipe import KeepSpec, Recipe, load_recipe, restated
 from .score_store import fingerprint
 from .surgery import apply_, plan
 
@@ -314,6 +314,8 @@ class _Scores:
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):  # the last line of a killed process
                     lines.append(json.loads(line))
+        if lines and lines[0].get("recipe"):
+            lines[0]["recipe"] = restated(lines[0]["recipe"])
         if lines and lines[0] != header and not overwrite:
             raise UsageError(f"{self.path} is of another model or other settings: use --overwrite, or -o for another")
         if lines and lines[0] == header:

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import tempfile
 import threading
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -230,7 +231,7 @@ def _folder(given: str, path: Path, config_only: bool = False) -> Source:
         raise UsageError(f"{given} is no model: the folder holds no config.json{hint}")
     if not config_only or any(path.glob("*.safetensors*")):
         _check_weights(given, path)
-    _check_alone(given, path)
+    check_alone(given, path)
     origin = read_origin(path)
     name = Path(str(origin.get("name", ""))).name or path.resolve().name.lower()  # a name, not a way out of here
     return Source(given, name, "folder", str(path.resolve()), str(origin.get("note", "")))
@@ -256,12 +257,16 @@ def _check_weights(given: str, path: Path) -> None:
     raise UsageError(f"{given} is no model: the folder holds neither model.safetensors nor an index of its shards")
 
 
-def _check_alone(given: str, path: Path) -> None:
-    """transformers puts an adapter of peft that lies beside a model on top of it, whatever was asked for."""
+def check_alone(given: str, path: Path) -> None:
+    """transformers puts an adapter of peft that lies beside a model on top of it, whatever was asked for.
+
+    Raises:
+        SourceError: there is one.
+    """
     if (path / "adapter_config.json").is_file():
         raise SourceError(
             f"{given} holds an adapter of peft beside the model: merge it (`merge_and_unload`) and save the model, "
-            "or take adapter_config.json away"
+            "or give a folder without adapter_config.json"
         )
 
 
@@ -294,7 +299,7 @@ def _lacks_code(snapshot: Path) -> bool:
 
 
 def _snapshot_teacher(source: Source, snapshot: Path) -> Teacher:
-    _check_alone(source.given, snapshot)
+    check_alone(source.given, snapshot)
     return Teacher(snapshot, source, source.note, hub_id=source.location, revision=snapshot.name)
 
 
@@ -365,19 +370,22 @@ def _dequantise(file: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    try:
-        # GgufConfig: without it the config would carry a quantisation entry and could not be saved
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        _set_special_tokens(tokenizer, file)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SourceError(f"{file.name}: transformers cannot read this GGUF file: {reason}") from error
+    with tempfile.TemporaryDirectory() as place:  # transformers also reads what else lies beside the file
+        alone = Path(place) / file.name
+        alone.symlink_to(file.resolve())
+        try:
+            # GgufConfig: without it the config would carry a quantisation entry and could not be saved
+            model = AutoModelForCausalLM.from_pretrained(
+                alone.parent,
+                gguf_file=alone.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            tokenizer = AutoTokenizer.from_pretrained(alone.parent, gguf_file=alone.name)
+            _set_special_tokens(tokenizer, file)
+        except (ValueError, KeyError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise SourceError(f"{file.name}: transformers cannot read this GGUF file: {reason}") from error
     tokenizer.model_max_length = model.config.max_position_embeddings  # else "infinite", and long input fails late
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

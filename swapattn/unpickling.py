@@ -31,7 +31,7 @@ def as_safetensors(model: str) -> str:
     files = sorted(folder.glob("pytorch_model*.bin")) if folder.is_dir() else []
     if not files or any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         return model
-    if (folder / _INDEX).is_file():
+    if (folder / _INDEX).is_file() and not (folder / "pytorch_model.bin").is_file():  # which transformers prefers
         wanted = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         if missing := sorted(wanted - {file.name for file in files}):
             raise SourceError(f"{model} lacks {len(missing)} of its {len(wanted)} weight files: {missing[0]}")

@@ -29,6 +29,7 @@ from swapattn.loading import load, load_teacher
 from swapattn.modeling import swap_classes
 from swapattn.recipe import load_recipe
 from swapattn.shards import INDEX, SINGLE
+from swapattn.sources import _dequantise
 from swapattn.surgery import plan
 from swapattn.unpickling import as_safetensors
 
@@ -409,18 +410,50 @@ def test_pickled_weights_are_read_only_when_allowed(tiny_family, tmp_path, monke
 def test_a_missing_pickle_is_named_before_any_is_read(tiny_family, tmp_path, monkeypatch):
     monkeypatch.setenv("SWAPATTN_CACHE", str(tmp_path / "cache"))
     folder = pickled(tiny_family("llama"), tmp_path / "t")
-    files = {"a": "pytorch_model.bin", "b": "pytorch_model-00002-of-00002.bin"}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
-    with pytest.raises(SwapattnError, match=r"lacks 1 of its 2 weight files: pytorch_model-00002-of-00002\.bin"):
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    (folder / "pytorch_model.bin").rename(folder / names[0])
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": dict(zip("ab", names, strict=True))})
+    )
+    with pytest.raises(SwapattnError, match=rf"lacks 1 of its 2 weight files: {names[1]}"):
         convert(folder, tmp_path / "c", recipe="smoke", overrides=SPEC, allow_pickle=True)
     assert not (tmp_path / "cache").exists()
+    (folder / names[0]).rename(folder / "pytorch_model.bin")  # which counts, whatever an old index says
+    convert(folder, tmp_path / "c", recipe="smoke", overrides=SPEC, allow_pickle=True)
+
+
+def test_what_lies_beside_a_gguf_is_not_read(tmp_path, monkeypatch):
+    seen = []
+
+    def from_pretrained(folder, **_):
+        seen.extend(path.name for path in Path(folder).iterdir())
+        raise ValueError("enough")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    for name in ("m.gguf", "adapter_config.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(SourceError, match="cannot read this GGUF file: enough"):
+        _dequantise(tmp_path / "m.gguf", tmp_path / "out")
+    assert seen == ["m.gguf"]
+
+
+def test_a_tokenizer_that_does_not_load_is_told_and_left_out(tiny_family, tmp_path, capsys):
+    tiny_family("llama").save_pretrained(tmp_path / "t")
+    (tmp_path / "t" / "tokenizer.model").write_text("no vocabulary")
+    folder = convert(tmp_path / "t", tmp_path / "c", recipe="smoke").path
+    assert load(folder)[1] is None
+    assert "its tokenizer does not load: " in capsys.readouterr().err
 
 
 def test_an_adapter_beside_the_model_is_refused(tiny_teacher, tmp_path):
     shutil.copytree(tiny_teacher, tmp_path / "t")
     (tmp_path / "t" / "adapter_config.json").write_text("{}")
-    with pytest.raises(SourceError, match="holds an adapter of peft beside the model: merge it"):
-        convert(tmp_path / "t", tmp_path / "c", recipe="smoke")
+    for attempt in (
+        lambda: convert(tmp_path / "t", tmp_path / "c", recipe="smoke"),
+        lambda: load_teacher(tmp_path / "t"),
+    ):
+        with pytest.raises(SourceError, match="holds an adapter of peft beside the model: merge it"):
+            attempt()
 
 
 def test_another_head_than_that_of_a_language_model_is_refused(tiny_family, tmp_path):

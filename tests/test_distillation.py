@@ -206,11 +206,26 @@ def test_an_override_changes_the_layer_of_the_checkpoint_where_the_recipe_has_no
     assert made == {**have, "local": {**have["local"], "window": 5}}
 
 
+def test_overrides_count_on_top_of_the_layer_that_they_change(tiny_teacher, work):
+    pure = ["convert.local=null", "convert.decay.half_lives=[3]"]
+    start = convert(tiny_teacher, work / "pure", recipe=recipe(CALIBRATE), overrides=pure).path
+    (work / "bare.yaml").write_text(json.dumps({"name": "bare", "distill": {"stages": [CALIBRATE]}}))
+    done = distill(start, recipe="bare.yaml", overrides=["convert.decay.signed=true"], device="cpu", dry_run=True)
+    assert done.dry_run
+    window = ["convert.local={window: 8, sinks: 2, mix: joint}", "convert.decay.half_lives=[]"]
+    stages = {"name": "own", "convert": {"local": None}, "distill": {"stages": [{**EVERYTHING, "branch": "both"}]}}
+    (work / "own.yaml").write_text(json.dumps(stages))
+    alone = [*window, "distill.stages.distill.branch=local"]  # makes sense with the window that is set beside it
+    assert distill(start, recipe="own.yaml", overrides=alone, device="cpu", dry_run=True).dry_run
+
+
 def test_align_behind_what_changed_the_weights_is_announced(converted, work, capsys):
     distill(converted, recipe=recipe(ALIGN, EVERYTHING, ALIGN), device="cpu", dry_run=True)
     said = capsys.readouterr()
     assert said.err.count("learns from the model's own softmax attention, which other stages have changed") == 1
     assert "distill.stages.2: learns" in said.err
+    distill(converted, recipe=recipe(ALIGN, DISTILL), device="cpu", dry_run=True, teacher=read(converted).teacher_path)
+    assert "learns from the model's own" not in capsys.readouterr().err
 
 
 def test_a_distilled_start_with_another_convert_section_is_refused(converted, work):

@@ -37,6 +37,11 @@ OPTIONS = {
     "joint_gates": {"feature_map": "elu1", "decay": {"gate": True}, "local": {**LOCAL, "mix": "joint", "sinks": 0}},
     "half_lives": {"feature_map": "hedgehog", "decay": {"half_lives": [3]}, "local": None},
     "signed": {"feature_map": "hedgehog", "decay": {"half_lives": [3], "signed": True}, "local": None},
+    "joint_signed": {
+        "feature_map": "elu1",
+        "decay": {"half_lives": [2.5], "signed": True},
+        "local": {**LOCAL, "mix": "joint"},
+    },
     "joint_half_lives": {
         "feature_map": "elu1",
         "decay": {"gate": True, "per": "query_head", "half_lives": [2.5]},

@@ -11,7 +11,16 @@ import yaml
 from pydantic import ValidationError
 
 from swapattn.errors import RecipeError
-from swapattn.recipe import KeepSpec, LocalSpec, Recipe, load_recipe, parse_recipe, recipe_folder, recipe_names
+from swapattn.recipe import (
+    KeepSpec,
+    LocalSpec,
+    Recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_folder,
+    recipe_names,
+    restated,
+)
 from swapattn.stages import AlignStage, DistillStage, LossSpec
 from swapattn.text import TextMixture, TextSpec
 
@@ -100,6 +109,8 @@ def test_an_unknown_key_is_named_with_its_path(sections, path):
         ({"name": "../up"}, "name: '../up': folders are called after it"),
         ({"name": " "}, "name: ' ': folders are called after it"),
         ({"eval": {"tasks": "piqa"}}, 'eval.tasks: expected a list, such as ["piqa"]'),
+        ({"eval": {"tasks": None}}, "eval.tasks: expected a list"),
+        ({"convert": {"keep_softmax": 7}}, "convert.keep_softmax"),
         ({"convert": {"output_gate": "silu"}}, "convert.output_gate"),
         ({"convert": {"decay": {"schedule": "none", "gate": True}}}, "convert.decay: gate: true cannot change"),
         ({"convert": {"decay": {"schedule": "none", "learnable": True}}}, "convert.decay: learnable: true cannot"),
@@ -273,6 +284,14 @@ def test_kept_layers_may_be_a_number_and_survive_yaml():
     changed = override("convert.keep_softmax={share: 0.25, first: 1}")
     assert changed.convert.keep_softmax == KeepSpec(share=0.25, first=1)
     assert Recipe.model_validate(yaml.safe_load(changed.to_yaml())) == changed
+
+
+def test_an_older_recipe_is_restated_with_the_keys_that_came_since():
+    now = load_recipe("short").to_dict()
+    old = json.loads(json.dumps(now))
+    del old["convert"]["decay"]["signed"]
+    assert restated(old) == now
+    assert restated({**old, "gone": 1}) == {**old, "gone": 1}
 
 
 def test_an_override_may_switch_the_local_branch_off():

@@ -15,7 +15,7 @@ import yaml
 from .. import __version__
 from ..checkpoint import LOG, RECORD, REPORT, read
 from ..errors import CheckpointError, SwapattnError, UsageError
-from ..recipe import ConvertSpec, load_recipe, recipe_names
+from ..recipe import ConvertSpec, load_recipe, recipe_names, restated
 from ..scores import mean_share
 
 KIND = "swapattn report"  # first value of every document, and what marks a file as one of ours
@@ -378,7 +378,7 @@ def _made_by(path: Path, record: Mapping[str, Any]) -> list[str]:
 def _recipe_argument(path: Path, recipe: Mapping[str, Any]) -> str:
     """The recipe's name if a recipe of that name says the same today, else the file to save the shown YAML as."""
     name = str(recipe.get("name"))
-    if name in recipe_names() and load_recipe(name).to_dict() == recipe:
+    if name in recipe_names() and load_recipe(name).to_dict() == restated(dict(recipe)):
         return name
     return f"{path.resolve().name}.yaml"
 
