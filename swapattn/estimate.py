@@ -56,13 +56,13 @@ def estimate(
         TrainingError: out of memory, with the setting to lower.
         UnsupportedModelError: the model cannot do what the stage asks.
     """
-    found: dict[str, Any] = {"stage": stage.stage, "key": key, "tokens": stage.tokens}
+    found: dict[str, Any] = {"stage": stage.stage, "key": key, "tokens": stage.spent}
     names: list[str] = []
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         apply_(model, plan(model.config, recipe.convert))
     if not isinstance(stage, CalibrateStage):
-        found |= {"steps": stage.steps, "tokens": stage.steps * stage.batch * stage.length}
+        found["steps"] = stage.steps
         if stage.train == "lora":
             inject_(model, stage, key=key)
         names = [name for group in trainable_parameters(model, stage, key) for name in group]
@@ -168,8 +168,7 @@ def _train(
 
 def _figures(stage: Stage, rate: float, steps: int, batch: int, seconds: float) -> dict[str, Any]:
     measured = {"steps": steps, "batch": batch, "length": stage.length, "seconds": round(seconds, 2)}
-    tokens = stage.tokens if isinstance(stage, CalibrateStage) else stage.steps * stage.batch * stage.length
-    return {"tokens_per_second": round(rate, 1), "hours": tokens / max(rate, 1e-9) / 3600, "measured": measured}
+    return {"tokens_per_second": round(rate, 1), "hours": stage.spent / max(rate, 1e-9) / 3600, "measured": measured}
 
 
 def _logit_bytes(model: Any, stage: TrainStage, windows: int) -> int:

@@ -21,7 +21,8 @@ from .remote_code import use_own_code
 from .sources import check_alone
 
 TOKENIZER = "tokenizer_config.json"
-_TOKENIZERS = (TOKENIZER, "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
+_TOKENIZERS = (TOKENIZER, "tokenizer.json")
+_VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")  # whose class is guessed
 
 
 def load(
@@ -107,13 +108,14 @@ def know(folder: Path) -> None:
 
 def tokenizer_in(folder: Path) -> Any | None:
     """The tokenizer of a folder whose model type is known; None if it has none, or one that is code of its own."""
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
+    named = any((folder / name).is_file() for name in _TOKENIZERS)
+    if not named and not any((folder / name).is_file() for name in _VOCABULARIES):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it transformers asks on stdin
     except Exception as error:  # the classes that transformers tries raise what they like, such as ImportError
         if "trust_remote_code" not in str(error):
-            if any((folder / name).is_file() for name in _TOKENIZERS[:2]):
+            if named:
                 raise
             say(f"{folder}: its tokenizer does not load: {' '.join(str(error).split())[:200]}")
             return None

@@ -83,11 +83,10 @@ def _check_teacher(recipe: Recipe, start: Checkpoint, teacher: Path, *, named: b
         if named:
             raise UsageError(f"--teacher {teacher}: no such model folder")
         raise CheckpointError(f"no teacher at {teacher}: it was moved or never there; name it with --teacher FOLDER")
-    changed = not all(".swap." in name for name in start.record.get("trained", ()))
-    for stage, key in zip(recipe.distill.stages, stage_keys(recipe.distill.stages), strict=True):
+    keys = stage_keys(recipe.distill.stages)
+    for stage, key, changed in zip(recipe.distill.stages, keys, _changed(recipe, start), strict=True):
         if isinstance(stage, AlignStage) and changed:
             say(f"distill.stages.{key}: learns from the model's own softmax attention, which other stages have changed")
-        changed |= not isinstance(stage, CalibrateStage) and stage.train != "new"
     if named:
         if not any(taught):
             raise UsageError(f"--teacher: no stage of recipe {recipe.name} asks a teacher's logits of a model")
@@ -120,12 +119,21 @@ def own_teachers(recipe: Recipe, start: Checkpoint, teacher: Path) -> list[bool]
 
     Adapters can be switched off while their stage runs, and are part of the weights afterwards.
     """
-    same = teacher == start.teacher_path and all(".swap." in name for name in start.record.get("trained", ()))
+    same = teacher == start.teacher_path
+    changed = _changed(recipe, start)
+    return [
+        same and not before and (isinstance(stage, CalibrateStage) or stage.train in ("new", "lora"))
+        for stage, before in zip(recipe.distill.stages, changed, strict=True)
+    ]
+
+
+def _changed(recipe: Recipe, start: Checkpoint) -> list[bool]:
+    """For each stage whether the weights beside the swaps are no longer the original ones when it begins."""
+    changed = not all(".swap." in name for name in start.record.get("trained", ()))
     found = []
     for stage in recipe.distill.stages:
-        train = "new" if isinstance(stage, CalibrateStage) else stage.train
-        found.append(same and train in ("new", "lora"))
-        same = same and train == "new"
+        found.append(changed)
+        changed |= not isinstance(stage, CalibrateStage) and stage.train != "new"
     return found
 
 

@@ -311,7 +311,7 @@ def load_recipe(recipe: str | Recipe, overrides: Iterable[str] = (), *, convert:
         data, label = recipe.model_dump(mode="json", exclude_unset=True), recipe.name
     else:
         data, label = _read(recipe), recipe
-    if convert is not None and isinstance(data, dict):
+    if convert is not None:
         data.setdefault("convert", convert.model_dump(mode="json"))
     for override in overrides:
         _override(data, override)

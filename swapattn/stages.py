@@ -55,6 +55,11 @@ class CalibrateStage(Section):
     norms: bool = True
     output: bool = True
 
+    @property
+    def spent(self) -> int:
+        """Tokens that it reads."""
+        return self.tokens
+
 
 class LoraSpec(Section):
     """Low-rank adapters W + (alpha / rank) B A of frozen matrices (LoRA, arXiv 2106.09685), merged at the stage's end.
@@ -124,6 +129,11 @@ class TrainStage(Section):
     def steps(self) -> int:
         """Optimiser steps that the token budget pays for."""
         return self.tokens // (self.batch * self.length)
+
+    @property
+    def spent(self) -> int:
+        """Tokens of these steps."""
+        return self.steps * self.batch * self.length
 
 
 class AlignStage(TrainStage):

@@ -288,7 +288,7 @@ def _figures(title: str, stage: TrainStage, progress: StageProgress, ready: floa
     history = processes.from_first(progress.history())
     losses = [record["loss"] for record in history]
     tenth = max(1, len(losses) // 10)
-    tokens, seconds = stage.steps * stage.batch * stage.length, history[-1]["seconds"]
+    tokens, seconds = stage.spent, history[-1]["seconds"]
     ready = progress.started if ready is None else ready
     return {
         "stage": title,

@@ -110,7 +110,7 @@ def test_an_unknown_key_is_named_with_its_path(sections, path):
         ({"name": " "}, "name: ' ': folders are called after it"),
         ({"eval": {"tasks": "piqa"}}, 'eval.tasks: expected a list, such as ["piqa"]'),
         ({"eval": {"tasks": None}}, "eval.tasks: expected a list"),
-        ({"convert": {"keep_softmax": 7}}, "convert.keep_softmax"),
+        ({"convert": {"keep_softmax": 7}}, "convert.keep_softmax: expected a list, such as [7], or {count: 7}"),
         ({"convert": {"output_gate": "silu"}}, "convert.output_gate"),
         ({"convert": {"decay": {"schedule": "none", "gate": True}}}, "convert.decay: gate: true cannot change"),
         ({"convert": {"decay": {"schedule": "none", "learnable": True}}}, "convert.decay: learnable: true cannot"),

@@ -63,6 +63,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(teacher, tmp_path, monkeypa
         json.loads(line) for line in lines[:4]
     ]
     assert again.costs != whole.costs
+    header = json.loads(lines[0])
+    del header["recipe"]["convert"]["decay"]["signed"]  # as a version wrote it that did not know the key
+    (tmp_path / "whole" / SCORES).write_text("\n".join([json.dumps(header), *lines[1:], ""]))
     select(teacher, tmp_path / "whole", count=1, **SMALL)
     assert len(measured) == 8 - 3
     with pytest.raises(UsageError, match="other settings"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from swapattn.attention import only_branch
 from swapattn.cli import main
 from swapattn.errors import RecipeError, UsageError
 from swapattn.peak import forward_flops, peak_flops, share_of_peak, step_flops
@@ -78,6 +79,8 @@ def test_flops_are_those_of_the_matrices_and_of_attention(tiny_llama):
     assert swapped["kept"] == plain["softmax"] / 2
     # one swapped layer: Hedgehog matrices, state of 16 x 8 per KV head written and read, 6 + 4 tokens of window
     assert swapped["swap"] == 2 * (4 + 2) * 64 + 2 * 16 * 8 * (4 + 2) + 4 * 4 * 8 * 10
+    with only_branch(model, "local"):
+        assert forward_flops(model, 64)["swap"] == 4 * 4 * 8 * 10
 
 
 def test_a_step_counts_each_pass_once_and_each_backward_twice():
